@@ -1,0 +1,85 @@
+"""What the commands share: one clear line for a wrong input, and exit status 2."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from causalfusion_jax.errors import InputError, nearest
+
+
+def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
+    """Parses flags and runs `main`.
+
+    InputError, from anywhere, ends the process with one line on stderr and status 2.
+
+    Args:
+      main: takes the arguments that are not flags.
+      required: flags that must be given.
+    """
+    # Libraries below report on their own start-up otherwise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+    def guarded(argv):
+        if not flags.FLAGS["verbosity"].present:
+            # Orbax reports every file at INFO; --verbosity=0 shows it.
+            logging.set_verbosity(logging.WARNING)
+        try:
+            if len(argv) > 1:
+                raise InputError("argument", argv[1], "not understood; options are given as --name=value")
+            main(argv)
+        except InputError as error:
+            fail(error)
+
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+
+
+def fail(error: Exception) -> None:
+    """Prints the error as one line and ends the process with status 2."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
+    """Flag parsing whose errors are one line."""
+    wants_help = any(arg.lstrip("-") in ("help", "helpfull", "helpshort") for arg in argv[1:])
+    try:
+        if "config" in flags.FLAGS:
+            _check_config(argv)
+        rest = flags.FLAGS(list(argv))
+        for name in required if not wants_help else ():
+            if flags.FLAGS[name].value in (None, ""):
+                raise InputError(f"--{name}", flags.FLAGS[name].value, "is required; see --help")
+        return rest
+    except InputError as error:
+        fail(error)
+    except flags.Error as error:
+        fail(error)
+
+
+def _check_config(argv: Sequence[str]) -> None:
+    """Raises InputError for a config file that is not there, or an override of nothing.
+
+    Every config starts from `default_config()`, so its keys are known before it is read.
+    """
+    from causalfusion_jax.experiment import default_config
+
+    known = default_config()
+    for arg in argv[1:]:
+        name, _, value = arg.lstrip("-").partition("=")
+        if name == "config" and value:
+            path = value.partition(":")[0]
+            if not pathlib.Path(path).is_file():
+                raise InputError("--config", value, "no such file; give configs/NAME.py or configs/NAME.py:ARG")
+        if not arg.startswith("-") or not name.startswith("config."):
+            continue
+        section, path = known, "config"
+        for part in name.split(".")[1:]:
+            keys = list(section.keys()) if hasattr(section, "keys") else []
+            if part not in keys:
+                allowed = f"unknown key{nearest(part, keys)}; {path} has {', '.join(keys) or 'no keys below it'}"
+                raise InputError(f"{path}.{part}", value, allowed)
+            section, path = section[part], f"{path}.{part}"

@@ -1,0 +1,1 @@
+"""Parts: image sources and the Grain input pipeline."""

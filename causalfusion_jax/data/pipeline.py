@@ -1,0 +1,144 @@
+"""The input pipeline: global batches that depend on (seed, step) alone.
+
+A Grain MapDataset is random access, so batch k is a pure function of the seed and k: the
+same whatever the number of hosts or workers, and a position to resume from is one number.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from causalfusion_jax.data.sources import ImageFolderSource, digits
+from causalfusion_jax.errors import require, require_number, require_one_of
+
+SOURCES = ("digits", "image_folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+      source: `digits` (scikit-learn's, built in) or `image_folder`.
+      path: root of image_folder: one folder of images for each class.
+      image_size: side in pixels; folder images are scaled and centre-cropped to it.
+      channels: 1 or 3.
+      num_classes: classes; must be what the source holds.
+      flip: flip half of the images, drawn anew each epoch.
+      workers: processes that read and decode; 0 reads in this one.
+      verify: decode every image of a folder once before training.
+    """
+
+    source: str = "digits"
+    path: str = ""
+    image_size: int = 8
+    channels: int = 1
+    num_classes: int = 10
+    flip: bool = False
+    workers: int = 0
+    verify: bool = True
+
+    def __post_init__(self):
+        require_one_of("source", self.source, SOURCES)
+        require_number("image_size", self.image_size, 1)
+        require_one_of("channels", self.channels, (1, 3))
+        require_number("num_classes", self.num_classes, 1)
+        require_number("workers", self.workers, 0)
+        if self.source == "digits":
+            for name, value in {"image_size": 8, "channels": 1, "num_classes": 10, "path": ""}.items():
+                given = getattr(self, name)
+                require(given == value, name, given, f"must be {value!r} for source digits")
+        else:
+            require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
+
+
+class Source(Protocol):
+    """Random access to images; see `data.sources`."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
+def make_source(config: DataConfig) -> Source:
+    """Opens the training source. Raises InputError where it is not what `config` says."""
+    if config.source == "digits":
+        return digits("train")
+    source = ImageFolderSource(config.path, config.image_size, config.channels, config.verify)
+    require(
+        source.num_classes == config.num_classes, "num_classes", config.num_classes,
+        f"{config.path} has {source.num_classes} class folders",
+    )
+    return source
+
+
+def flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Mirrors half of the images left to right."""
+    if rng.integers(2):
+        example = {**example, "image": example["image"][:, ::-1]}
+    return example
+
+
+def host_batches(
+    source: Source, config: DataConfig, batch_size: int, seed: int, host: int = 0, hosts: int = 1
+) -> grain.MapDataset:
+    """This host's share of an endless sequence of global batches.
+
+    Global batch k is examples k * batch_size ... of the endlessly repeated, each time
+    newly shuffled source; host i holds the i-th of `hosts` consecutive parts of it.
+
+    Args:
+      source: the examples.
+      config: flip.
+      batch_size: of the global batch.
+      seed: of shuffling and augmentation.
+      host, hosts: this host's number, and how many there are.
+
+    Returns:
+      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}.
+    """
+    require(batch_size % hosts == 0, "batch_size", batch_size, f"must be a multiple of the {hosts} hosts")
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    if config.flip:
+        dataset = dataset.random_map(flip)
+    # Batches of one host's size; every hosts-th of them is this host's.
+    return dataset.batch(batch_size // hosts)[host::hosts]
+
+
+class BatchIterator(Iterator):
+    """Batches from a position on. `position` is all there is to save.
+
+    Args:
+      batches: random access to this host's batches.
+      position: the batch to start with.
+      workers: processes that read ahead; 0 reads in this process.
+      threads: threads that read ahead in each process.
+    """
+
+    def __init__(self, batches: grain.MapDataset, position: int = 0, workers: int = 0, threads: int = 0):
+        self.position = position
+        if workers and not flags.FLAGS.is_parsed():
+            # Grain hands parsed absl flags to its workers, also where nobody uses them.
+            flags.FLAGS.mark_as_parsed()
+        read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1))
+        dataset = batches[position:].to_iter_dataset(read)
+        if workers:
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        self._iterator = iter(dataset)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._iterator)
+        self.position += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()

@@ -1,0 +1,114 @@
+"""Random-access image sources: `len(source)`, `source[i] -> {"image", "label"}`.
+
+Images are float32 [height, width, channels] in [-1, 1], labels int32.
+"""
+
+import concurrent.futures
+import functools
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from causalfusion_jax.errors import InputError, require
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class DigitsSource:
+    """scikit-learn's handwritten digits: 1,797 real 8x8 grey images of 10 classes.
+
+    A stratified half (`random_state=0`) is for training, the other half is held out.
+    """
+
+    num_classes = 10
+    class_names = tuple("zero one two three four five six seven eight nine".split())
+
+    def __init__(self, split: str = "train"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = load_digits(return_X_y=True)
+        train, held_out = train_test_split(
+            np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=0
+        )
+        chosen = {"train": train, "held_out": held_out}[split]
+        # 17 grey levels, 0..16.
+        self.images = (pixels[chosen].reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
+        self.labels = labels[chosen].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+class ImageFolderSource:
+    """Images at `root/class/*.png|jpg|jpeg`; classes are the folders, sorted by name.
+
+    Args:
+      root: the folder.
+      image_size: side in pixels; images are scaled and cropped at the centre.
+      channels: 1 (grey) or 3 (RGB).
+      verify: decode every image once now, so that a bad one is named before training.
+
+    Raises:
+      InputError: no such folder, no images in it, or an image that cannot be read.
+    """
+
+    def __init__(self, root: str, image_size: int, channels: int, verify: bool = True):
+        self.root, self.image_size, self.channels = pathlib.Path(root), image_size, channels
+        require(self.root.is_dir(), "path", root, "must be a folder with one folder of images for each class")
+        folders = sorted(p for p in self.root.iterdir() if p.is_dir())
+        found = [
+            (path, label)
+            for label, folder in enumerate(folders)
+            for path in sorted(folder.iterdir())
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        require(
+            bool(found), "path", root,
+            f"holds no images: need {root}/CLASS/*{'|'.join(IMAGE_SUFFIXES)}",
+        )
+        self.class_names = tuple(folder.name for folder in folders)
+        self.num_classes = len(folders)
+        self.paths = [path for path, _ in found]
+        self.labels = np.array([label for _, label in found], np.int32)
+        if verify:
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                # Read all, so that the first bad image by name is the one reported.
+                list(pool.map(self._load, self.paths))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        image = np.asarray(center_crop(self._load(self.paths[index]), self.image_size), np.float32)
+        image = image.reshape(self.image_size, self.image_size, self.channels) / 127.5 - 1.0
+        return {"image": image, "label": self.labels[index]}
+
+    def _load(self, path: pathlib.Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                return image.convert("L" if self.channels == 1 else "RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            reason = str(error).replace(str(path), path.name)
+            raise InputError("path", str(path), f"not a readable image ({reason}); mend or remove it") from None
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Centre crop to size x size as ADM does: halve with a box, bicubic to size, crop."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+@functools.cache
+def digits(split: str) -> DigitsSource:
+    """One shared copy of a half of the digits."""
+    return DigitsSource(split)

@@ -1,0 +1,1 @@
+"""Jobs: scores of generated images."""

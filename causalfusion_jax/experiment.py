@@ -1,0 +1,272 @@
+"""The settings of a run: one frozen tree, built from a config file and checked whole.
+
+`configs/*.py` hold `get_config(arg)`, which starts from `default_config()` and changes
+what differs. A run keeps its settings as `WORKDIR/config.json`.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.diffusion import DiffusionConfig
+from causalfusion_jax.errors import InputError, nearest, require, require_number
+from causalfusion_jax.factorization import FactorizationConfig
+from causalfusion_jax.models.transformer import TransformerConfig
+from causalfusion_jax.sampling.sampler import SamplerConfig
+from causalfusion_jax.sharding import MeshConfig
+from causalfusion_jax.training.checkpoint import CheckpointConfig
+from causalfusion_jax.training.objective import ObjectiveConfig
+from causalfusion_jax.training.optimizer import OptimizerConfig
+from causalfusion_jax.training.state import StepConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network, as far as the data do not fix it; see TransformerConfig.
+
+    Attributes:
+      patch_size: side of a token in pixels (or latents).
+      class_dropout: probability of training an image without its class.
+    """
+
+    hidden: int = 96
+    heads: int = 3
+    layers: int = 4
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    num_condition_tokens: int = 4
+    positions: str = "learned"
+    qk_norm: bool = True
+    class_dropout: float = 0.1
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        require_number("patch_size", self.patch_size, 1)
+        require_number("class_dropout", self.class_dropout, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The course of training.
+
+    Attributes:
+      steps: optimizer steps in all.
+      batch_size: images in a step, over all devices.
+      seed: of initialization, data order and all noise.
+      grad_accum_steps: parts in which a batch is computed, to save memory.
+      ema_decay: of the averaged weights that sampling uses.
+      max_nonfinite_steps: give up after so many steps in a row without a finite gradient.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    grad_accum_steps: int = 1
+    ema_decay: float = 0.9999
+    max_nonfinite_steps: int = 20
+
+    def __post_init__(self):
+        require_number("steps", self.steps, 1)
+        require_number("batch_size", self.batch_size, 1)
+        require_number("seed", self.seed, 0, 2**32 - 1)
+        require_number("grad_accum_steps", self.grad_accum_steps, 1)
+        require(
+            self.batch_size % self.grad_accum_steps == 0, "grad_accum_steps", self.grad_accum_steps,
+            f"must divide batch_size={self.batch_size}",
+        )
+        require_number("ema_decay", self.ema_decay, 0.0, 1.0)
+        require_number("max_nonfinite_steps", self.max_nonfinite_steps, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What a person watches.
+
+    Attributes:
+      every: steps between metrics.
+      sample_every: steps between sample grids; 0 is none.
+      num_samples: images in a grid.
+    """
+
+    every: int = 100
+    sample_every: int = 0
+    num_samples: int = 40
+
+    def __post_init__(self):
+        require_number("every", self.every, 1)
+        require_number("sample_every", self.sample_every, 0)
+        require_number("num_samples", self.num_samples, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """All settings of a run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    factorization: FactorizationConfig = FactorizationConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sampling: SamplerConfig = SamplerConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        size, patch = self.data.image_size, self.model.patch_size
+        require(size % patch == 0, "model.patch_size", patch, f"must divide data.image_size={size}")
+        _under("model", lambda: self.transformer)
+        _under("factorization", lambda: self.factorization.check_grid(self.transformer.grid))
+        _under("sampling", lambda: self.sampling.check(self.transformer, self.diffusion))
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        require(
+            self.optimizer.schedule == "constant" or warmup < steps, "optimizer.warmup_steps", warmup,
+            f"must be < train.steps={steps} for schedule {self.optimizer.schedule}",
+        )
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """The network's static shape."""
+        model = dataclasses.asdict(self.model)
+        patch_size, _ = model.pop("patch_size"), model.pop("class_dropout")
+        side = self.data.image_size // patch_size
+        return TransformerConfig(
+            **model, grid=(side, side), token_dim=patch_size**2 * self.data.channels,
+            num_classes=self.data.num_classes,
+        )
+
+    @property
+    def step(self) -> StepConfig:
+        """Static settings of the training step."""
+        objective = ObjectiveConfig(
+            self.transformer, self.factorization, self.diffusion, self.model.patch_size, self.model.class_dropout
+        )
+        return StepConfig(
+            objective, self.optimizer, self.train.steps, self.train.grad_accum_steps, self.train.ema_decay
+        )
+
+
+def _under(section, make):
+    """`make()`, its InputErrors placed below `section`."""
+    try:
+        return make()
+    except InputError as error:
+        raise error.under(section) from None
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every setting at its default, for `get_config` to start from."""
+    return ml_collections.ConfigDict(to_dict(ExperimentConfig()))
+
+
+def to_dict(config: ExperimentConfig) -> dict[str, Any]:
+    """Nested plain dict of all settings."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Builds and checks all settings.
+
+    Args:
+      values: nested mapping (a ConfigDict, or parsed JSON); what is absent is default.
+
+    Raises:
+      InputError: an unknown key, a value of the wrong type, or one that is not allowed;
+        its field is the path of the setting, below `config`.
+    """
+    sections = {field.name: field.type for field in dataclasses.fields(ExperimentConfig)}
+    for name in values:
+        if name not in sections:
+            _under("config", lambda name=name: _unknown(name, "...", sections))
+    built = {
+        name: _under(f"config.{name}", lambda name=name, cls=cls: _build(cls, values[name]))
+        for name, cls in sections.items()
+        if name in values
+    }
+    return _under("config", lambda: ExperimentConfig(**built))
+
+
+def _build(cls, values: Mapping[str, Any]):
+    """One section from its mapping."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    section = {}
+    for name, value in values.items():
+        if name not in defaults:
+            _unknown(name, value, defaults)
+        section[name] = _typed(name, value, defaults[name])
+    return cls(**section)
+
+
+def _unknown(name: str, value: Any, known):
+    raise InputError(name, value, f"unknown key{nearest(name, known)}; there are {', '.join(known)}")
+
+
+def _typed(name: str, value: Any, default: Any):
+    """`value` as the type of `default`: lists become tuples, ints floats."""
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise InputError(name, value, f"must be of type {type(default).__name__}")
+    return value
+
+
+# --- The run's own copy -----------------------------------------------------------
+
+FREE_SECTIONS = ("checkpoint", "logging", "sampling", "mesh")
+"""May change between starts of one run: they do not change what is learned."""
+
+
+def load(workdir: str) -> ExperimentConfig:
+    """The settings of an existing run. Raises InputError where there is none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise InputError("workdir", workdir, "is not the folder of a training run (it has no config.json)")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError("workdir", workdir, f"its config.json cannot be read: {error}") from None
+    return from_dict(values)
+
+
+def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
+    """Makes `workdir` this run's, or checks that it already is.
+
+    Raises:
+      InputError: it holds something else, or a run that learns something else.
+    """
+    folder = pathlib.Path(workdir)
+    if (folder / "config.json").is_file():
+        _check_same(workdir, load(workdir), config)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("workdir", workdir, "must be a new or empty folder, or that of a run to continue")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "config.json.part"
+    part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    part.replace(folder / "config.json")
+
+
+def _check_same(workdir: str, saved: ExperimentConfig, config: ExperimentConfig) -> None:
+    """Raises InputError naming what `config` would learn otherwise than `saved`."""
+    ours, theirs = to_dict(config), to_dict(saved)
+    free = [("data", "workers"), ("data", "verify")]
+    if config.optimizer.schedule == "constant":
+        free.append(("train", "steps"))
+    changed = [
+        f"{section}.{name}={value!r} (the run has {theirs[section][name]!r})"
+        for section, values in ours.items()
+        if section not in FREE_SECTIONS
+        for name, value in values.items()
+        if value != theirs[section][name] and (section, name) not in free
+    ]
+    if changed:
+        raise InputError("workdir", workdir, f"belongs to another config: {', '.join(changed)}; use another workdir")

@@ -1,0 +1,1 @@
+"""Parts: the transformer trunk, its attention, cache, positions and presets."""

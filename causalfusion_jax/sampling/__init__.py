@@ -1,0 +1,1 @@
+"""Jobs: noise-axis solvers and the KV-cached sampler."""

@@ -1,0 +1,50 @@
+"""Images of a run, in batches, from the run's averaged weights."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.models.patches import unpatchify
+from causalfusion_jax.sampling.images import to_uint8
+from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens
+
+
+def generate_images(
+    config: ExperimentConfig,
+    sampler: SamplerConfig,
+    params,
+    labels: np.ndarray,
+    seed: int,
+    batch_size: int = 250,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Generates one image a label. Image i depends on (seed, i, labels[i]) alone.
+
+    Args:
+      config: what `params` were trained as.
+      sampler: how to sample.
+      params: the Transformer's parameters.
+      labels: int [num]; num_classes stands for no class.
+      seed: of all noise and orders.
+      batch_size: images sampled at a time; the last batch is filled up, and cut.
+      progress: called with the number of images done.
+
+    Returns:
+      uint8 [num, height, width, channels].
+    """
+    model, num = config.transformer, len(labels)
+    batch_size = min(batch_size, num)
+    images = []
+    for start in range(0, num, batch_size):
+        indices = np.minimum(np.arange(start, start + batch_size), num - 1)
+        tokens = sample_tokens(
+            model, config.diffusion, config.factorization, sampler, params,
+            image_keys(seed, indices), jnp.asarray(labels[indices]),
+        )
+        batch = unpatchify(tokens, model.grid, config.model.patch_size)
+        images.append(to_uint8(jax.device_get(batch)))
+        progress(min(start + batch_size, num))
+    return np.concatenate(images)[:num]

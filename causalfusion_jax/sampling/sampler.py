@@ -1,0 +1,316 @@
+"""The KV-cached sampler: every order, every split, every solver, one jitted program.
+
+Condition (and known clean) tokens are prefilled into the cache. Each AR step then
+starts from fresh noise for its own tokens only, runs the whole noise schedule for them
+against the frozen cache, and commits the clean result to the cache (CausalFusion
+section 3.2). Both axes are `lax.scan`s, so a program's size does not grow with either.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from causalfusion_jax import factorization
+from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
+from causalfusion_jax.errors import InputError, require, require_number, require_one_of
+from causalfusion_jax.factorization import CONDITION_STEP, EMPTY_STEP, FactorizationConfig, Role
+from causalfusion_jax.models.kv_cache import KVCache
+from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.sampling.solvers import SolverConfig, solver_table
+
+CFG_SCHEDULES = ("constant", "linear", "ar_linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How images are generated.
+
+    Attributes:
+      ar_steps: number S of AR steps, 1..L, of (nearly) equal sizes.
+      step_sizes: tokens in each AR step instead; must sum to the tokens generated.
+      order: token order, any of `factorization.ORDERS`; empty: as in training.
+      order_block: block or stride of that order, as in FactorizationConfig.
+      solver, solver_steps, spacing, variance, eta: as in SolverConfig.
+      cfg_scale: guidance w in eps = eps_u + w (eps_c - eps_u); 1 is none.
+      cfg_schedule: `constant`; `linear`: from 1 at t = T up to cfg_scale at t = 0;
+        `ar_linear`: from 1 up to cfg_scale with the part of the image generated.
+      cfg_interval: guidance only where low <= t <= high.
+      temperature: scales the noise that a stochastic solver adds.
+      clip_x_0: bound on the predicted |x_0|, for data in pixels; 0 is none.
+    """
+
+    ar_steps: int = 1
+    step_sizes: tuple[int, ...] = ()
+    order: str = ""
+    order_block: int = 0
+    solver: str = "ddpm"
+    solver_steps: int = 50
+    spacing: str = "auto"
+    variance: str = "large"
+    eta: float = 0.0
+    cfg_scale: float = 1.0
+    cfg_schedule: str = "constant"
+    cfg_interval: tuple[float, float] = (0.0, float("inf"))
+    temperature: float = 1.0
+    clip_x_0: float = 0.0
+
+    def __post_init__(self):
+        require_number("ar_steps", self.ar_steps, 1)
+        for size in self.step_sizes:
+            require(size >= 1, "step_sizes", self.step_sizes, "every AR step needs at least one token")
+        if self.order:
+            require_one_of("order", self.order, factorization.ORDERS)
+        else:
+            require(self.order_block == 0, "order_block", self.order_block, "needs order to be set")
+        require_number("cfg_scale", self.cfg_scale, 0.0)
+        require_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
+        low, high = self.cfg_interval
+        require(0 <= low <= high, "cfg_interval", self.cfg_interval, "must be low,high with 0 <= low <= high")
+        require_number("temperature", self.temperature, 0.0)
+        require_number("clip_x_0", self.clip_x_0, 0.0)
+        require(
+            self.temperature == 1.0 or self.solver_config.is_stochastic, "temperature", self.temperature,
+            f"must be 1: solver {self.solver} with eta={self.eta} adds no noise to scale",
+        )
+
+    @property
+    def solver_config(self) -> SolverConfig:
+        """The noise axis' part."""
+        return SolverConfig(self.solver, self.solver_steps, self.spacing, self.variance, self.eta)
+
+    def sizes(self, num_tokens: int) -> tuple[int, ...]:
+        """Tokens in each AR step when `num_tokens` are generated. Raises InputError."""
+        if self.step_sizes:
+            require(
+                sum(self.step_sizes) == num_tokens, "step_sizes", self.step_sizes,
+                f"must sum to the {num_tokens} tokens of an image",
+            )
+            return tuple(self.step_sizes)
+        require(
+            self.ar_steps <= num_tokens, "ar_steps", self.ar_steps,
+            f"must be >= 1 and <= {num_tokens}, the tokens of an image",
+        )
+        return tuple(np.bincount(factorization.equal_steps(num_tokens, self.ar_steps)).tolist())
+
+    def check(self, model: TransformerConfig, diffusion: DiffusionConfig) -> None:
+        """Raises InputError where this sampler does not fit the model."""
+        self.sizes(model.num_tokens)
+        solver_table(self.solver_config, diffusion)
+        if self.order:
+            FactorizationConfig(order=self.order, order_block=self.order_block).check_grid(model.grid)
+
+    def order_config(self, trained: FactorizationConfig) -> FactorizationConfig:
+        """The token order to sample in; `trained` where none is named."""
+        if not self.order:
+            return trained
+        return FactorizationConfig(order=self.order, order_block=self.order_block)
+
+
+def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, sizes) -> np.ndarray:
+    """Guidance weight of every AR step and solver row; float32 [S, rows].
+
+    Args:
+      sampler: names scale, schedule and interval.
+      t: timesteps of the solver's rows.
+      num_timesteps: T.
+      sizes: tokens in each AR step.
+    """
+    generated = (np.cumsum(sizes) / np.sum(sizes))[:, None]
+    denoised = 1.0 - t[None, :] / num_timesteps
+    rise = {"constant": 1.0, "linear": denoised, "ar_linear": generated}[sampler.cfg_schedule]
+    low, high = sampler.cfg_interval
+    scales = np.where((low <= t) & (t <= high), 1.0 + (sampler.cfg_scale - 1.0) * rise, 1.0)
+    return np.broadcast_to(scales, (len(sizes), len(t))).astype(np.float32)
+
+
+def image_keys(seed: int, indices) -> jax.Array:
+    """One key for each image number, so that an image does not depend on its batch."""
+    key = jax.random.key(seed)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(indices, jnp.uint32))
+
+
+def generate(
+    model: TransformerConfig,
+    diffusion: DiffusionConfig,
+    trained: FactorizationConfig,
+    sampler: SamplerConfig,
+    params,
+    keys,
+    labels,
+    order=None,
+    known=None,
+):
+    """Generates images as tokens. Jit with the first four arguments static.
+
+    Args:
+      model, diffusion, trained: what `params` were trained as.
+      sampler: how to sample.
+      params: the Transformer's parameters.
+      keys: PRNG keys [batch], one an image (`image_keys`).
+      labels: int [batch].
+      order: int32 [batch, L]; default: drawn as `sampler.order` says.
+      known: clean tokens [batch, K, token_dim] at the first K places of `order`, all
+        of AR step 0; the remaining L - K places are generated.
+
+    Returns:
+      x_0, float32 [batch, L, token_dim] in raster order.
+
+    Raises:
+      InputError: the sampler does not fit the model.
+    """
+    num_known = 0 if known is None else known.shape[1]
+    sizes = sampler.sizes(model.num_tokens - num_known)
+    table = solver_table(sampler.solver_config, diffusion)
+    scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
+    order_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    if order is None:
+        order_config = sampler.order_config(trained)
+        order = jax.vmap(lambda key: factorization.token_order(order_config, model.grid, key))(order_keys)
+        order = jnp.asarray(order)
+    elif known is None and order.shape[1] != model.num_tokens:
+        raise InputError("order", order.shape, f"must be [batch, {model.num_tokens}]")
+    transformer = nnx.merge(abstract_model(model)[0], params)
+    # Guidance runs condition and no condition side by side, [2 * batch].
+    guided, unguided = bool((scales != 1.0).any()), bool((scales == 1.0).any())
+    twice = (lambda a: jnp.concatenate([a, a])) if guided else (lambda a: a)
+    null = jnp.full_like(labels, model.num_classes)
+    all_labels = jnp.concatenate([labels, null]) if guided else labels
+
+    # AR steps as rows of one size, short ones padded: what lax.scan needs.
+    size, starts = max(sizes), np.cumsum([0, *sizes[:-1]]) + num_known
+    places = starts[:, None] + np.arange(size)
+    valid = np.arange(size) < np.asarray(sizes)[:, None]
+    ids = jnp.moveaxis(order[:, np.minimum(places, model.num_tokens - 1)], 1, 0)
+    first_step = 1 if num_known else 0
+
+    c = model
+    batch = all_labels.shape[0]
+    committed = starts[:-1] + size if len(sizes) > 1 else starts
+    slots = c.num_condition_tokens + int(committed.max())
+    cache = KVCache.empty(c.layers, batch, slots, c.heads, c.head_dim, jnp.dtype(c.dtype))
+
+    def commit(cache, h, role, step, count):
+        role, step = (jnp.broadcast_to(jnp.asarray(a, jnp.int32), h.shape[:2]) for a in (role, step))
+        _, (k, v) = transformer.trunk(h, role, step, cache)
+        return cache.append(k, v, jnp.where(role == Role.PAD, EMPTY_STEP, step), count)
+
+    with jax.named_scope("prefill"):
+        condition = transformer.embed_condition(all_labels)
+        cache = commit(cache, condition, Role.CONDITION, CONDITION_STEP, c.num_condition_tokens)
+        if num_known:
+            h = transformer.embed_tokens(twice(known), twice(order[:, :num_known]))
+            cache = commit(cache, h, Role.CLEAN, 0, num_known)
+
+    def ar_step(cache, scanned):
+        index, ids, valid, count, scales_row = scanned
+        step = index + first_step
+        denoise = _Denoiser(transformer, diffusion, cache, ids, valid, step, guided, unguided)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, index)
+        x_0 = _solve(denoise, table, scales_row, sampler, step_keys, (size, c.token_dim))
+
+        def commit_clean(cache):
+            h = transformer.embed_tokens(twice(x_0), twice(ids))
+            return commit(cache, h, jnp.where(valid, Role.CLEAN, Role.PAD), step, count)
+
+        if len(sizes) > 1:
+            with jax.named_scope("commit"):
+                # Nobody looks at the last step's clean tokens.
+                cache = jax.lax.cond(index < len(sizes) - 1, commit_clean, lambda cache: cache, cache)
+        return cache, x_0
+
+    scanned = (jnp.arange(len(sizes)), ids, jnp.asarray(valid), jnp.asarray(sizes), jnp.asarray(scales))
+    _, steps = jax.lax.scan(ar_step, cache, scanned)
+    # [S, batch, size, dim] without the padding, in order; then back to raster order.
+    generated = jnp.moveaxis(steps, 1, 0)[:, valid]
+    tokens = generated if known is None else jnp.concatenate([known, generated], axis=1)
+    raster = jax.vmap(lambda tokens, order: jnp.zeros_like(tokens).at[order].set(tokens))
+    return raster(tokens, order)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Denoiser:
+    """The network as a function of x_t for the noisy tokens of one AR step.
+
+    `guided` and `unguided` say whether any row of the schedule is so.
+    """
+
+    transformer: nnx.Module
+    diffusion: DiffusionConfig
+    cache: KVCache
+    ids: jax.Array
+    valid: jax.Array
+    step: jax.Array
+    guided: bool
+    unguided: bool
+
+    def _predict(self, x, t, copies: int):
+        """Predictions [copies * batch, n, dim] against the first copies of the cache."""
+        batch = copies * x.shape[0]
+        cache = jax.tree.map(lambda a: a[:, :batch], (self.cache.k, self.cache.v))
+        cache = KVCache(*cache, self.cache.step[:batch], self.cache.length)
+        h = self.transformer.embed_tokens(x, self.ids, jnp.full((1, 1), t))
+        h = jnp.concatenate([h] * copies)
+        role = jnp.broadcast_to(jnp.where(self.valid, Role.NOISY, Role.PAD), h.shape[:2])
+        step = jnp.broadcast_to(self.step, h.shape[:2])
+        h, _ = self.transformer.trunk(h, role, step, cache)
+        return self.transformer.head(h)
+
+    def __call__(self, x, t, scale):
+        """The guided prediction, [batch, n, dim]; no second pass where scale is 1."""
+        if not self.guided:
+            return self._predict(x, t, 1)
+
+        def both():
+            conditional, unconditional = jnp.split(self._predict(x, t, 2), 2)
+            return unconditional + scale * (conditional - unconditional)
+
+        if not self.unguided:
+            return both()
+        return jax.lax.cond(scale != 1.0, both, lambda: self._predict(x, t, 1))
+
+
+def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shape):
+    """Runs the noise schedule for the tokens of one AR step.
+
+    Args:
+      denoise: the network.
+      table: the solver, SolverTable of [rows].
+      scales: guidance weights [rows].
+      sampler: temperature and clipping.
+      keys: [batch].
+      shape: (tokens, token_dim) of one image.
+
+    Returns:
+      x_0, [batch, *shape].
+    """
+    def noise(row):
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, row), shape)  # noqa: E731
+        return jax.vmap(draw)(keys)
+
+    def evaluate(carry, scanned):
+        x, begin, previous = carry
+        row, scale, c = scanned
+        prediction = denoise(x, c.t, scale)
+        x_0, _ = to_x_0_and_eps(denoise.diffusion.target, prediction, x, c.alpha, c.sigma)
+        if sampler.clip_x_0:
+            x_0 = jnp.clip(x_0, -sampler.clip_x_0, sampler.clip_x_0)
+        begin = jnp.where(c.begins, x, begin)
+        x = c.c_x * x + c.c_begin * begin + c.c_x_0 * x_0 + c.c_previous * previous
+        if sampler.solver_config.is_stochastic:
+            x = x + sampler.temperature * c.c_noise * noise(row + 1)
+        return (x, begin, x_0), None
+
+    x_T = noise(0)
+    rows = jnp.arange(len(table.t))
+    with jax.named_scope("denoise"):
+        scanned = (rows, scales, jax.tree.map(jnp.asarray, table))
+        (x, _, _), _ = jax.lax.scan(evaluate, (x_T, x_T, jnp.zeros_like(x_T)), scanned)
+    return x
+
+
+sample_tokens = jax.jit(generate, static_argnums=(0, 1, 2, 3))
+"""`generate`, compiled."""

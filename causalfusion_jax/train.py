@@ -1,0 +1,38 @@
+"""Trains a causal diffusion transformer, or continues a run.
+
+    python -m causalfusion_jax.train --config=configs/digits.py --workdir=runs/digits
+
+Any setting of the config can be changed on the command line:
+
+    --config.train.steps=500 --config.model.hidden=128 --config.optimizer.learning_rate=3e-4
+
+WORKDIR receives config.json, checkpoints/ (with manifests/ of checksums), metrics.jsonl,
+tensorboard/ and samples/. Run the same command again to continue from the newest intact
+checkpoint; the result is what an uninterrupted run gives. SIGTERM or Ctrl-C saves at the
+next step and stops. Settings are described in causalfusion_jax/experiment.py.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from causalfusion_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; new, empty, or that of a run to continue.")
+
+
+def main(argv):
+    """Runs the command."""
+    del argv
+    from causalfusion_jax import experiment
+
+    config = experiment.from_dict(_CONFIG.value.to_dict())
+    # Imported late: TensorBoard's writer takes seconds, a wrong setting should not.
+    from causalfusion_jax.training import loop
+
+    with loop.diverged_is_one_line():
+        loop.train(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "workdir"))

@@ -1,0 +1,1 @@
+"""Jobs: the training objective, step, optimizer, checkpoints, metrics and loop."""

@@ -1,0 +1,245 @@
+"""Checkpoints: Orbax for the arrays, a checksum manifest of our own for their truth.
+
+A step's folder holds `state` and `data`. Orbax restores a flipped bit silently, so once a
+step is committed, the size and SHA-256 of its every file are written to `manifests/STEP.json`
+beside it. A step without a manifest, or with a file that differs from it, is not restored.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+
+import os
+import pathlib
+import threading
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from causalfusion_jax.errors import InputError, require_number
+from causalfusion_jax.models.transformer import Params, abstract_model
+from causalfusion_jax.training.state import StepConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep: newest checkpoints kept.
+      keep_every: also keep every checkpoint at a multiple of this step; 0 is none.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self):
+        require_number("every", self.every, 1)
+        require_number("keep", self.keep, 1)
+        require_number("keep_every", self.keep_every, 0)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      workdir: the run's folder.
+      config: what to keep.
+      read_only: never change anything on disk (for sampling and evaluation).
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig, read_only: bool = False):
+        self._root = pathlib.Path(workdir).absolute()
+        self._steps_dir = self._root / "checkpoints"
+        self._manifests_dir = self._root / "manifests"
+        self._damaged_dir = self._root / "damaged_checkpoints"
+        self._read_only = read_only
+        self._pending: tuple[int, threading.Thread] | None = None
+        if not read_only:
+            self._manifests_dir.mkdir(parents=True, exist_ok=True)
+        self._manager = self._open(config)
+        self._config = config
+
+    def _open(self, config: CheckpointConfig) -> ocp.CheckpointManager:
+        policies = [preservation_policy.LatestN(config.keep)]
+        if config.keep_every:
+            policies.append(preservation_policy.EveryNSteps(config.keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not self._read_only,
+            create=not self._read_only,
+            read_only=self._read_only,
+            enable_async_checkpointing=not self._read_only,
+        )
+        return ocp.CheckpointManager(self._steps_dir, options=options)
+
+    # --- Saving -------------------------------------------------------------------
+
+    def save(self, step: int, state: Any, position: int) -> None:
+        """Saves in the background. Raises what the previous save failed with, if it did."""
+        self.wait()
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position})
+        )
+        self._manager.save(step, args=args, force=True)
+        thread = threading.Thread(target=self._finish, args=(step,), name=f"manifest-{step}")
+        self._pending = (step, thread)
+        thread.start()
+
+    def _finish(self, step: int) -> None:
+        """Waits for the commit, then writes the step's manifest."""
+        # A failed save surfaces in wait(), on the caller's thread.
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        folder = self._steps_dir / str(step)
+        if jax.process_index() == 0 and folder.is_dir():
+            _write_json(self._manifests_dir / f"{step}.json", _describe(folder))
+            kept = {str(kept) for kept in self._manager.all_steps()} | {str(step)}
+            for manifest in self._manifests_dir.glob("*.json"):
+                if manifest.stem not in kept:
+                    manifest.unlink()
+
+    def wait(self) -> None:
+        """Until everything saved is on disk with its manifest. Raises what a save failed with."""
+        if self._pending is not None:
+            step, thread = self._pending
+            thread.join()
+            self._pending = None
+            self._manager.check_for_errors()
+            if not (self._steps_dir / str(step)).is_dir():
+                raise OSError(f"checkpoint {step} was not written to {self._steps_dir}")
+
+    def close(self) -> None:
+        """Waits, then lets go."""
+        self.wait()
+        self._manager.close()
+
+    # --- Restoring ----------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps on disk, newest first, good or not."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def good_step(self, wanted: int | None = None) -> int | None:
+        """The newest step whose files are what was written; None where nothing was saved.
+
+        Damaged steps are reported and passed over; unless read-only, they are moved to
+        `damaged_checkpoints/`, out of the way of the steps to come.
+
+        Args:
+          wanted: consider this step alone.
+
+        Raises:
+          InputError: `wanted` does not exist or is damaged, or all steps are.
+        """
+        steps = self.steps()
+        if wanted is not None:
+            if wanted not in steps:
+                raise InputError("step", wanted, f"must be one of {', '.join(map(str, steps)) or 'none saved yet'}")
+            steps = [wanted]
+        damaged = []
+        for step in steps:
+            problem = self._problem(step)
+            if problem is None:
+                self._set_aside(damaged)
+                return step
+            logging.warning("checkpoint %d is damaged (%s); trying the one before it", step, problem)
+            damaged.append(step)
+        if damaged:
+            raise InputError("workdir", str(self._root), f"no intact checkpoint: steps {damaged} are damaged")
+        return None
+
+    def _problem(self, step: int) -> str | None:
+        """What is wrong with a step's files, or None."""
+        manifest = self._manifests_dir / f"{step}.json"
+        try:
+            expected = json.loads(manifest.read_text())
+        except FileNotFoundError:
+            return "its manifest is missing: the save was cut short"
+        except (OSError, ValueError) as error:
+            return f"its manifest cannot be read: {error}"
+        actual = _describe(self._steps_dir / str(step))
+        for name, described in expected.items():
+            if name not in actual:
+                return f"file {name} is missing"
+            if actual[name]["bytes"] != described["bytes"]:
+                return f"file {name} has {actual[name]['bytes']} bytes instead of {described['bytes']}"
+            if actual[name] != described:
+                return f"file {name} has another checksum"
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves damaged steps away; nothing is deleted."""
+        if self._read_only or not steps or jax.process_index() != 0:
+            return
+        self._damaged_dir.mkdir(exist_ok=True)
+        for step in steps:
+            target, n = self._damaged_dir / str(step), 1
+            while target.exists():
+                target, n = self._damaged_dir / f"{step}.{n}", n + 1
+            (self._steps_dir / str(step)).rename(target)
+            logging.warning("moved damaged checkpoint %d to %s", step, target)
+        self._manager.reload()
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, int]:
+        """The state and the data position of a step.
+
+        Args:
+          step: from `good_step`.
+          abstract_state: jax.ShapeDtypeStruct with sharding for each array wanted.
+        """
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+            ),
+        )
+        return restored["state"], restored["data"]["position"]
+
+
+    def restore_params(self, step: int, config: StepConfig, weights: str) -> Params:
+        """`ema` or `params` of a step, on this process's first device."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = abstract_model(config.objective.model)[1]
+        wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item={weights: wanted},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({weights: wanted}),
+                    partial_restore=True,
+                )
+            ),
+        )
+        return restored["state"][weights]
+
+    def fingerprint(self, step: int) -> str:
+        """One checksum for all files of a step."""
+        return hashlib.sha256((self._manifests_dir / f"{step}.json").read_bytes()).hexdigest()
+
+
+def _describe(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below `folder`."""
+    described = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return described
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,222 @@
+"""The training loop: compile once, step, watch, save, stop when asked."""
+
+import contextlib
+import functools
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+
+from causalfusion_jax import experiment, sharding
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.models.transformer import count_params, training_flops
+from causalfusion_jax.sampling.generation import generate_images
+from causalfusion_jax.sampling.images import balanced_labels, make_grid, save_png
+from causalfusion_jax.training import metrics as metrics_lib
+from causalfusion_jax.training.checkpoint import Checkpoints
+from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row without a finite gradient."""
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that training can stop between two steps."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number).name
+        # A second one ends the process at once.
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: ExperimentConfig, workdir: str) -> TrainState:
+    """Trains, or goes on training, until `config.train.steps` or a stop signal.
+
+    Args:
+      config: all settings.
+      workdir: the run's folder: config, checkpoints, metrics, sample grids.
+
+    Returns:
+      The state at the end.
+
+    Raises:
+      InputError: the settings do not fit the data, the devices or the workdir; nothing
+        was touched.
+      TrainingDiverged: the gradient stayed non-finite; the last checkpoint is intact.
+    """
+    source = make_source(config.data)
+    mesh = sharding.make_mesh(config.mesh)
+    _check_devices(config, mesh)
+    experiment.claim_workdir(workdir, config)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    step_key = jax.device_put(step_key, sharding.replicated(mesh))
+    state, position = _restore_or_create(config, mesh, checkpoints, init_key)
+    start, total = int(state.step), config.train.steps
+    if start >= total:
+        print(f"{workdir} is already trained to step {start}", flush=True)
+        checkpoints.close()
+        return state
+    _describe(config, mesh, workdir, start)
+    batches = host_batches(
+        source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count()
+    )
+    threads = 0 if config.data.source == "digits" else 16
+    iterator = BatchIterator(batches, position, config.data.workers, threads)
+    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key)
+    try:
+        return run.steps(state, start)
+    finally:
+        iterator.close()
+        run.log.close()
+        checkpoints.close()
+
+
+def _check_devices(config: ExperimentConfig, mesh) -> None:
+    """Raises InputError where the batch cannot be split over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
+    if config.train.batch_size % parts:
+        raise InputError(
+            "config.train.batch_size", config.train.batch_size,
+            f"must be a multiple of {parts}, the devices of the batch times grad_accum_steps",
+        )
+
+
+def _restore_or_create(config, mesh, checkpoints, init_key) -> tuple[TrainState, int]:
+    """The newest intact checkpoint with its data position, or a fresh state."""
+    step = checkpoints.good_step()
+    if step is None:
+        return create_state(config.step, mesh, init_key), 0
+    return checkpoints.restore(step, abstract_state(config.step, mesh))
+
+
+def _describe(config: ExperimentConfig, mesh, workdir: str, start: int) -> None:
+    """Prints what is about to happen."""
+    devices = mesh.devices.ravel()
+    print(
+        f"{'resuming ' + workdir + f' at step {start}' if start else 'training in ' + workdir}:"
+        f" {count_params(config.transformer):,} parameters, batch {config.train.batch_size},"
+        f" {config.train.steps} steps, {len(devices)} x {devices[0].device_kind}",
+        flush=True,
+    )
+
+
+class _Run:
+    """What stays the same from step to step of a run."""
+
+    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key):
+        self.config, self.workdir, self.mesh = config, pathlib.Path(workdir), mesh
+        self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
+        self.log = metrics_lib.MetricsLog(workdir, config.train.steps)
+        size, batch = config.data.image_size, config.train.batch_size
+        self.batch_shapes = {
+            "image": ((batch, size, size, config.data.channels), np.float32),
+            "label": ((batch,), np.int32),
+        }
+        self.train_step = compile_train_step(config.step, mesh, self.batch_shapes, step_key)
+        self.peak_flops = metrics_lib.peak_flops(mesh.devices.flat[0]) * mesh.devices.size
+
+    def steps(self, state: TrainState, start: int) -> TrainState:
+        """Steps from `start` to the end, or to a stop signal."""
+        config, step = self.config, start
+        totals, since, waited = None, start, 0.0
+        clock = time.perf_counter()
+        with StopSignal() as stop, jax.transfer_guard("disallow"):
+            for step in range(start + 1, config.train.steps + 1):
+                before = time.perf_counter()
+                batch = self._next_batch()
+                waited += time.perf_counter() - before
+                state, metrics = self.train_step(state, batch, self.step_key)
+                totals = metrics if totals is None else metrics_lib.add(totals, metrics)
+                last = step == config.train.steps
+                if last or step % config.logging.every == 0:
+                    scalars = metrics_lib.summarize(totals, step - since)
+                    seconds = time.perf_counter() - clock
+                    self.log.write(step, scalars | self._speed(step - since, seconds, waited))
+                    self._check_finite(state, step)
+                    totals, since, waited = None, step, 0.0
+                if last or step % config.checkpoint.every == 0 or stop.received:
+                    self._save(step, state)
+                if config.logging.sample_every and (last or step % config.logging.sample_every == 0):
+                    self._sample(step, state)
+                if totals is None:
+                    clock = time.perf_counter()
+                if stop.received:
+                    break
+        if stop.received and step < config.train.steps:
+            self.checkpoints.wait()
+            print(
+                f"{stop.received}: saved step {step} of {config.train.steps} in {self.workdir};"
+                " run the same command again to continue",
+                flush=True,
+            )
+        return state
+
+    def _next_batch(self):
+        """The next global batch, on the mesh."""
+        where = sharding.batch_sharding(self.mesh)
+        put = functools.partial(jax.make_array_from_process_local_data, where)
+        return {
+            name: put(values, self.batch_shapes[name][0]) for name, values in next(self.iterator).items()
+        }
+
+    def _speed(self, steps: int, seconds: float, waited: float) -> dict[str, float]:
+        """Rates over the last `steps` steps."""
+        images = steps * self.config.train.batch_size / seconds
+        return {
+            "steps_per_second": steps / seconds,
+            "images_per_second": images,
+            "model_flops_utilization": images * training_flops(self.config.transformer) / self.peak_flops,
+            "data_wait_fraction": waited / seconds,
+        }
+
+    def _check_finite(self, state: TrainState, step: int) -> None:
+        worst, limit = int(jax.device_get(state.nonfinite_worst)), self.config.train.max_nonfinite_steps
+        if worst >= limit:
+            raise TrainingDiverged(
+                f"at step {step}: {worst} steps in a row had a non-finite gradient (max_nonfinite_steps={limit});"
+                f" lower optimizer.learning_rate, or look at the data. {self.workdir} keeps the last checkpoint"
+            )
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(step, state, self.iterator.position)
+
+    def _sample(self, step: int, state: TrainState) -> None:
+        """A grid of samples from the averaged weights, by the sampler that users call."""
+        config = self.config
+        labels = balanced_labels(config.logging.num_samples, config.data.num_classes)
+        with jax.transfer_guard("allow"):
+            images = generate_images(config, config.sampling, state.ema, labels, config.train.seed)
+        grid = make_grid(images, columns=config.data.num_classes if config.data.num_classes <= 20 else 8)
+        if jax.process_index() == 0:
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            save_png(folder / f"{step:08d}.png", grid)
+            self.log.write_grid(step, grid)
+
+
+@contextlib.contextmanager
+def diverged_is_one_line():
+    """Ends the process with one line and status 1 where training diverges."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

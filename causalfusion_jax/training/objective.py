@@ -1,0 +1,92 @@
+"""The training loss: both factorizations drawn afresh for every image."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from causalfusion_jax import diffusion as noise_axis
+from causalfusion_jax.diffusion import DiffusionConfig
+from causalfusion_jax.factorization import FactorizationConfig, draw_plan, step_start
+from causalfusion_jax.models.patches import patchify
+from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
+
+NUM_BINS = 4
+"""Quarters of the noise schedule, and of the image known when an AR step begins, in which
+the error is reported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned, statically.
+
+    Attributes:
+      model, factorization, diffusion: the network and the two axes.
+      patch_size: side of a token in pixels (or latents).
+      class_dropout: probability that an image is trained without its class.
+    """
+
+    model: TransformerConfig
+    factorization: FactorizationConfig
+    diffusion: DiffusionConfig
+    patch_size: int
+    class_dropout: float
+
+
+def example_keys(key: jax.Array, batch: int) -> jax.Array:
+    """One key for each example, so that splitting the batch changes nothing; [batch]."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch, dtype=jnp.uint32))
+
+
+def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys) -> tuple[jax.Array, dict]:
+    """Weighted mean squared error of the prediction over all places of all images.
+
+    Args:
+      config: what is learned.
+      params: the Transformer's parameters.
+      batch: `image` float32 [batch, height, width, channels] in [-1, 1]; `label` int [batch].
+      keys: one key an example, [batch].
+
+    Returns:
+      The scalar loss, and metrics: scalars, and [NUM_BINS] sums and counts.
+    """
+    axes = config.diffusion
+    x_0 = patchify(batch["image"], config.patch_size)
+
+    def draw(key):
+        plan_key, t_key, eps_key, label_key = jax.random.split(key, 4)
+        plan = draw_plan(config.factorization, config.model.grid, plan_key)
+        t = noise_axis.sample_t(axes, t_key, plan.step)
+        eps = jax.random.normal(eps_key, x_0.shape[1:])
+        return plan, t, eps, jax.random.bernoulli(label_key, config.class_dropout)
+
+    plan, t, eps, drop = jax.vmap(draw)(keys)
+    labels = jnp.where(drop, config.model.num_classes, batch["label"])
+    x_0 = jnp.take_along_axis(x_0, plan.order[..., None], axis=1)
+    alpha, sigma = noise_axis.alpha_sigma(axes, t)
+    x_t = noise_axis.add_noise(x_0, eps, alpha, sigma)
+    model = nnx.merge(abstract_model(config.model)[0], params)
+    prediction = model(labels, x_0, x_t, t, plan.order, plan.step)
+    target = noise_axis.make_target(axes.target, x_0, eps, alpha, sigma)
+    error = jnp.mean(jnp.square(prediction - target), axis=-1)
+    loss = jnp.mean(plan.weight * noise_axis.loss_weight(axes, alpha, sigma) * error)
+    return loss, {
+        "loss": loss,
+        "mse": jnp.mean(error),
+        "ar_steps": jnp.mean(plan.step[:, -1] + 1.0),
+        **_binned("mse_by_t", error, t / axes.num_timesteps),
+        **_binned("mse_by_ar_step", error, step_start(plan.step) / plan.step.shape[-1]),
+    }
+
+
+def _binned(name: str, error: jax.Array, position: jax.Array) -> dict[str, jax.Array]:
+    """Sum and count of `error` [batch, L] in equal bins of `position` in [0, 1)."""
+    position = jnp.broadcast_to(position, error.shape)
+    index = jnp.clip(jnp.floor(position * NUM_BINS), 0, NUM_BINS - 1)
+    member = index[..., None] == jnp.arange(NUM_BINS)
+    return {
+        f"{name}/sum": jnp.sum(jnp.where(member, error[..., None], 0.0), axis=(0, 1)),
+        f"{name}/count": jnp.sum(member, axis=(0, 1), dtype=jnp.float32),
+    }

@@ -1,0 +1,180 @@
+"""The training state, and the one function that advances it."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from causalfusion_jax import sharding
+from causalfusion_jax.models.transformer import Params, abstract_model, init_params
+from causalfusion_jax.training.objective import ObjectiveConfig, diffusion_loss, example_keys
+from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Static settings of the training step.
+
+    Attributes:
+      objective, optimizer: what is learned, and how.
+      total_steps: length of training, for the learning rate.
+      grad_accum_steps: parts in which a batch is computed, one after the other.
+      ema_decay: of the weights' exponential moving average; warmed up as
+        min(ema_decay, (1 + step) / (10 + step)) so that short runs are usable.
+    """
+
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    total_steps: int
+    grad_accum_steps: int
+    ema_decay: float
+
+
+class TrainState(NamedTuple):
+    """All that training changes.
+
+    Attributes:
+      step: int32 [], steps taken.
+      params, ema: the Transformer's parameters, and their moving average.
+      opt_state: the optimizer's.
+      nonfinite_run: int32 [], the last so many steps had a non-finite gradient.
+      nonfinite_worst: int32 [], the longest such run so far.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+    nonfinite_run: jax.Array
+    nonfinite_worst: jax.Array
+
+
+def init_state(config: StepConfig, key: jax.Array) -> TrainState:
+    """Fresh parameters, their average, and zero moments."""
+    params = init_params(config.objective.model, key)
+    opt_state = make_optimizer(config.optimizer, config.total_steps).init(params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, jax.tree.map(jnp.copy, params), opt_state, zero, jnp.zeros((), jnp.int32))
+
+
+def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
+    """Shape, type and sharding of every array of the state, without allocating any."""
+    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    _, _, axes = abstract_model(config.objective.model)
+
+    def place(leaf, axes):
+        where = sharding.sharding(mesh, axes, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    def place_params(tree):
+        return jax.tree.map(place, tree, axes)
+
+    def place_scalar(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    is_params = lambda tree: isinstance(tree, dict)  # noqa: E731
+    return jax.tree.map(
+        lambda tree: place_params(tree) if is_params(tree) else place_scalar(tree), shapes, is_leaf=is_params
+    )
+
+
+def create_state(config: StepConfig, mesh: Mesh, key: jax.Array) -> TrainState:
+    """The initial state, every array born where it stays."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(functools.partial(init_state, config), out_shardings=shardings)(key)
+
+
+def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> tuple[TrainState, dict]:
+    """One optimizer step. Pure: the same (state, batch, key) give the same result.
+
+    A step whose gradient is not finite leaves parameters, average and moments as they
+    were; it counts, and is counted.
+
+    Args:
+      config: static settings.
+      state: where training stands.
+      batch: `image` float32 [batch, height, width, channels] in [-1, 1], `label` int [batch].
+      key: the run's base key; the step number is folded in here.
+
+    Returns:
+      The next state, and metrics: scalars, and sums and counts by bin.
+    """
+    keys = example_keys(jax.random.fold_in(key, state.step), batch["label"].shape[0])
+    grads, metrics = _gradients(config, state.params, batch, keys)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+
+    def keep_if_finite(new, old):
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+    run = jnp.where(finite, 0, state.nonfinite_run + 1)
+    metrics |= {
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate_schedule(config.optimizer, config.total_steps)(state.step),
+        "nonfinite_steps": 1.0 - finite,
+    }
+    return TrainState(
+        step=state.step + 1,
+        params=keep_if_finite(params, state.params),
+        ema=keep_if_finite(ema, state.ema),
+        opt_state=keep_if_finite(opt_state, state.opt_state),
+        nonfinite_run=run,
+        nonfinite_worst=jnp.maximum(run, state.nonfinite_worst),
+    ), metrics
+
+
+def _gradients(config: StepConfig, params, batch, keys):
+    """Gradient and metrics of the batch, in `grad_accum_steps` parts."""
+    grad_fn = jax.grad(functools.partial(diffusion_loss, config.objective), has_aux=True)
+    parts = config.grad_accum_steps
+    if parts == 1:
+        return grad_fn(params, batch, keys)
+    # Part i takes examples i, i + parts, ...: each device keeps its share of every part.
+    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (batch, keys))
+
+    def accumulate(total, part):
+        return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda a: a[0], split))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (grads, metrics), _ = jax.lax.scan(accumulate, zeros, split)
+    grads = jax.tree.map(lambda g: g / parts, grads)
+    return grads, {k: v if "/" in k else v / parts for k, v in metrics.items()}
+
+
+def compile_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Array):
+    """Compiles `train_step` ahead of time: one program for a run, by construction.
+
+    Args:
+      config: static settings.
+      mesh: where it runs.
+      batch_shapes: (shape, dtype) of each array of a global batch, by name.
+      key: the run's base key (its shape and type).
+
+    Returns:
+      The compiled function (state, batch, key) -> (state, metrics), which donates the
+      state and refuses arguments of any other shape, type or placement.
+    """
+    state = abstract_state(config, mesh)
+    where = sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in batch_shapes.items()
+    }
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    in_shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, key))
+    step = jax.jit(
+        functools.partial(train_step, config),
+        in_shardings=in_shardings,
+        out_shardings=(in_shardings[0], sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    return step.lower(state, batch, key).compile()
