@@ -22,6 +22,7 @@ from causalfusion_jax.errors import require, require_number, require_one_of
 from causalfusion_jax.factorization import Role, attends, training_layout
 from causalfusion_jax.models.attention import Keys, attend, visibility_bias
 from causalfusion_jax.models.kv_cache import KVCache
+from causalfusion_jax.models.layers import LayerNorm, gelu
 from causalfusion_jax.models.positions import sincos_2d, timestep_features
 
 POSITIONS = ("learned", "sincos")
@@ -112,31 +113,21 @@ def _linear(in_features, out_features, axes, config, rngs, *, use_bias=True, ker
     )
 
 
-def _layer_norm(features, axis, config, rngs):
-    """Affine LayerNorm, eps 1e-5; statistics in float32."""
-    return nnx.LayerNorm(
-        features, epsilon=1e-5, dtype=config.dtype,
-        scale_init=_init(nnx.initializers.ones, axis),
-        bias_init=_init(nnx.initializers.zeros, axis),
-        rngs=rngs,
-    )
-
-
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each with a residual connection."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c, self.config = config, config
-        self.attention_norm = _layer_norm(c.hidden, "embed", c, rngs)
+        self.attention_norm = LayerNorm(c.hidden, "embed")
         self.qkv = nnx.LinearGeneral(
             c.hidden, (3, c.heads, c.head_dim), use_bias=False, dtype=c.dtype,
             kernel_init=_init(nnx.initializers.xavier_uniform(), "embed", None, "heads", "head_dim"),
             rngs=rngs,
         )
-        self.q_norm = _layer_norm(c.head_dim, "head_dim", c, rngs) if c.qk_norm else None
-        self.k_norm = _layer_norm(c.head_dim, "head_dim", c, rngs) if c.qk_norm else None
+        self.q_norm = LayerNorm(c.head_dim, "head_dim") if c.qk_norm else None
+        self.k_norm = LayerNorm(c.head_dim, "head_dim") if c.qk_norm else None
         self.attention_out = _linear(c.hidden, c.hidden, ("heads", "embed"), c, rngs)
-        self.mlp_norm = _layer_norm(c.hidden, "embed", c, rngs)
+        self.mlp_norm = LayerNorm(c.hidden, "embed")
         self.mlp_in = _linear(c.hidden, c.mlp_hidden, ("embed", "mlp"), c, rngs)
         self.mlp_out = _linear(c.mlp_hidden, c.hidden, ("mlp", "embed"), c, rngs)
 
@@ -157,7 +148,7 @@ class Block(nnx.Module):
         # leading dimensions of a weight gradient far slower than one.
         with jax.named_scope("attention"):
             qkv = self.qkv(self.attention_norm(h.reshape(batch * tokens, hidden)))
-            q, k, v = (qkv[:, i] for i in range(3))
+            q, k, v = (x[:, 0] for x in jnp.split(qkv, 3, axis=1))
             if self.config.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k, v = (x.reshape(batch, tokens, *x.shape[1:]) for x in (q, k, v))
@@ -166,7 +157,7 @@ class Block(nnx.Module):
             h = h + self.attention_out(out).reshape(h.shape)
         with jax.named_scope("mlp"):
             x = self.mlp_in(self.mlp_norm(h.reshape(batch * tokens, hidden)))
-            h = h + self.mlp_out(jax.nn.gelu(x, approximate=True)).reshape(h.shape)
+            h = h + self.mlp_out(gelu(x)).reshape(h.shape)
         return h, (k, v)
 
 
@@ -197,7 +188,7 @@ class Transformer(nnx.Module):
             return Block(c, layer_rngs)
 
         self.blocks = stack(rngs.split(c.layers))
-        self.final_norm = _layer_norm(c.hidden, "embed", c, rngs)
+        self.final_norm = LayerNorm(c.hidden, "embed")
         self.token_out = _linear(
             c.hidden, c.token_dim, ("embed", "token_dim"), c, rngs, kernel_init=nnx.initializers.zeros
         )
