@@ -25,7 +25,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-    _keep_freed_memory()
+    keep_freed_memory()
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
@@ -41,7 +41,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to reuse freed memory rather than give it back to the system.
 
     XLA:CPU allocates a program's temporaries anew at every call. By default large ones are

@@ -17,8 +17,6 @@ def get_config(arg: str = ""):
     """Settings of the run; `arg` is unused."""
     config = default_config()
     config.model.update(preset("nano"))
-    # On a CPU a scan over layers costs copies that unrolling saves.
-    config.model.scan_unroll = config.model.layers
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200
     config.optimizer.schedule = "wsd"

@@ -13,11 +13,30 @@ GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
 GELU_CUBIC = 0.044715
 
 
+def _mean(x: jax.Array) -> jax.Array:
+    """Mean over the last axis, kept; [..., dim] to [..., 1]."""
+
+    def by_product(x):
+        # XLA:CPU reduces short rows at a third of the speed of its matrix products.
+        dim = x.shape[-1]
+        return (x.reshape(-1, dim) @ jnp.full((dim, 1), 1.0 / dim)).reshape(*x.shape[:-1], 1)
+
+    return jax.lax.platform_dependent(x, cpu=by_product, default=lambda x: jnp.mean(x, axis=-1, keepdims=True))
+
+
+def _sum_of_rows(x: jax.Array) -> jax.Array:
+    """Sum over all axes but the last; [..., dim] to [dim]."""
+    x = x.reshape(-1, x.shape[-1])
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: (jnp.ones((1, x.shape[0])) @ x)[0], default=lambda x: jnp.sum(x, axis=0)
+    )
+
+
 def _statistics(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """Normalized x and 1 / standard deviation over the last axis, float32."""
     x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    centred = x - _mean(x)
+    inverse = jax.lax.rsqrt(_mean(jnp.square(centred)) + eps)
     return centred * inverse, inverse
 
 
@@ -42,11 +61,9 @@ def _layer_norm_backward(saved, d_out):
     normalized, inverse = _statistics(x, 1e-5)
     d_out = d_out.astype(jnp.float32)
     d_normalized = d_out * scale
-    along_mean = jnp.mean(d_normalized, axis=-1, keepdims=True)
-    along_x = jnp.mean(d_normalized * normalized, axis=-1, keepdims=True)
-    d_x = inverse * (d_normalized - along_mean - normalized * along_x)
-    rows = tuple(range(x.ndim - 1))
-    return d_x.astype(x.dtype), jnp.sum(d_out * normalized, axis=rows), jnp.sum(d_out, axis=rows)
+    along_x = _mean(d_normalized * normalized)
+    d_x = inverse * (d_normalized - _mean(d_normalized) - normalized * along_x)
+    return d_x.astype(x.dtype), _sum_of_rows(d_out * normalized), _sum_of_rows(d_out)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

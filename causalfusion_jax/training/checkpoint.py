@@ -77,7 +77,14 @@ class Checkpoints:
             read_only=self._read_only,
             enable_async_checkpointing=not self._read_only,
         )
-        return ocp.CheckpointManager(self._steps_dir, options=options)
+        verbosity = logging.get_verbosity()
+        try:
+            if self._read_only:
+                # Orbax warns that read-only is read-only.
+                logging.set_verbosity(logging.ERROR)
+            return ocp.CheckpointManager(self._steps_dir, options=options)
+        finally:
+            logging.set_verbosity(verbosity)
 
     # --- Saving -------------------------------------------------------------------
 
@@ -201,7 +208,6 @@ class Checkpoints:
             ),
         )
         return restored["state"], restored["data"]["position"]
-
 
     def restore_params(self, step: int, config: StepConfig, weights: str) -> Params:
         """`ema` or `params` of a step, on this process's first device."""

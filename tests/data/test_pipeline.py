@@ -1,0 +1,167 @@
+"""Sources, and batches that depend on (seed, step) alone."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
+from causalfusion_jax.data.sources import DigitsSource, ImageFolderSource, center_crop, digits
+from causalfusion_jax.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in {"cat": 5, "ant": 3, "dog": 4}.items():
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            pixels = rng.integers(0, 256, (20 + i, 31, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def folder_config(path, **changes):
+    return DataConfig(
+        **{"source": "image_folder", "path": str(path), "image_size": 8, "channels": 3, "num_classes": 3, **changes}
+    )
+
+
+def test_digits_halves():
+    train, held_out = digits("train"), digits("held_out")
+    assert (len(train), len(held_out)) == (898, 899)
+    assert train.images.dtype == np.float32 and train[0]["image"].shape == (8, 8, 1)
+    assert train.images.min() == -1 and train.images.max() == 1
+    counts = [np.bincount(source.labels, minlength=10) for source in (train, held_out)]
+    assert np.abs(counts[0] - counts[1]).max() <= 1
+    both = np.concatenate([train.images, held_out.images]).reshape(1797, -1)
+    from sklearn.datasets import load_digits
+
+    everything = load_digits().data / 8 - 1
+    assert sorted(map(tuple, both)) == sorted(map(tuple, everything.astype(np.float32)))
+
+
+def test_folder_is_sorted_and_scaled(folder):
+    source = ImageFolderSource(str(folder), 8, 3)
+    assert source.class_names == ("ant", "cat", "dog") and len(source) == 12
+    np.testing.assert_array_equal(source.labels, [0] * 3 + [1] * 5 + [2] * 4)
+    example = source[4]
+    assert example["image"].shape == (8, 8, 3) and example["image"].dtype == np.float32
+    with Image.open(folder / "cat" / "1.png") as image:
+        expected = np.asarray(center_crop(image, 8), np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(example["image"], expected)
+    assert ImageFolderSource(str(folder), 8, 1)[0]["image"].shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 70), (70, 33), (16, 40), (9, 12)])
+def test_center_crop(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    assert center_crop(image, 16).size == (16, 16)
+    flat = Image.new("RGB", size[::-1], (10, 200, 30))
+    assert set(center_crop(flat, 16).getdata()) == {(10, 200, 30)}
+
+
+def test_folder_errors_name_the_problem(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(InputError, match="holds no images"):
+        ImageFolderSource(str(empty), 8, 3)
+    with pytest.raises(InputError, match="must be a folder"):
+        ImageFolderSource(str(empty / "nowhere"), 8, 3)
+    with pytest.raises(InputError, match="has 3 class folders"):
+        make_source(folder_config(folder, num_classes=4))
+    whole = (folder / "dog" / "1.png").read_bytes()
+    (folder / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"dog/1.png.*not a readable image"):
+        ImageFolderSource(str(folder), 8, 3)
+    assert len(ImageFolderSource(str(folder), 8, 3, verify=False)) == 12
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(source="imagenet"),
+        dict(image_size=16),
+        dict(num_classes=11),
+        dict(path="x"),
+        dict(source="image_folder"),
+        dict(source="image_folder", path="x", channels=4),
+    ],
+)
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(InputError):
+        DataConfig(**bad)
+
+
+def labels_of(source, config, batch, count, hosts=1, workers=0, position=0, seed=3):
+    """`count` global batches, put together from all hosts."""
+    iterators = [
+        BatchIterator(host_batches(source, config, batch, seed, host, hosts), position, workers)
+        for host in range(hosts)
+    ]
+    batches = []
+    for _ in range(count):
+        parts = [next(iterator) for iterator in iterators]
+        batches.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    for iterator in iterators:
+        iterator.close()
+    return batches
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        for name in x:
+            np.testing.assert_array_equal(x[name], y[name])
+
+
+def test_same_global_batches_for_any_number_of_hosts(folder):
+    config = folder_config(folder, flip=True)
+    source = make_source(config)
+    alone = labels_of(source, config, 4, 8)
+    for hosts in (2, 4):
+        assert_same(labels_of(source, config, 4, 8, hosts), alone)
+    with pytest.raises(InputError, match="multiple of the 3 hosts"):
+        host_batches(source, config, 4, 0, 0, 3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_same_batches_for_any_number_of_workers(folder, workers):
+    config = folder_config(folder, flip=True)
+    source = make_source(config)
+    assert_same(labels_of(source, config, 4, 5, workers=workers, position=2), labels_of(source, config, 4, 7)[2:])
+
+
+def test_resume_from_any_position():
+    config, source = DataConfig(), DigitsSource("train")
+    straight = labels_of(source, config, 64, 40)
+    iterator = BatchIterator(host_batches(source, config, 64, 3))
+    for _ in range(17):
+        next(iterator)
+    assert iterator.position == 17
+    assert_same(labels_of(source, config, 64, 23, position=iterator.position), straight[17:])
+
+
+def test_every_epoch_holds_every_example_once_in_a_new_order(folder):
+    config = folder_config(folder)
+    source = make_source(config)
+    images = np.concatenate([b["image"] for b in labels_of(source, config, 4, 6)]).reshape(2, 12, -1)
+    all_images = {source[i]["image"].tobytes() for i in range(12)}
+    for epoch in images:
+        assert {image.tobytes() for image in epoch} == all_images
+    assert (images[0] != images[1]).any()
+    assert any((a["label"] != b["label"]).any() for a, b in zip(
+        labels_of(source, config, 4, 3), labels_of(source, config, 4, 3, seed=4), strict=True
+    ))
+
+
+def test_flips_are_drawn_anew_each_epoch(folder):
+    config = folder_config(folder, flip=True)
+    source = make_source(config)
+    plain = {source[i]["image"].tobytes(): i for i in range(12)}
+    flips = np.full((8, 12), -1)
+    images = np.concatenate([b["image"] for b in labels_of(source, config, 4, 24)])
+    for k, image in enumerate(images):
+        upright, mirrored = plain.get(image.tobytes()), plain.get(np.ascontiguousarray(image[:, ::-1]).tobytes())
+        index = upright if upright is not None else mirrored
+        flips[k // 12, index] = upright is None
+    assert (flips >= 0).all() and 0.3 < flips.mean() < 0.7
+    assert (flips != flips[0]).any()

@@ -1,0 +1,79 @@
+"""Layers, attention, positions, patches, cache: each against a plain definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causalfusion_jax.factorization import EMPTY_STEP
+from causalfusion_jax.models.attention import Keys, attend, visibility_bias
+from causalfusion_jax.models.kv_cache import KVCache
+from causalfusion_jax.models.layers import gelu, layer_norm
+from causalfusion_jax.models.patches import patchify, unpatchify
+from causalfusion_jax.models.positions import timestep_features
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def plain_layer_norm(x, scale, bias):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "args"),
+    [
+        (layer_norm, plain_layer_norm, (normal(0, 3, 5, 16), 1 + normal(1, 16), normal(2, 16))),
+        (gelu, lambda x: jax.nn.gelu(x, approximate=True), (3 * normal(3, 4, 64),)),
+    ],
+    ids=["layer_norm", "gelu"],
+)
+def test_own_backward_passes(ours, plain, args):
+    weights = normal(9, *args[0].shape)
+
+    def total(f):
+        return lambda *args: jnp.sum(weights * f(*args))
+
+    np.testing.assert_allclose(ours(*args), plain(*args), rtol=1e-5, atol=1e-6)
+    everything = tuple(range(len(args)))
+    expected = jax.grad(total(plain), everything)(*args)
+    for gradient, known in zip(jax.grad(total(ours), everything)(*args), expected, strict=True):
+        np.testing.assert_allclose(gradient, known, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_over_places_is_attention_over_all():
+    q, k, v = normal(0, 2, 5, 3, 8), normal(1, 2, 7, 3, 8), normal(2, 2, 7, 3, 8)
+    visible = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[..., 0].set(True)
+    bias = visibility_bias(visible)
+    split = attend(q, [Keys(k[:, :3], v[:, :3], bias[..., :3]), Keys(k[:, 3:], v[:, 3:], bias[..., 3:])])
+    logits = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8)
+    weights = np.where(visible[:, None], np.exp(logits), 0.0)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(split, expected, atol=1e-5)
+
+
+def test_patches_round_trip_in_raster_order():
+    images = normal(0, 2, 4, 6, 3)
+    tokens = patchify(images, 2)
+    assert tokens.shape == (2, 6, 12)
+    np.testing.assert_array_equal(tokens[1, 4], images[1, 2:4, 2:4].reshape(-1))
+    np.testing.assert_array_equal(unpatchify(tokens, (2, 3), 2), images)
+
+
+def test_timestep_features():
+    features = np.asarray(timestep_features(jnp.array([[0], [7]]), 8))
+    np.testing.assert_array_equal(features[0, 0], [1, 1, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_allclose(features[1, 0, [0, 4]], [np.cos(7), np.sin(7)], rtol=1e-6)
+    np.testing.assert_allclose(features[1, 0, 3], np.cos(7 / 10000**0.75), rtol=1e-6)
+
+
+def test_cache_overwrites_padding():
+    cache = KVCache.empty(1, 1, 5, 1, 2, jnp.float32)
+    ones = jnp.ones((1, 1, 3, 1, 2))
+    cache = cache.append(ones, ones, jnp.array([[0, 0, EMPTY_STEP]]), 2)
+    cache = cache.append(2 * ones, 2 * ones, jnp.array([[1, 1, 1]]), 3)
+    np.testing.assert_array_equal(cache.step, [[0, 0, 1, 1, 1]])
+    np.testing.assert_array_equal(cache.k[0, 0, :, 0, 0], [1, 1, 2, 2, 2])
+    assert int(cache.length) == 5

@@ -1,0 +1,162 @@
+"""The trunk: sizes, initialization, leaks, and settings that must not change the result."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import shaken
+
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.factorization import FactorizationConfig, draw_plan
+from causalfusion_jax.models.presets import PRESETS, preset
+from causalfusion_jax.models.transformer import (
+    TransformerConfig,
+    abstract_model,
+    count_params,
+    forward_flops,
+    init_params,
+    training_flops,
+)
+
+TINY = TransformerConfig(hidden=32, heads=2, layers=2, grid=(3, 3), token_dim=4, num_classes=5)
+
+
+@functools.cache
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    plan = jax.vmap(lambda key: draw_plan(FactorizationConfig(gamma=0.99), (3, 3), key))(jax.random.split(keys[0], 6))
+    clean, noisy = (jax.random.normal(key, (6, 9, 4)) for key in keys[1:3])
+    t = jax.random.randint(keys[3], (6, 1), 0, 1000)
+    return jnp.arange(6) % 5, clean, noisy, t, plan.order, plan.step
+
+
+def forward(config, params, args):
+    return jax.jit(lambda params, args: nnx.merge(abstract_model(config)[0], params)(*args))(params, args)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "millions"),
+    [
+        ("L", 369_519_632, 369.5),
+        ("XL", 713_988_368, 714.0),
+        ("H", 1_235_635_088, 1235.6),
+        ("H40", 1_045_203_856, 1045.2),
+    ],
+)
+def test_published_parameter_counts(name, count, millions):
+    config = TransformerConfig(
+        **preset(name), grid=(16, 16), token_dim=16, num_classes=1000, num_condition_tokens=64
+    )
+    assert count_params(config) == count
+    assert round(count / 1e6, 1) == millions
+
+
+def test_unknown_preset():
+    with pytest.raises(InputError, match="did you mean XL"):
+        preset("XXL")
+    assert all(set(sizes) == {"hidden", "heads", "layers"} for sizes in PRESETS.values())
+
+
+def test_fresh_model_predicts_zero_and_starts_from_sines():
+    params = init_params(TINY, jax.random.key(0))
+    assert not np.asarray(forward(TINY, params, inputs())).any()
+    positions = np.asarray(params["positions"]).reshape(3, 3, 32)
+    # The column is in the first half, the row in the second.
+    np.testing.assert_array_equal(positions[:, 1, :16], positions[[0, 0, 0], 1, :16])
+    np.testing.assert_array_equal(positions[1, :, 16:], positions[1, [0, 0, 0], 16:])
+    assert 0.015 < float(params["label_table"]["embedding"].std()) < 0.025
+
+
+def test_layers_are_initialized_independently():
+    kernels = np.asarray(init_params(TINY, jax.random.key(0))["blocks"]["mlp_in"]["kernel"])
+    assert not np.allclose(kernels[0], kernels[1])
+    bound = np.sqrt(6 / (32 + 128))
+    assert np.abs(kernels).max() <= bound and np.abs(kernels).max() > 0.95 * bound
+
+
+def test_nothing_leaks():
+    """Changing a token leaves every prediction that must not see it bit-unchanged."""
+    params = shaken(init_params(TINY, jax.random.key(0)))
+    labels, clean, noisy, t, order, step = inputs()
+    before = np.asarray(forward(TINY, params, inputs()))
+    rng = np.random.default_rng(0)
+    for place in rng.choice(9, 4, replace=False):
+        changed = np.asarray(forward(TINY, params, (labels, clean.at[:, place].add(1.0), noisy, t, order, step)))
+        sees = np.asarray(step) > np.asarray(step)[:, place, None]
+        np.testing.assert_array_equal(changed[~sees], before[~sees])
+        assert (changed[sees] != before[sees]).any(axis=-1).all()
+        changed = np.asarray(forward(TINY, params, (labels, clean, noisy.at[:, place].add(1.0), t, order, step)))
+        sees = np.asarray(step) == np.asarray(step)[:, place, None]
+        np.testing.assert_array_equal(changed[~sees], before[~sees])
+        assert (changed[sees] != before[sees]).any(axis=-1).all()
+    changed = np.asarray(forward(TINY, params, (labels + 1, clean, noisy, t, order, step)))
+    assert (changed != before).any(axis=-1).all()
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(remat="full"), dict(remat="dots"), dict(scan_unroll=2)], ids=lambda s: str(*s.values())
+)
+def test_settings_that_change_nothing(setting):
+    params = shaken(init_params(TINY, jax.random.key(0)))
+
+    def loss(params, config):
+        return jnp.mean(jnp.square(forward(config, params, inputs())))
+
+    other = dataclasses.replace(TINY, **setting)
+    expected, actual = (jax.value_and_grad(loss)(params, config) for config in (TINY, other))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), actual, expected)
+
+
+def test_bfloat16_is_close_and_finite():
+    params = shaken(init_params(TINY, jax.random.key(0)))
+    exact = forward(TINY, params, inputs())
+    half = forward(dataclasses.replace(TINY, dtype="bfloat16"), params, inputs())
+    assert half.dtype == jnp.float32
+    assert np.linalg.norm(half - exact) / np.linalg.norm(exact) < 0.03
+
+
+def test_fixed_positions_are_no_parameters():
+    fixed = dataclasses.replace(TINY, positions="sincos")
+    assert count_params(TINY) - count_params(fixed) == 9 * 32
+    params = init_params(TINY, jax.random.key(0))
+    learned = shaken({k: v for k, v in params.items() if k != "positions"})
+    np.testing.assert_allclose(
+        forward(fixed, learned, inputs()),
+        forward(TINY, {**learned, "positions": params["positions"]}, inputs()),
+        rtol=1e-6,
+    )
+
+
+def test_without_qk_norm():
+    plain = dataclasses.replace(TINY, qk_norm=False)
+    params = shaken(init_params(plain, jax.random.key(0)))
+    assert "q_norm" not in params["blocks"]
+    assert np.isfinite(forward(plain, params, inputs())).all()
+
+
+def test_flops_by_hand():
+    # Per layer and token: qkv and out 4 D^2, MLP 8 D^2, and two products with every key.
+    per_token = 2 * (12 * 32**2 + 2 * 10 * 32) + 2 * 2 * 32 * 4 / 2
+    assert forward_flops(TINY, 10) == 10 * 2 * per_token
+    assert training_flops(TINY) == 3 * forward_flops(TINY, 4 + 18)
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (dict(heads=3), "heads"),
+        (dict(hidden=30, heads=2), "hidden"),
+        (dict(layers=0), "layers"),
+        (dict(dtype="float16"), "dtype"),
+        (dict(remat="some"), "remat"),
+        (dict(scan_unroll=3), "scan_unroll"),
+    ],
+)
+def test_bad_settings_are_refused(bad, field):
+    with pytest.raises(InputError) as error:
+        dataclasses.replace(TINY, **bad)
+    assert error.value.field == field

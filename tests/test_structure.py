@@ -1,0 +1,71 @@
+"""The house stays in order: floors, layout, style."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+PACKAGE = ROOT / "causalfusion_jax"
+FLOORS = (
+    ("errors", "factorization", "diffusion", "sharding"),
+    ("models", "data"),
+    ("experiment", "training", "sampling", "evaluation"),
+    ("cli", "train", "sample", "evaluate"),
+)
+
+
+def floor(room):
+    return next(level for level, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def modules():
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def rooms_imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("causalfusion_jax"):
+            names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+            yield from names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_down_the_floors(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for imported in rooms_imported(path):
+        assert floor(imported) <= floor(room), f"{room} imports {imported} from a floor above"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_stay_small_and_public_names_documented(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 500
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_flags_only_in_the_commands():
+    for path in modules():
+        if floor(path.relative_to(PACKAGE).parts[0].removesuffix(".py")) < 3:
+            assert "DEFINE_" not in path.read_text(), path
+
+
+def test_top_level():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    allowed = {
+        "causalfusion_jax", "configs", "launch", "tests", "setup.cfg", "README.md", "LICENSE", "pyproject.toml",
+        ".gitignore", ".ci",
+    }
+    assert {line.split("/")[0] for line in tracked.stdout.splitlines()} <= allowed
+
+
+def test_lint():
+    done = subprocess.run([sys.executable, "-m", "flake8", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
