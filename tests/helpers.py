@@ -1,16 +1,19 @@
 """A tiny model of digits, and what several tests do with it."""
 
+import atexit
+import functools
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from causalfusion_jax import experiment, sharding
-from causalfusion_jax.models.transformer import Params
+from causalfusion_jax.models.transformer import Params, TransformerConfig, init_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -39,6 +42,12 @@ def shaken(params: Params, scale: float = 0.1) -> Params:
     return jax.tree.unflatten(tree, noisy)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def random_params(config: TransformerConfig, scale: float = 0.1) -> Params:
+    """`shaken` fresh parameters, as one program."""
+    return shaken(init_params(config, jax.random.key(0)), scale)
+
+
 def make_batch(config: experiment.ExperimentConfig, mesh):
     """A random batch on the mesh, and its shapes."""
     rng = np.random.default_rng(0)
@@ -53,9 +62,20 @@ def make_batch(config: experiment.ExperimentConfig, mesh):
 
 def command(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
     """Runs `python -m causalfusion_jax.NAME ARGS` as a user does."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    env.pop("XLA_FLAGS", None)
     return subprocess.run(
         [sys.executable, "-m", f"causalfusion_jax.{name}", *map(str, args)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs,
+        cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=900, **kwargs,
     )
+
+
+@functools.cache
+def command_env() -> dict[str, str]:
+    """The environment of commands: one device; what one compiled, the next one reuses."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
+    atexit.register(cache.cleanup)
+    return env | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": cache.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }

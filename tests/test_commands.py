@@ -1,7 +1,6 @@
 """The three commands, run as a user runs them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, command
+from helpers import ROOT, command, command_env
 from PIL import Image
 
 SMALL = (
@@ -90,12 +89,10 @@ def test_sample_and_evaluate(run, tmp_path):
 
 def start(workdir):
     """Training in the background, stdout read line by line."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    env.pop("XLA_FLAGS", None)
     # One logged line a step tells where it is.
     return subprocess.Popen(
         [sys.executable, "-m", "causalfusion_jax.train", *SMALL, f"--workdir={workdir}", "--config.logging.every=1"],
-        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 
 

@@ -146,7 +146,7 @@ def test_bad_settings_are_refused(bad):
 
 def draws(config, num_tokens, count):
     keys = jax.random.split(jax.random.key(3), count)
-    return np.asarray(jax.vmap(lambda key: jnp.asarray(ar_steps(config, num_tokens, key)))(keys))
+    return np.asarray(jax.jit(jax.vmap(lambda key: jnp.asarray(ar_steps(config, num_tokens, key))))(keys))
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9, 1.0])
@@ -199,7 +199,7 @@ def test_weights_by_hand():
 def test_plans_differ_by_sample_and_repeat_by_key():
     config = FactorizationConfig()
     keys = jax.random.split(jax.random.key(0), 8)
-    plan = jax.vmap(lambda key: draw_plan(config, (4, 4), key))(keys)
-    again = jax.vmap(lambda key: draw_plan(config, (4, 4), key))(keys)
+    draw = jax.jit(jax.vmap(lambda key: draw_plan(config, (4, 4), key)))
+    plan, again = draw(keys), draw(keys)
     jax.tree.map(np.testing.assert_array_equal, plan, again)
     assert all((a != b).any() for a, b in itertools.combinations(np.asarray(plan.order), 2))

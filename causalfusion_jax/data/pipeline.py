@@ -16,6 +16,8 @@ from causalfusion_jax.data.sources import ImageFolderSource, digits
 from causalfusion_jax.errors import require, require_number, require_one_of
 
 SOURCES = ("digits", "image_folder")
+ENDLESS = 2**31
+"""Epochs. Grain's own endless repeat is of length sys.maxsize, which batches of one overflow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ def host_batches(
       Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}.
     """
     require(batch_size % hosts == 0, "batch_size", batch_size, f"must be a multiple of the {hosts} hosts")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(ENDLESS)
     if config.flip:
         dataset = dataset.random_map(flip)
     # Batches of one host's size; every hosts-th of them is this host's.

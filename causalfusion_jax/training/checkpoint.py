@@ -214,17 +214,13 @@ class Checkpoints:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = abstract_model(config.objective.model)[1]
         wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item={weights: wanted},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({weights: wanted}),
-                    partial_restore=True,
-                )
-            ),
+        args = ocp.args.PyTreeRestore(
+            item={weights: wanted},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({weights: wanted}),
+            partial_restore=True,
         )
-        return restored["state"][weights]
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(self._steps_dir / str(step) / "state", args=args)[weights]
 
     def fingerprint(self, step: int) -> str:
         """One checksum for all files of a step."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import shaken
+from helpers import random_params, shaken
 
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.factorization import FactorizationConfig, draw_plan
@@ -34,8 +34,9 @@ def inputs():
     return jnp.arange(6) % 5, clean, noisy, t, plan.order, plan.step
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def forward(config, params, args):
-    return jax.jit(lambda params, args: nnx.merge(abstract_model(config)[0], params)(*args))(params, args)
+    return nnx.merge(abstract_model(config)[0], params)(*args)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_unknown_preset():
 
 
 def test_fresh_model_predicts_zero_and_starts_from_sines():
-    params = init_params(TINY, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
     assert not np.asarray(forward(TINY, params, inputs())).any()
     positions = np.asarray(params["positions"]).reshape(3, 3, 32)
     # The column is in the first half, the row in the second.
@@ -72,7 +73,7 @@ def test_fresh_model_predicts_zero_and_starts_from_sines():
 
 
 def test_layers_are_initialized_independently():
-    kernels = np.asarray(init_params(TINY, jax.random.key(0))["blocks"]["mlp_in"]["kernel"])
+    kernels = np.asarray(jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))["blocks"]["mlp_in"]["kernel"])
     assert not np.allclose(kernels[0], kernels[1])
     bound = np.sqrt(6 / (32 + 128))
     assert np.abs(kernels).max() <= bound and np.abs(kernels).max() > 0.95 * bound
@@ -80,7 +81,7 @@ def test_layers_are_initialized_independently():
 
 def test_nothing_leaks():
     """Changing a token leaves every prediction that must not see it bit-unchanged."""
-    params = shaken(init_params(TINY, jax.random.key(0)))
+    params = random_params(TINY)
     labels, clean, noisy, t, order, step = inputs()
     before = np.asarray(forward(TINY, params, inputs()))
     rng = np.random.default_rng(0)
@@ -101,7 +102,7 @@ def test_nothing_leaks():
     "setting", [dict(remat="full"), dict(remat="dots"), dict(scan_unroll=2)], ids=lambda s: str(*s.values())
 )
 def test_settings_that_change_nothing(setting):
-    params = shaken(init_params(TINY, jax.random.key(0)))
+    params = random_params(TINY)
 
     def loss(params, config):
         return jnp.mean(jnp.square(forward(config, params, inputs())))
@@ -112,7 +113,7 @@ def test_settings_that_change_nothing(setting):
 
 
 def test_bfloat16_is_close_and_finite():
-    params = shaken(init_params(TINY, jax.random.key(0)))
+    params = random_params(TINY)
     exact = forward(TINY, params, inputs())
     half = forward(dataclasses.replace(TINY, dtype="bfloat16"), params, inputs())
     assert half.dtype == jnp.float32
@@ -122,7 +123,7 @@ def test_bfloat16_is_close_and_finite():
 def test_fixed_positions_are_no_parameters():
     fixed = dataclasses.replace(TINY, positions="sincos")
     assert count_params(TINY) - count_params(fixed) == 9 * 32
-    params = init_params(TINY, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
     learned = shaken({k: v for k, v in params.items() if k != "positions"})
     np.testing.assert_allclose(
         forward(fixed, learned, inputs()),
@@ -133,7 +134,7 @@ def test_fixed_positions_are_no_parameters():
 
 def test_without_qk_norm():
     plain = dataclasses.replace(TINY, qk_norm=False)
-    params = shaken(init_params(plain, jax.random.key(0)))
+    params = random_params(plain)
     assert "q_norm" not in params["blocks"]
     assert np.isfinite(forward(plain, params, inputs())).all()
 

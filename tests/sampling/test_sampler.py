@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import shaken
+from helpers import random_params
 
 from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.factorization import CONDITION_STEP, FactorizationConfig, Role
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model, init_params
+from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.sampling.sampler import SamplerConfig, guidance_scales, image_keys, sample_tokens
 from causalfusion_jax.sampling.solvers import solver_table
 
@@ -26,16 +26,17 @@ LABELS = np.array([0, 3, 4])
 
 @functools.cache
 def params():
-    return shaken(init_params(MODEL, jax.random.key(0)), 0.05)
+    return random_params(MODEL, 0.05)
 
 
 @functools.cache
 def network():
     """The whole sequence through the model, nothing cached; compiled per length."""
+    weights = params()
 
     @jax.jit
     def run(labels, clean, noisy, ids, t, role, step):
-        model = nnx.merge(abstract_model(MODEL)[0], params())
+        model = nnx.merge(abstract_model(MODEL)[0], weights)
         known = clean.shape[1]
         parts = [model.embed_condition(labels)]
         parts += [model.embed_tokens(clean, ids[:, :known])] if known else []

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import make_batch, shaken, tiny_config
+from helpers import make_batch, random_params, tiny_config
 
 from causalfusion_jax import experiment, sharding
 from causalfusion_jax.diffusion import DiffusionConfig
@@ -25,7 +25,7 @@ KEY = jax.random.key(1)
 
 def start(config=CONFIG):
     state = create_state(config.step, MESH, jax.random.key(0))
-    return state._replace(params=shaken(state.params)), make_batch(config, MESH)[0]
+    return state._replace(params=random_params(config.transformer)), make_batch(config, MESH)[0]
 
 
 @functools.cache
@@ -47,14 +47,15 @@ def test_a_step_is_a_pure_function():
 def test_the_update_is_optax_on_the_gradient():
     state, batch = start()
     keys = example_keys(jax.random.fold_in(KEY, 0), 16)
-    grads, metrics = jax.grad(functools.partial(diffusion_loss, CONFIG.step.objective), has_aux=True)(
-        state.params, batch, keys
-    )
+    grad_fn = jax.jit(jax.grad(functools.partial(diffusion_loss, CONFIG.step.objective), has_aux=True))
+    grads, _ = grad_fn(state.params, batch, keys)
     optimizer = make_optimizer(CONFIG.optimizer, CONFIG.train.steps)
-    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    updates, moments = optimizer.update(grads, state.opt_state, state.params)
     new, step_metrics = step_of(CONFIG)(state, batch, KEY)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-7), new.opt_state, moments)
+    # Adam's first step is the gradient's sign, which rounding decides for the smallest ones.
     expected = optax.apply_updates(state.params, updates)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), new.params, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-4), new.params, expected)
     np.testing.assert_allclose(step_metrics["grad_norm"], optax.global_norm(grads), rtol=1e-4)
     # Warmed-up average: decay (1 + 0) / (10 + 0) at the first step.
     ema = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, state.ema, new.params)
@@ -123,9 +124,8 @@ def test_other_factorizations_learn(changes):
 def test_dropped_classes_see_the_null_row_only():
     config = dataclasses.replace(CONFIG.step.objective, class_dropout=1.0)
     state, batch = start()
-    grads, _ = jax.grad(functools.partial(diffusion_loss, config), has_aux=True)(
-        state.params, batch, example_keys(KEY, 16)
-    )
+    grad_fn = jax.jit(jax.grad(functools.partial(diffusion_loss, config), has_aux=True))
+    grads, _ = grad_fn(state.params, batch, example_keys(KEY, 16))
     table = np.asarray(grads["label_table"]["embedding"])
     assert not table[:10].any() and table[10].any()
 
@@ -150,7 +150,7 @@ def test_one_program_that_refuses_other_shapes():
 
 
 def test_average_is_a_copy():
-    state = init_state(CONFIG.step, jax.random.key(0))
+    state = jax.jit(init_state, static_argnums=0)(CONFIG.step, jax.random.key(0))
     assert_trees_equal(state.params, state.ema)
     donated = compile_train_step(CONFIG.step, MESH, make_batch(CONFIG, MESH)[1], KEY)
     placed = create_state(CONFIG.step, MESH, jax.random.key(0))
@@ -177,11 +177,11 @@ def test_learning_rates_by_hand(schedule, expected):
 
 def test_weight_decay_spares_vectors():
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
-    params = init_state(CONFIG.step, jax.random.key(0)).params
+    params = jax.jit(init_state, static_argnums=0)(CONFIG.step, jax.random.key(0)).params
     optimizer = make_optimizer(config, 10)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert np.asarray(updates["blocks"]["mlp_in"]["kernel"]).any()
-    params = shaken(params)
+    params = random_params(CONFIG.transformer)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     for path in (("blocks", "mlp_in", "bias"), ("blocks", "q_norm", "scale"), ("positions",)):
         assert not np.asarray(functools.reduce(lambda tree, name: tree[name], path, updates)).any(), path
