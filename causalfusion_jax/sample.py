@@ -132,12 +132,12 @@ def main(argv):
     try:
         sampler = _sampler(config.sampling)
         sampler.check(config.transformer, config.diffusion)
+        checkpoints = Checkpoints(_WORKDIR.value, config.checkpoint, read_only=True)
+        step = checkpoints.good_step(_STEP.value)
     except InputError as error:
         raise error if error.field.startswith("--") else InputError(
             f"--{error.field}", error.value, error.allowed
         ) from None
-    checkpoints = Checkpoints(_WORKDIR.value, config.checkpoint, read_only=True)
-    step = checkpoints.good_step(_STEP.value)
     require(step is not None, "--workdir", _WORKDIR.value, "holds no checkpoint yet; train first")
     request = {
         "step": step, "checkpoint": checkpoints.fingerprint(step), "weights": _WEIGHTS.value,

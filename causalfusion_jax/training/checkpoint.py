@@ -70,18 +70,18 @@ class Checkpoints:
         policies = [preservation_policy.LatestN(config.keep)]
         if config.keep_every:
             policies.append(preservation_policy.EveryNSteps(config.keep_every))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=not self._read_only,
-            create=not self._read_only,
-            read_only=self._read_only,
-            enable_async_checkpointing=not self._read_only,
-        )
         verbosity = logging.get_verbosity()
+        if self._read_only:
+            # Orbax warns that read-only is read-only.
+            logging.set_verbosity(logging.ERROR)
         try:
-            if self._read_only:
-                # Orbax warns that read-only is read-only.
-                logging.set_verbosity(logging.ERROR)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=not self._read_only,
+                create=not self._read_only,
+                read_only=self._read_only,
+                enable_async_checkpointing=not self._read_only,
+            )
             return ocp.CheckpointManager(self._steps_dir, options=options)
         finally:
             logging.set_verbosity(verbosity)
