@@ -48,7 +48,13 @@ def losses(mesh_config, devices, steps=3):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=4), MeshConfig(data=1, fsdp=4), MeshConfig(data=2, tensor=2)], ids=str
+    "mesh",
+    [
+        pytest.param(MeshConfig(data=4), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, fsdp=4), marks=pytest.mark.slow),
+        MeshConfig(data=1, fsdp=2, tensor=2),
+    ],
+    ids=str,
 )
 def test_same_losses_on_four_devices(mesh):
     alone, _ = losses(MeshConfig(), jax.devices()[:1])

@@ -124,12 +124,14 @@ def test_cached_equals_uncached(ar_steps):
     "sampler",
     [
         SamplerConfig(step_sizes=(1, 3, 12), solver_steps=5),
-        SamplerConfig(ar_steps=3, solver_steps=5, cfg_scale=2.0),
+        pytest.param(SamplerConfig(ar_steps=3, solver_steps=5, cfg_scale=2.0), marks=pytest.mark.slow),
         SamplerConfig(ar_steps=3, solver_steps=6, cfg_scale=2.0, cfg_interval=(300, 700)),
-        SamplerConfig(ar_steps=4, solver_steps=5, cfg_scale=1.7, cfg_schedule="linear"),
+        pytest.param(
+            SamplerConfig(ar_steps=4, solver_steps=5, cfg_scale=1.7, cfg_schedule="linear"), marks=pytest.mark.slow
+        ),
         SamplerConfig(ar_steps=4, solver_steps=5, cfg_scale=1.7, cfg_schedule="ar_linear"),
         SamplerConfig(ar_steps=2, solver_steps=5, variance="small", temperature=0.7),
-        SamplerConfig(ar_steps=2, solver_steps=5, solver="ddim"),
+        pytest.param(SamplerConfig(ar_steps=2, solver_steps=5, solver="ddim"), marks=pytest.mark.slow),
         SamplerConfig(ar_steps=2, solver_steps=5, solver="ddim", eta=0.5, clip_x_0=1.0),
         SamplerConfig(ar_steps=2, solver_steps=5, solver="dpmpp_2m"),
     ],
@@ -139,7 +141,9 @@ def test_every_setting(sampler):
     check(sampler)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    "solver", ["heun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("euler", "ddpm", "ddim", "dpmpp_2m"))]
+)
 def test_flow_solvers(solver):
     check(SamplerConfig(ar_steps=2, solver_steps=5, solver=solver), FLOW)
 
@@ -155,7 +159,9 @@ def test_known_tokens_are_context_and_stay():
     np.testing.assert_array_equal(np.take_along_axis(np.asarray(tokens), np.asarray(order)[:, :6, None], 1), known)
 
 
-@pytest.mark.parametrize("order", ["raster", "block_raster", "dilated", "square_blocks"])
+@pytest.mark.parametrize(
+    "order", ["block_raster", *(pytest.param(o, marks=pytest.mark.slow) for o in ("raster", "dilated", "square_blocks"))]
+)
 def test_every_order(order):
     from causalfusion_jax.factorization import token_order
 

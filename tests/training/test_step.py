@@ -62,7 +62,7 @@ def test_the_update_is_optax_on_the_gradient():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), new.ema, ema)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulated_gradients_are_those_of_the_batch(parts):
     state, batch = start()
     split = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, grad_accum_steps=parts))
@@ -103,11 +103,14 @@ def test_binned_errors_add_up():
     [
         dict(diffusion=DiffusionConfig(schedule="cosine", target="v", loss_weight="min_snr", t_shared_by="step")),
         dict(diffusion=DiffusionConfig(schedule="flow", target="velocity", t_distribution="logit_normal")),
-        dict(diffusion=DiffusionConfig(target="x_0", t_shared_by="token")),
+        pytest.param(dict(diffusion=DiffusionConfig(target="x_0", t_shared_by="token")), marks=pytest.mark.slow),
         dict(factorization=FactorizationConfig(order="square_blocks", order_block=4, steps="block", block_size=4)),
-        dict(factorization=FactorizationConfig(order="raster", steps="fixed", num_steps=1, weight="none")),
+        pytest.param(
+            dict(factorization=FactorizationConfig(order="raster", steps="fixed", num_steps=1, weight="none")),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=["cosine v by step", "flow", "x_0 by token", "blocks", "diffusion"],
 )
 def test_other_factorizations_learn(changes):
     config = dataclasses.replace(
