@@ -99,7 +99,9 @@ def test_nothing_leaks():
 
 
 @pytest.mark.parametrize(
-    "setting", [dict(remat="dots"), dict(scan_unroll=2), pytest.param(dict(remat="full"), marks=pytest.mark.slow)], ids=lambda s: str(*s.values())
+    "setting",
+    [dict(remat="dots"), dict(scan_unroll=2), pytest.param(dict(remat="full"), marks=pytest.mark.slow)],
+    ids=lambda setting: str(*setting.values()),
 )
 def test_settings_that_change_nothing(setting):
     params = random_params(TINY)

@@ -160,7 +160,8 @@ def test_known_tokens_are_context_and_stay():
 
 
 @pytest.mark.parametrize(
-    "order", ["block_raster", *(pytest.param(o, marks=pytest.mark.slow) for o in ("raster", "dilated", "square_blocks"))]
+    "order",
+    ["block_raster", *(pytest.param(o, marks=pytest.mark.slow) for o in ("raster", "dilated", "square_blocks"))],
 )
 def test_every_order(order):
     from causalfusion_jax.factorization import token_order
