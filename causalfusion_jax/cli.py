@@ -45,7 +45,8 @@ def keep_freed_memory() -> None:
     """Tells glibc to reuse freed memory rather than give it back to the system.
 
     XLA:CPU allocates a program's temporaries anew at every call. By default large ones are
-    fresh pages each time, and zeroing those took a quarter of a training step here.
+    fresh pages each time, and zeroing those takes a good part of a small model's step
+    (launch/bench/RESULTS.md).
     """
     if not sys.platform.startswith("linux"):
         return

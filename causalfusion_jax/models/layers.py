@@ -17,7 +17,7 @@ def _mean(x: jax.Array) -> jax.Array:
     """Mean over the last axis, kept; [..., dim] to [..., 1]."""
 
     def by_product(x):
-        # XLA:CPU reduces short rows at a third of the speed of its matrix products.
+        # XLA:CPU reduces short rows slower than it multiplies (launch/bench/RESULTS.md).
         dim = x.shape[-1]
         return (x.reshape(-1, dim) @ jnp.full((dim, 1), 1.0 / dim)).reshape(*x.shape[:-1], 1)
 
