@@ -152,18 +152,20 @@ class _Run:
                     self.log.write(step, scalars | self._speed(step - since, seconds, waited))
                     self._check_finite(state, step)
                     totals, since, waited = None, step, 0.0
-                if last or step % config.checkpoint.every == 0 or stop.received:
+                # Read once: a signal during the grid below stops at the next step, saved.
+                stopping = stop.received
+                if last or step % config.checkpoint.every == 0 or stopping:
                     self._save(step, state)
                 if config.logging.sample_every and (last or step % config.logging.sample_every == 0):
                     self._sample(step, state)
                 if totals is None:
                     clock = time.perf_counter()
-                if stop.received:
+                if stopping:
                     break
-        if stop.received and step < config.train.steps:
+        if stopping and step < config.train.steps:
             self.checkpoints.wait()
             print(
-                f"{stop.received}: saved step {step} of {config.train.steps} in {self.workdir};"
+                f"{stopping}: saved step {step} of {config.train.steps} in {self.workdir};"
                 " run the same command again to continue",
                 flush=True,
             )
