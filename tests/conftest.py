@@ -2,8 +2,11 @@
 
 import os
 
-# Fixed here, before jax starts: four devices to shard over.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Fixed here, before jax starts: four devices to shard over, and machine code that is quick
+# to make, as compilation is most of a test's time.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

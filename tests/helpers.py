@@ -71,7 +71,7 @@ def command(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
 @functools.cache
 def command_env() -> dict[str, str]:
     """The environment of commands: one device; what one compiled, the next one reuses."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
     atexit.register(cache.cleanup)
     return env | {
