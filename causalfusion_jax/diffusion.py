@@ -162,10 +162,11 @@ def sample_t(config: DiffusionConfig, key: jax.Array, step) -> jax.Array:
     Args:
       config: names the distribution and what shares a draw.
       key: PRNG key.
-      step: int [L], the AR step of each place.
+      step: int [L], the AR step of each place, or of each group of places that is to
+        have one t (`factorization.places_per_t`).
 
     Returns:
-      t at each place, [L] ([1] where the image shares it): int32 in 0..T-1, or float32
+      t at each of them, [L] ([1] where the image shares it): int32 in 0..T-1, or float32
       in (0, T) for the flow.
     """
     L, T = (1 if config.t_shared_by == "image" else step.shape[0]), config.num_timesteps

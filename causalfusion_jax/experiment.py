@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.diffusion import DiffusionConfig
@@ -39,9 +40,13 @@ class ModelConfig:
     layers: int = 4
     mlp_ratio: float = 4.0
     patch_size: int = 2
+    conditioning: str = "in_context"
     num_condition_tokens: int = 4
+    norm: str = "layer"
     positions: str = "learned"
     qk_norm: bool = True
+    qkv_bias: bool = False
+    token_bias: bool = True
     class_dropout: float = 0.1
     dtype: str = "float32"
     remat: str = "none"
@@ -125,11 +130,19 @@ class ExperimentConfig:
         require(size % patch == 0, "model.patch_size", patch, f"must divide data.image_size={size}")
         _under("model", lambda: self.transformer)
         _under("factorization", lambda: self.factorization.check_grid(self.transformer.grid))
-        _under("sampling", lambda: self.sampling.check(self.transformer, self.diffusion))
+        _under("sampling", lambda: self.check_sampler(self.sampling))
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         require(
             self.optimizer.schedule == "constant" or warmup < steps, "optimizer.warmup_steps", warmup,
             f"must be < train.steps={steps} for schedule {self.optimizer.schedule}",
+        )
+
+    def check_sampler(self, sampler: SamplerConfig) -> None:
+        """Raises InputError where the model cannot be sampled so."""
+        sampler.check(self.transformer, self.diffusion)
+        require(
+            sampler.cfg_scale == 1.0 or self.model.class_dropout > 0, "cfg_scale", sampler.cfg_scale,
+            "must be 1: model.class_dropout=0 trains nothing to guide away from",
         )
 
     @property
@@ -138,10 +151,17 @@ class ExperimentConfig:
         model = dataclasses.asdict(self.model)
         patch_size, _ = model.pop("patch_size"), model.pop("class_dropout")
         side = self.data.image_size // patch_size
+        frames = (self.data.frames,) if self.data.frames > 1 else ()
         return TransformerConfig(
-            **model, grid=(side, side), token_dim=patch_size**2 * self.data.channels,
+            **model, grid=(*frames, side, side), token_dim=patch_size**2 * self.data.channels,
             num_classes=self.data.num_classes,
         )
+
+    @property
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and type of each array of a global batch."""
+        batch = self.train.batch_size
+        return {"image": ((batch, *self.data.shape), np.float32), "label": ((batch,), np.int32)}
 
     @property
     def step(self) -> StepConfig:

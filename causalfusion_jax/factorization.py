@@ -87,7 +87,7 @@ class FactorizationConfig:
         else:
             require_number("order_block", self.order_block, 1)
 
-    def check_grid(self, grid: tuple[int, int]) -> None:
+    def check_grid(self, grid: tuple[int, ...]) -> None:
         """Raises InputError where this factorization does not fit a token grid."""
         tokens = math.prod(grid)
         if self.order != "random":
@@ -192,20 +192,22 @@ def tile_may_attend(q_role, q_step, k_role, k_step, q_tile: int, k_tile: int) ->
     return noisy_noisy | noisy_other | other_other | pad_pad
 
 
-def training_layout(num_condition: int, step) -> tuple[jax.Array, jax.Array]:
+def training_layout(num_condition: int, step, num_clean: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Roles and steps of the training sequence `[condition | clean | noisy]`.
 
     Args:
       num_condition: number of condition tokens C.
       step: int32 [..., L], the AR step of each place.
+      num_clean: the first so many places have a clean token K; default: all L.
 
     Returns:
-      role, step: int32 [..., C + 2L].
+      role, step: int32 [..., C + K + L].
     """
     step = jnp.asarray(step, jnp.int32)
+    num_clean = step.shape[-1] if num_clean is None else num_clean
     condition = jnp.full((*step.shape[:-1], num_condition), CONDITION_STEP, jnp.int32)
-    steps = jnp.concatenate([condition, step, step], axis=-1)
-    counts = {Role.CONDITION: num_condition, Role.CLEAN: step.shape[-1], Role.NOISY: step.shape[-1]}
+    steps = jnp.concatenate([condition, step[..., :num_clean], step], axis=-1)
+    counts = {Role.CONDITION: num_condition, Role.CLEAN: num_clean, Role.NOISY: step.shape[-1]}
     roles = np.repeat([int(r) for r in counts], list(counts.values())).astype(np.int32)
     return jnp.broadcast_to(roles, steps.shape), steps
 
@@ -238,12 +240,14 @@ def dilated_order(grid: tuple[int, int], stride: int) -> np.ndarray:
     return np.concatenate(phases)
 
 
-def token_order(config: FactorizationConfig, grid: tuple[int, int], key: jax.Array | None = None):
-    """The order in which the tokens of a [height, width] grid are generated.
+def token_order(config: FactorizationConfig, grid: tuple[int, ...], key: jax.Array | None = None):
+    """The order in which the tokens of a grid are generated.
+
+    Blocks and strides lie within a frame; the frames of a video follow one another.
 
     Args:
       config: names the order.
-      grid: token rows and columns.
+      grid: token rows and columns, after frames for a video.
       key: PRNG key, needed by `random` only.
 
     Returns:
@@ -257,6 +261,9 @@ def token_order(config: FactorizationConfig, grid: tuple[int, int], key: jax.Arr
         return jax.random.permutation(key, num_tokens).astype(jnp.int32)
     if config.order == "raster":
         return np.arange(num_tokens, dtype=np.int32)
+    if len(grid) == 3:
+        frame = token_order(config, grid[1:])
+        return (np.arange(grid[0], dtype=np.int32)[:, None] * len(frame) + frame).reshape(-1)
     if config.order == "block_raster":
         return block_raster_order(grid, config.order_block)
     if config.order == "dilated":
@@ -286,6 +293,37 @@ def num_steps_probabilities(num_tokens: int, gamma: float) -> np.ndarray:
     return p / p.sum()
 
 
+def static_steps(config: FactorizationConfig, num_tokens: int) -> np.ndarray | None:
+    """AR step of each place where all images share it, int32 [L]; None where it is drawn."""
+    if config.steps == "fixed":
+        return equal_steps(num_tokens, config.num_steps)
+    if config.steps == "block":
+        return (np.arange(num_tokens) // config.block_size).astype(np.int32)
+    return None
+
+
+def num_visible_clean(config: FactorizationConfig, num_tokens: int) -> int:
+    """The first so many places need a clean token in training.
+
+    Nobody looks at the clean tokens of the last AR step. Where the steps are drawn, the
+    last one may be a single token, and all L are kept.
+    """
+    step = static_steps(config, num_tokens)
+    return num_tokens if step is None else int(np.sum(step < step[-1]))
+
+
+def places_per_t(config: FactorizationConfig, num_tokens: int) -> int:
+    """Consecutive places that share a noise level drawn for each AR step.
+
+    The steps' size where it is one and the same, so that what depends on the level is
+    computed once a step; else 1.
+    """
+    step = static_steps(config, num_tokens)
+    if step is None or num_tokens % (step[-1] + 1):
+        return 1
+    return num_tokens // int(step[-1] + 1)
+
+
 def ar_steps(config: FactorizationConfig, num_tokens: int, key: jax.Array):
     """Cuts L places into AR steps.
 
@@ -297,10 +335,9 @@ def ar_steps(config: FactorizationConfig, num_tokens: int, key: jax.Array):
     Returns:
       int32 [L], non-decreasing from 0.
     """
-    if config.steps == "fixed":
-        return equal_steps(num_tokens, config.num_steps)
-    if config.steps == "block":
-        return (np.arange(num_tokens) // config.block_size).astype(np.int32)
+    static = static_steps(config, num_tokens)
+    if static is not None:
+        return static
     gamma = config.gamma if config.steps == "decay" else 1.0
     # Logarithms of the unnormalized probabilities: gamma^L may underflow.
     logits = np.arange(num_tokens) * math.log(gamma)
@@ -342,7 +379,7 @@ def ar_weights(config: FactorizationConfig, step) -> jax.Array:
     return (config.weight_min + (config.weight_max - config.weight_min) * fall).astype(jnp.float32)
 
 
-def draw_plan(config: FactorizationConfig, grid: tuple[int, int], key: jax.Array) -> Plan:
+def draw_plan(config: FactorizationConfig, grid: tuple[int, ...], key: jax.Array) -> Plan:
     """Draws one image's factorization; arrays [L]. Use with `jax.vmap` over keys."""
     order_key, step_key = jax.random.split(key)
     order = jnp.asarray(token_order(config, grid, order_key))

@@ -1,11 +1,16 @@
-"""Samples images from a trained model.
+"""Samples images (or videos) from a trained model.
 
     python -m causalfusion_jax.sample --workdir=runs/digits --num=1000 --ar_steps=4 --out=runs/digits/samples_4
+    python -m causalfusion_jax.sample --checkpoint=converted/xl --vae=converted/kl16 --num=8 --out=samples/xl
 
-OUT receives samples.npz (`arr_0`: uint8 images [num, height, width, channels]; `arr_1`:
-int labels, classes balanced unless --labels is given), grid.png, and request.json, which
-says how they were made. The same request gives the same bytes; where OUT already holds
-it, nothing is done. Options left out are as in the run's config (`config.sampling`).
+OUT receives samples.npz (`arr_0`: uint8 images [num, (frames,) height, width, channels];
+`arr_1`: int labels, classes balanced unless --labels is given), grid.png, and request.json,
+which says how they were made. The same request gives the same bytes; where OUT already
+holds it, nothing is done. Options left out are as in the run's config (`config.sampling`).
+
+A model of latents needs the autoencoder that decodes them, --vae, converted by
+causalfusion_jax.convert. Without it `arr_0` is the latents themselves, float32, and the
+grid shows three of their channels in false colour.
 
 --ar_steps is the dial between diffusion (1) and token-by-token autoregression (the number
 of tokens); --order, --step_sizes and --solver are free too, whatever was trained.
@@ -14,22 +19,22 @@ of tokens); --order, --step_sizes and --solver are free too, whatever was traine
 import dataclasses
 import json
 import pathlib
-import shutil
-import tempfile
 
 from absl import flags
 
-from causalfusion_jax import cli
+from causalfusion_jax import cli, files
 from causalfusion_jax.errors import InputError, require
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run; or give --checkpoint.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a converted checkpoint.")
+_VAE = flags.DEFINE_string("vae", None, "Folder of a converted autoencoder, for a model of latents.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
 _NUM = flags.DEFINE_integer("num", None, "Number of images [100, or one for each of --labels].")
 _LABELS = flags.DEFINE_string("labels", None, "Class numbers, one an image: 3,3,7. Default: all classes in turn.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; image i depends on it, i and its label alone.")
 _BATCH = flags.DEFINE_integer("batch_size", 250, "Images sampled at a time.")
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged weights, or the last ones.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use [the newest intact one].")
+_WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "params"], "Of a run: averaged weights [ema], or the last ones.")
+_STEP = flags.DEFINE_integer("step", None, "Of a run: checkpoint to use [the newest intact one].")
 _AR_STEPS = flags.DEFINE_integer("ar_steps", None, "AR steps of equal size: 1 is diffusion, L token by token.")
 _STEP_SIZES = flags.DEFINE_string("step_sizes", None, "Tokens in each AR step instead: 1,3,12.")
 _ORDER = flags.DEFINE_string("order", None, "raster, block_raster, dilated, random or square_blocks [as trained].")
@@ -118,65 +123,69 @@ def _is_done(out: pathlib.Path, request: dict) -> bool:
     return (out / "samples.npz").is_file() and (out / "grid.png").is_file()
 
 
+def _trained():
+    """The model that --workdir or --checkpoint names."""
+    from causalfusion_jax.sampling import trained
+
+    given = (_WORKDIR.value is None) + (_CHECKPOINT.value is None)
+    require(given == 1, "--workdir", _WORKDIR.value, "give --workdir, or --checkpoint, and not both")
+    if _WORKDIR.value is not None:
+        return trained.from_run(_WORKDIR.value, _WEIGHTS.value or "ema", _STEP.value)
+    for name, flag in {"weights": _WEIGHTS, "step": _STEP}.items():
+        require(flag.value is None, f"--{name}", flag.value, "a converted checkpoint has one; leave it out")
+    return trained.from_converted(_CHECKPOINT.value)
+
+
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax import experiment
-    from causalfusion_jax.training.checkpoint import Checkpoints
+    from causalfusion_jax.sampling.trained import make_decoder
 
     out = pathlib.Path(_OUT.value)
-    config = experiment.load(_WORKDIR.value)
-    labels = _labels(config.data.num_classes)
     require(_BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
     require(0 <= _SEED.value < 2**32, "--seed", _SEED.value, "must be >= 0 and < 2**32")
     try:
+        config, origin, params = _trained()
+        labels = _labels(config.data.num_classes)
         sampler = _sampler(config.sampling)
-        sampler.check(config.transformer, config.diffusion)
-        checkpoints = Checkpoints(_WORKDIR.value, config.checkpoint, read_only=True)
-        step = checkpoints.good_step(_STEP.value)
+        config.check_sampler(sampler)
     except InputError as error:
         raise error if error.field.startswith("--") else InputError(
             f"--{error.field}", error.value, error.allowed
         ) from None
-    require(step is not None, "--workdir", _WORKDIR.value, "holds no checkpoint yet; train first")
+    vae, decode = (None, None) if _VAE.value is None else make_decoder(_VAE.value, config)
     request = {
-        "step": step, "checkpoint": checkpoints.fingerprint(step), "weights": _WEIGHTS.value,
-        "seed": _SEED.value, "batch_size": _BATCH.value, "labels": labels.tolist(),
+        **origin, "vae": vae, "seed": _SEED.value, "batch_size": _BATCH.value, "labels": labels.tolist(),
         "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
     }
     if _is_done(out, request):
         print(f"{out} already holds these {len(labels)} samples")
         return
-    _sample_to(out, config, sampler, checkpoints.restore_params(step, config.step, _WEIGHTS.value), labels, request)
+    _sample_to(out, config, sampler, params(), labels, request, decode)
 
 
-def _sample_to(out: pathlib.Path, config, sampler, params, labels, request: dict) -> None:
+def _sample_to(out: pathlib.Path, config, sampler, params, labels, request: dict, decode) -> None:
     """Samples, and makes `out` appear whole."""
     import numpy as np
 
     from causalfusion_jax.sampling.generation import generate_images
-    from causalfusion_jax.sampling.images import make_grid, save_png
+    from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
 
     def progress(done):
         print(f"sampled {done}/{len(labels)}", flush=True)
 
-    images = generate_images(config, sampler, params, labels, _SEED.value, _BATCH.value, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        part.chmod(0o755)
-        np.savez(part / "samples.npz", images, labels)
-        classes = config.data.num_classes
-        save_png(part / "grid.png", make_grid(images[:100], columns=classes if classes <= 20 else 10))
-        (part / "request.json").write_text(json.dumps(request, indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    images = generate_images(config, sampler, params, labels, _SEED.value, _BATCH.value, progress, decode)
+    classes = config.data.num_classes
+
+    def fill(folder):
+        np.savez(folder / "samples.npz", images, labels)
+        grid = make_grid(*frames_in_rows(images[:100], classes if classes <= 20 else 10))
+        save_png(folder / "grid.png", grid)
+        files.write_json(folder / "request.json", request)
+
+    files.write_folder(out, fill)
     print(f"wrote {len(images)} samples to {out / 'samples.npz'} and {out / 'grid.png'}")
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir", "out"))
+    cli.run(main, required=("out",))

@@ -7,15 +7,18 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from causalfusion_jax import experiment, sharding
-from causalfusion_jax.models.transformer import Params, TransformerConfig, init_params
+from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
+from causalfusion_jax.released.inception import ignored_names
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
 
 
 def tiny_config(**sections) -> dict:
@@ -34,18 +37,38 @@ def tiny_config(**sections) -> dict:
     return config
 
 
-def shaken(params: Params, scale: float = 0.1) -> Params:
+def random_params(config: TransformerConfig, scale: float = 0.15) -> Params:
     """Parameters without a zero among them, so that every one of them matters."""
+    rng = np.random.default_rng(7)
+
+    def draw(path, leaf):
+        values = scale * rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(values + 1.0 if path[-1].key == "scale" else values)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_model(config)[1])
+
+
+def shaken(params: Params, scale: float = 0.1) -> Params:
+    """`params` with noise on every one of them."""
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    noisy = [leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(7)
+    return jax.tree.unflatten(tree, [leaf + scale * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def random_params(config: TransformerConfig, scale: float = 0.1) -> Params:
-    """`shaken` fresh parameters, as one program."""
-    return shaken(init_params(config, jax.random.key(0)), scale)
+def inception_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    """The weights that the goldens of Inception were computed with, by released name."""
+
+    def weight(name, shape):
+        z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        if name.endswith("running_var"):
+            return 1 + 0.2 * np.abs(z)
+        if name.endswith(("running_mean", ".bias")):
+            return 0.1 * z
+        if name.endswith("bn.weight"):
+            return 1 + 0.1 * z
+        return z * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+
+    return {name: weight(name, shape) for name, shape in shapes.items() if name not in ignored_names()}
 
 
 def make_batch(config: experiment.ExperimentConfig, mesh):

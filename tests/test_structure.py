@@ -9,10 +9,10 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "factorization", "diffusion", "sharding"),
-    ("models", "data"),
+    ("errors", "files", "factorization", "diffusion", "sharding"),
+    ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation"),
-    ("cli", "train", "sample", "evaluate"),
+    ("cli", "train", "sample", "evaluate", "convert"),
 )
 
 

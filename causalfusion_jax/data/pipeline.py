@@ -12,10 +12,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from causalfusion_jax.data.sources import ImageFolderSource, digits
+from causalfusion_jax.data.sources import ArraysSource, ImageFolderSource, digits
 from causalfusion_jax.errors import require, require_number, require_one_of
 
-SOURCES = ("digits", "image_folder")
+SOURCES = ("digits", "image_folder", "arrays")
 ENDLESS = 2**31
 """Epochs. Grain's own endless repeat is of length sys.maxsize, which batches of one overflow."""
 
@@ -25,10 +25,14 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      source: `digits` (scikit-learn's, built in) or `image_folder`.
-      path: root of image_folder: one folder of images for each class.
-      image_size: side in pixels; folder images are scaled and centre-cropped to it.
-      channels: 1 or 3.
+      source: `digits` (scikit-learn's, built in), `image_folder`, or `arrays`.
+      path: of image_folder, one folder of images for each class; of arrays, a folder with
+        image.npy and label.npy.
+      image_size: side in pixels (or latents); folder images are scaled and centre-cropped
+        to it.
+      channels: 1 or 3; any number for latents.
+      frames: 1 for images, more for videos of so many frames.
+      latents: the arrays are an autoencoder's latents, scaled as models take them.
       num_classes: classes; must be what the source holds.
       flip: flip half of the images, drawn anew each epoch.
       workers: processes that read and decode; 0 reads in this one.
@@ -39,6 +43,8 @@ class DataConfig:
     path: str = ""
     image_size: int = 8
     channels: int = 1
+    frames: int = 1
+    latents: bool = False
     num_classes: int = 10
     flip: bool = False
     workers: int = 0
@@ -47,15 +53,27 @@ class DataConfig:
     def __post_init__(self):
         require_one_of("source", self.source, SOURCES)
         require_number("image_size", self.image_size, 1)
-        require_one_of("channels", self.channels, (1, 3))
+        if self.latents:
+            require_number("channels", self.channels, 1)
+            require(not self.flip, "flip", self.flip, "must be False for latents: encode flipped images instead")
+        else:
+            require_one_of("channels", self.channels, (1, 3))
+        require_number("frames", self.frames, 1)
         require_number("num_classes", self.num_classes, 1)
         require_number("workers", self.workers, 0)
-        if self.source == "digits":
-            for name, value in {"image_size": 8, "channels": 1, "num_classes": 10, "path": ""}.items():
-                given = getattr(self, name)
-                require(given == value, name, given, f"must be {value!r} for source digits")
-        else:
-            require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
+        fixed = {
+            "digits": {"image_size": 8, "channels": 1, "num_classes": 10, "path": "", "frames": 1, "latents": False},
+            "image_folder": {"frames": 1, "latents": False},
+        }.get(self.source, {})
+        for name, value in fixed.items():
+            given = getattr(self, name)
+            require(given == value, name, given, f"must be {value!r} for source {self.source}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example: [(frames,) height, width, channels]."""
+        frames = (self.frames,) if self.frames > 1 else ()
+        return (*frames, self.image_size, self.image_size, self.channels)
 
 
 class Source(Protocol):
@@ -73,6 +91,9 @@ def make_source(config: DataConfig) -> Source:
     """Opens the training source. Raises InputError where it is not what `config` says."""
     if config.source == "digits":
         return digits("train")
+    require(bool(config.path), "data.path", config.path, f"source {config.source} needs the path of its folder")
+    if config.source == "arrays":
+        return ArraysSource(config.path, config.shape, config.latents, config.num_classes)
     source = ImageFolderSource(config.path, config.image_size, config.channels, config.verify)
     require(
         source.num_classes == config.num_classes, "num_classes", config.num_classes,
@@ -84,7 +105,7 @@ def make_source(config: DataConfig) -> Source:
 def flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Mirrors half of the images left to right."""
     if rng.integers(2):
-        example = {**example, "image": example["image"][:, ::-1]}
+        example = {**example, "image": example["image"][..., ::-1, :]}
     return example
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from causalfusion_jax.data.pipeline import DataConfig, make_source
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.errors import require
+from causalfusion_jax.evaluation.distribution import FeatureStatistics, frechet_from_statistics
 
 MAX_SIDE = 16
 """Images are averaged down to this side before their pixels are compared."""
@@ -13,19 +14,11 @@ MAX_SIDE = 16
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of the normal distributions fitted to two sets of features.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), by symmetric
-    eigenvalues alone, so that singular covariances give no complex numbers.
-
     Args:
       a, b: features [num, dim], at least two of each.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0.0)).sum()
-    mean = np.square(a.mean(axis=0) - b.mean(axis=0)).sum()
-    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
+    a, b = FeatureStatistics.of(a), FeatureStatistics.of(b)
+    return frechet_from_statistics(a.mean, a.cov, b.mean, b.cov)
 
 
 def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:

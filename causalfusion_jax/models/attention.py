@@ -12,7 +12,8 @@ class Keys(NamedTuple):
     """Keys and values of one place (the cache, or the new tokens).
 
     Attributes:
-      k, v: [batch, keys, heads, head_dim].
+      k, v: [batch / copies, keys, heads, head_dim]. The queries' batch may be several
+        copies of the keys', one after the other, which then share the keys.
       bias: float32 [batch, 1, queries, keys], 0 where visible, else very negative.
     """
 
@@ -39,13 +40,24 @@ def attend(q: jax.Array, places: Sequence[Keys]) -> jax.Array:
     Returns:
       [batch, queries, heads, head_dim], of q's type.
     """
-    scale = q.shape[-1] ** -0.5
-    logits = [
-        jnp.einsum("bqhd,bkhd->bhqk", q * scale, keys.k, preferred_element_type=jnp.float32) + keys.bias
-        for keys in places
-    ]
+    q_scaled = q * q.shape[-1] ** -0.5
+
+    def by_copy(a, keys):
+        """[batch, ...] to [copies, batch / copies, ...]."""
+        return a.reshape(a.shape[0] // keys.k.shape[0], keys.k.shape[0], *a.shape[1:])
+
+    def logits_of(keys):
+        logits = jnp.einsum(
+            "cbqhd,bkhd->cbhqk", by_copy(q_scaled, keys), keys.k, preferred_element_type=jnp.float32
+        )
+        return logits.reshape(q.shape[0], *logits.shape[2:]) + keys.bias
+
+    logits = [logits_of(keys) for keys in places]
     ends = np.cumsum([part.shape[-1] for part in logits])[:-1].tolist()
     weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(q.dtype)
     parts = jnp.split(weights, ends, axis=-1)
-    outs = [jnp.einsum("bhqk,bkhd->bqhd", part, keys.v) for part, keys in zip(parts, places, strict=True)]
+    outs = [
+        jnp.einsum("cbhqk,bkhd->cbqhd", by_copy(part, keys), keys.v).reshape(q.shape)
+        for part, keys in zip(parts, places, strict=True)
+    ]
     return sum(outs[1:], outs[0])

@@ -5,6 +5,8 @@ pass over it. Autodiff would keep several arrays of the input's size: on a CPU, 
 device bound by memory, reading them back costs more than computing them again.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,57 +34,71 @@ def _sum_of_rows(x: jax.Array) -> jax.Array:
     )
 
 
-def _statistics(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Normalized x and 1 / standard deviation over the last axis, float32."""
+def _statistics(x: jax.Array, centred: bool, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Normalized x and 1 / its scale over the last axis, float32."""
     x = x.astype(jnp.float32)
-    centred = x - _mean(x)
-    inverse = jax.lax.rsqrt(_mean(jnp.square(centred)) + eps)
-    return centred * inverse, inverse
+    x = x - _mean(x) if centred else x
+    inverse = jax.lax.rsqrt(_mean(jnp.square(x)) + eps)
+    return x * inverse, inverse
 
 
-@jax.custom_vjp
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Affine LayerNorm over the last axis, eps 1e-5, statistics in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(x: jax.Array, scale, bias, centred: bool = True, eps: float = 1e-5) -> jax.Array:
+    """LayerNorm, or RMSNorm where not `centred`, over the last axis; statistics in float32.
 
     Args:
       x: [..., dim], of the compute type, which the result has too.
-      scale, bias: float32 [dim].
+      scale, bias: float32 [dim], or None.
+      centred: subtract the mean.
+      eps: added to the variance (mean square).
     """
-    normalized, _ = _statistics(x, 1e-5)
-    return (normalized * scale + bias).astype(x.dtype)
+    normalized, _ = _statistics(x, centred, eps)
+    normalized = normalized if scale is None else normalized * scale
+    return (normalized if bias is None else normalized + bias).astype(x.dtype)
 
 
-def _layer_norm_forward(x, scale, bias):
-    return layer_norm(x, scale, bias), (x, scale)
+def _normalize_forward(x, scale, bias, centred, eps):
+    return normalize(x, scale, bias, centred, eps), (x, scale, bias)
 
 
-def _layer_norm_backward(saved, d_out):
-    x, scale = saved
-    normalized, inverse = _statistics(x, 1e-5)
+def _normalize_backward(centred, eps, saved, d_out):
+    x, scale, bias = saved
+    normalized, inverse = _statistics(x, centred, eps)
     d_out = d_out.astype(jnp.float32)
-    d_normalized = d_out * scale
-    along_x = _mean(d_normalized * normalized)
-    d_x = inverse * (d_normalized - _mean(d_normalized) - normalized * along_x)
-    return d_x.astype(x.dtype), _sum_of_rows(d_out * normalized), _sum_of_rows(d_out)
+    d_normalized = d_out if scale is None else d_out * scale
+    d_x = d_normalized - normalized * _mean(d_normalized * normalized)
+    d_x = inverse * (d_x - _mean(d_normalized) if centred else d_x)
+    d_scale = None if scale is None else _sum_of_rows(d_out * normalized)
+    return d_x.astype(x.dtype), d_scale, None if bias is None else _sum_of_rows(d_out)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+NORMS = {
+    # name: has a bias, has a scale, centred, eps
+    "layer": (True, True, True, 1e-5),  # CausalFusion
+    "rms": (False, True, False, 1e-6),  # ACDiT
+    "plain": (False, False, True, 1e-6),  # DiT: adaLN brings scale and shift
+}
 
 
-class LayerNorm(nnx.Module):
-    """`layer_norm` with its parameters.
+class Norm(nnx.Module):
+    """`normalize` with its parameters.
 
     Args:
+      kind: one of NORMS.
       dim: size of the normalized axis.
       axis: its logical axis.
     """
 
-    def __init__(self, dim: int, axis: str):
-        self.scale = nnx.Param(jnp.ones(dim), out_sharding=(axis,))
-        self.bias = nnx.Param(jnp.zeros(dim), out_sharding=(axis,))
+    def __init__(self, kind: str, dim: int, axis: str):
+        has_bias, has_scale, self.centred, self.eps = NORMS[kind]
+        self.scale = nnx.Param(jnp.ones(dim), out_sharding=(axis,)) if has_scale else None
+        self.bias = nnx.Param(jnp.zeros(dim), out_sharding=(axis,)) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.scale[...], self.bias[...])
+        scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        return normalize(x, scale, bias, self.centred, self.eps)
 
 
 @jax.custom_vjp

@@ -1,9 +1,13 @@
 """The trunk: one causal diffusion transformer for training and cached sampling.
 
-CausalFusion as released (arXiv 2412.12095): condition, clean and noisy tokens in one
-sequence, clean and noisy tokens sharing one input projection and one positional
-embedding, the timestep added to the noisy tokens only, no adaLN. Pre-norm blocks,
-qk-norm, tanh-GELU, zero-initialized head.
+Condition, clean and noisy tokens are one sequence; clean and noisy tokens share one input
+projection. Pre-norm blocks, qk-norm, tanh-GELU, zero-initialized head. What the papers do
+differently are switches:
+
+- CausalFusion as released (arXiv 2412.12095): `in_context` conditioning (the class is
+  tokens, the timestep is added to the noisy tokens), LayerNorm, a table of positions.
+- ACDiT as released (arXiv 2412.07720): `adaln`-zero on the noisy tokens only, so that clean
+  keys and values depend on neither class nor timestep; RMSNorm, rotary positions.
 
 Training passes roles and steps of the whole sequence. Sampling passes a KVCache and
 the new tokens. Both run `Transformer.trunk`.
@@ -12,7 +16,7 @@ the new tokens. Both run `Transformer.trunk`.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +26,17 @@ from causalfusion_jax.errors import require, require_number, require_one_of
 from causalfusion_jax.factorization import Role, attends, training_layout
 from causalfusion_jax.models.attention import Keys, attend, visibility_bias
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.layers import LayerNorm, gelu
-from causalfusion_jax.models.positions import sincos_2d, timestep_features
+from causalfusion_jax.models.layers import NORMS, Norm, gelu
+from causalfusion_jax.models.positions import (
+    ROPE_SPLITS,
+    rope_table,
+    rotate,
+    sincos_table,
+    timestep_features,
+)
 
-POSITIONS = ("learned", "sincos")
+CONDITIONINGS = ("in_context", "adaln")
+POSITIONS = ("learned", "sincos", "rope")
 DTYPES = ("float32", "bfloat16")
 REMATS = {
     "none": None,
@@ -41,13 +52,17 @@ class TransformerConfig:
 
     Attributes:
       hidden, heads, layers: width, attention heads, depth.
-      grid: token rows and columns of an image.
+      grid: token rows and columns of an image, after frames for a video.
       token_dim: values in an image token, patch_size^2 * channels.
       num_classes: classes; one more row of the label table stands for no class.
-      num_condition_tokens: condition tokens C that a class becomes.
+      conditioning: how class and timestep reach the noisy tokens: `in_context` or `adaln`.
+      num_condition_tokens: condition tokens C that a class becomes; 0 for adaln.
       mlp_ratio: width of the MLP in units of `hidden`.
-      positions: `learned` (initialized with sines and cosines) or fixed `sincos`.
+      norm: `layer`, `rms`, or `plain` (LayerNorm without scale and bias).
+      positions: `learned` (initialized with sines and cosines), fixed `sincos`, or `rope`,
+        which turns queries and keys by the position on every axis.
       qk_norm: normalize queries and keys per head.
+      qkv_bias, token_bias: biases of the query-key-value and the token projection.
       dtype: compute type; parameters are float32.
       remat: what the backward pass recomputes: `none`, all but the matrix products
         (`dots`), or all of a block (`full`).
@@ -60,25 +75,45 @@ class TransformerConfig:
     grid: tuple[int, int]
     token_dim: int
     num_classes: int
+    conditioning: str = "in_context"
     num_condition_tokens: int = 4
     mlp_ratio: float = 4.0
+    norm: str = "layer"
     positions: str = "learned"
     qk_norm: bool = True
+    qkv_bias: bool = False
+    token_bias: bool = True
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
 
     def __post_init__(self):
-        for name in ("hidden", "heads", "layers", "num_classes", "num_condition_tokens"):
+        for name in ("hidden", "heads", "layers", "num_classes"):
             require_number(name, getattr(self, name), 1)
+        require_one_of("conditioning", self.conditioning, CONDITIONINGS)
+        if self.conditioning == "in_context":
+            require_number("num_condition_tokens", self.num_condition_tokens, 1)
+        else:
+            require(
+                self.num_condition_tokens == 0, "num_condition_tokens", self.num_condition_tokens,
+                "must be 0 for conditioning adaln, which has no condition tokens",
+            )
         require(
             self.hidden % self.heads == 0, "heads", self.heads,
             f"must divide hidden={self.hidden}",
         )
-        require(self.hidden % 4 == 0, "hidden", self.hidden, "must be a multiple of 4 (2D sines and cosines)")
+        require_one_of("norm", self.norm, NORMS)
+        require_one_of("positions", self.positions, POSITIONS)
+        if self.positions == "rope":
+            unit = 2 * sum(ROPE_SPLITS[len(self.grid)])
+            require(
+                self.head_dim % unit == 0, "heads", self.heads,
+                f"hidden / heads={self.head_dim} must be a multiple of {unit} for rope on {len(self.grid)} axes",
+            )
+        else:
+            require(self.hidden % 4 == 0, "hidden", self.hidden, "must be a multiple of 4 (2D sines and cosines)")
         require_number("mlp_ratio", self.mlp_ratio, 0.0, open_low=True)
         require_number("scan_unroll", self.scan_unroll, 1, self.layers)
-        require_one_of("positions", self.positions, POSITIONS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("remat", self.remat, REMATS)
 
@@ -97,6 +132,11 @@ class TransformerConfig:
         """Width of the MLP."""
         return int(self.hidden * self.mlp_ratio)
 
+    @property
+    def clean_depends_on_class(self) -> bool:
+        """Whether clean keys and values see the class, and guidance needs them twice."""
+        return self.conditioning == "in_context"
+
 
 def _init(initializer, *axes):
     """`initializer` with the logical axis of each dimension attached."""
@@ -113,52 +153,118 @@ def _linear(in_features, out_features, axes, config, rngs, *, use_bias=True, ker
     )
 
 
+def _on_noisy(x, num_clean: int, scale, shift=None):
+    """`x * scale + shift` on all but the first `num_clean` tokens.
+
+    Args:
+      x: [batch, tokens, dim].
+      num_clean: these come first and stay as they are.
+      scale, shift: [batch, groups, dim], each for as many consecutive noisy tokens.
+    """
+    clean, noisy = x[:, :num_clean], x[:, num_clean:]
+    groups = noisy.reshape(*scale.shape[:2], -1, x.shape[-1]) * scale[:, :, None]
+    groups = groups if shift is None else groups + shift[:, :, None]
+    noisy = groups.reshape(noisy.shape)
+    return jnp.concatenate([clean, noisy], axis=1) if num_clean else noisy
+
+
+class Context(NamedTuple):
+    """What the new tokens of a pass through the trunk have in common in all layers.
+
+    Attributes:
+      bias: their visibility to each other, [batch, 1, tokens, tokens].
+      cached_bias: that of the cache to them, [batch, 1, tokens, slots], or None.
+      rope: cosines and sines of their positions, [batch, tokens, head_dim], or None.
+      condition: `Transformer.noise_condition` of the noisy ones, or None.
+    """
+
+    bias: jax.Array
+    cached_bias: jax.Array | None
+    rope: tuple[jax.Array, jax.Array] | None
+    condition: jax.Array | None
+
+
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each with a residual connection."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c, self.config = config, config
-        self.attention_norm = LayerNorm(c.hidden, "embed")
+        self.attention_norm = Norm(c.norm, c.hidden, "embed")
         self.qkv = nnx.LinearGeneral(
-            c.hidden, (3, c.heads, c.head_dim), use_bias=False, dtype=c.dtype,
+            c.hidden, (3, c.heads, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype,
             kernel_init=_init(nnx.initializers.xavier_uniform(), "embed", None, "heads", "head_dim"),
+            bias_init=_init(nnx.initializers.zeros, None, "heads", "head_dim"),
             rngs=rngs,
         )
-        self.q_norm = LayerNorm(c.head_dim, "head_dim") if c.qk_norm else None
-        self.k_norm = LayerNorm(c.head_dim, "head_dim") if c.qk_norm else None
+        # Without scale and bias the norm of queries and keys could not be undone.
+        qk_norm = "layer" if c.norm == "plain" else c.norm
+        self.q_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
+        self.k_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
         self.attention_out = _linear(c.hidden, c.hidden, ("heads", "embed"), c, rngs)
-        self.mlp_norm = LayerNorm(c.hidden, "embed")
+        self.mlp_norm = Norm(c.norm, c.hidden, "embed")
         self.mlp_in = _linear(c.hidden, c.mlp_hidden, ("embed", "mlp"), c, rngs)
         self.mlp_out = _linear(c.mlp_hidden, c.hidden, ("mlp", "embed"), c, rngs)
+        self.modulation = _modulation(6, c, rngs)
 
-    def __call__(self, h, bias, cached: tuple[jax.Array, jax.Array, jax.Array] | None):
+    def __call__(self, h, context: Context, cached, num_clean: int):
         """Runs the block.
 
         Args:
           h: [batch, tokens, hidden].
-          bias: visibility of the new tokens to each other, [batch, 1, tokens, tokens].
-          cached: keys, values [batch, slots, heads, head_dim] of earlier tokens and
-            their visibility [batch, 1, tokens, slots], or None.
+          context: bias, positions and condition of the tokens.
+          cached: keys, values [batch / copies, slots, heads, head_dim] of earlier tokens,
+            or None.
+          num_clean: the first so many tokens are not modulated.
 
         Returns:
           h, and the keys and values of the new tokens.
         """
         batch, tokens, hidden = h.shape
-        # Matrix products run on [batch * tokens, ...]: XLA:CPU contracts the two
-        # leading dimensions of a weight gradient far slower than one.
+        flat, whole = (batch * tokens, hidden), (batch, tokens, hidden)
+        modulated = context.condition is not None
+        if modulated:
+            shifts, scales, gates = zip(*_triples(self.modulation(context.condition)), strict=True)
+
+        def normed(norm, i):
+            # Matrix products run on [batch * tokens, ...]: XLA:CPU contracts the two
+            # leading dimensions of a weight gradient far slower than one.
+            x = norm(h.reshape(flat))
+            return _on_noisy(x.reshape(whole), num_clean, 1.0 + scales[i], shifts[i]).reshape(flat) if modulated else x
+
+        def gated(x, i):
+            x = x.reshape(whole)
+            return _on_noisy(x, num_clean, gates[i]) if modulated else x
+
         with jax.named_scope("attention"):
-            qkv = self.qkv(self.attention_norm(h.reshape(batch * tokens, hidden)))
+            qkv = self.qkv(normed(self.attention_norm, 0))
             q, k, v = (x[:, 0] for x in jnp.split(qkv, 3, axis=1))
             if self.config.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k, v = (x.reshape(batch, tokens, *x.shape[1:]) for x in (q, k, v))
-            places = [Keys(k, v, bias)] if cached is None else [Keys(*cached), Keys(k, v, bias)]
-            out = attend(q, places).reshape(batch * tokens, hidden)
-            h = h + self.attention_out(out).reshape(h.shape)
+            if context.rope is not None:
+                q, k = rotate(q, context.rope), rotate(k, context.rope)
+            new = Keys(k, v, context.bias)
+            out = attend(q, [new] if cached is None else [Keys(*cached, context.cached_bias), new])
+            h = h + gated(self.attention_out(out.reshape(flat)), 0)
         with jax.named_scope("mlp"):
-            x = self.mlp_in(self.mlp_norm(h.reshape(batch * tokens, hidden)))
-            h = h + self.mlp_out(gelu(x)).reshape(h.shape)
+            x = self.mlp_in(normed(self.mlp_norm, 1))
+            h = h + gated(self.mlp_out(gelu(x)), 1)
         return h, (k, v)
+
+
+def _modulation(parts: int, config, rngs):
+    """adaLN-zero: shifts, scales and gates from the condition; None for in_context."""
+    if config.conditioning != "adaln":
+        return None
+    return _linear(
+        config.hidden, parts * config.hidden, ("embed", "mlp"), config, rngs, kernel_init=nnx.initializers.zeros
+    )
+
+
+def _triples(modulation: jax.Array):
+    """(shift, scale, gate) for the attention, then for the MLP."""
+    parts = jnp.split(modulation, 6, axis=-1)
+    return parts[:3], parts[3:]
 
 
 class Transformer(nnx.Module):
@@ -168,17 +274,18 @@ class Transformer(nnx.Module):
         c, self.config = config, config
         normal = nnx.initializers.normal(0.02)
         self.label_table = nnx.Embed(
-            c.num_classes + 1, c.num_condition_tokens * c.hidden, dtype=c.dtype,
+            c.num_classes + 1, max(c.num_condition_tokens, 1) * c.hidden, dtype=c.dtype,
             embedding_init=_init(normal, "classes", "embed"), rngs=rngs,
         )
-        self.condition_positions = nnx.Param(
-            normal(rngs.params(), (c.num_condition_tokens, c.hidden)), out_sharding=("tokens", "embed")
-        )
+        if c.num_condition_tokens:
+            self.condition_positions = nnx.Param(
+                normal(rngs.params(), (c.num_condition_tokens, c.hidden)), out_sharding=("tokens", "embed")
+            )
         if c.positions == "learned":
             self.positions = nnx.Param(
-                jnp.asarray(sincos_2d(c.grid, c.hidden)), out_sharding=("tokens", "embed")
+                jnp.asarray(sincos_table(c.grid, c.hidden)), out_sharding=("tokens", "embed")
             )
-        self.token_in = _linear(c.token_dim, c.hidden, ("token_dim", "embed"), c, rngs)
+        self.token_in = _linear(c.token_dim, c.hidden, ("token_dim", "embed"), c, rngs, use_bias=c.token_bias)
         self.timestep_in = _linear(TIMESTEP_FEATURES, c.hidden, ("timestep", "embed"), c, rngs)
         self.timestep_out = _linear(c.hidden, c.hidden, (None, "embed"), c, rngs)
 
@@ -188,14 +295,17 @@ class Transformer(nnx.Module):
             return Block(c, layer_rngs)
 
         self.blocks = stack(rngs.split(c.layers))
-        self.final_norm = LayerNorm(c.hidden, "embed")
+        self.final_norm = Norm(c.norm, c.hidden, "embed")
+        self.final_modulation = _modulation(2, c, rngs)
         self.token_out = _linear(
             c.hidden, c.token_dim, ("embed", "token_dim"), c, rngs, kernel_init=nnx.initializers.zeros
         )
 
     def embed_condition(self, labels: jax.Array) -> jax.Array:
-        """Class labels int [batch] (num_classes: no class) to [batch, C, hidden]."""
+        """Class labels int [batch] (num_classes: no class) to tokens [batch, C, hidden]."""
         c = self.config
+        if not c.num_condition_tokens:
+            return jnp.zeros((labels.shape[0], 0, c.hidden), c.dtype)
         tokens = self.label_table(labels).reshape(-1, c.num_condition_tokens, c.hidden)
         return tokens + self.condition_positions[...].astype(tokens.dtype)
 
@@ -205,68 +315,116 @@ class Transformer(nnx.Module):
         Args:
           tokens: [batch, n, token_dim].
           ids: int [batch, n], which grid token each is.
-          t: noise level of each token, [batch, n] or [batch, 1]; None: clean tokens.
+          t: noise levels [batch, groups], each for as many consecutive tokens; None: clean.
 
         Returns:
           [batch, n, hidden].
         """
         c = self.config
-        table = self.positions[...] if c.positions == "learned" else jnp.asarray(sincos_2d(c.grid, c.hidden))
-        h = self.token_in(tokens) + table.astype(c.dtype)[ids]
-        if t is None:
+        h = self.token_in(tokens)
+        if c.positions != "rope":
+            table = self.positions[...] if c.positions == "learned" else jnp.asarray(sincos_table(c.grid, c.hidden))
+            h = h + table.astype(c.dtype)[ids]
+        if t is None or c.conditioning == "adaln":
             return h
-        features = timestep_features(t, TIMESTEP_FEATURES).astype(c.dtype)
-        return h + self.timestep_out(jax.nn.silu(self.timestep_in(features)))
+        levels = self._embed_timestep(t)
+        return (h.reshape(h.shape[0], t.shape[1], -1, c.hidden) + levels[:, :, None]).reshape(h.shape)
 
-    def trunk(self, h, role, step, cache: KVCache | None = None):
+    def noise_condition(self, labels: jax.Array, t: jax.Array) -> jax.Array | None:
+        """What modulates the noisy tokens; None for in_context conditioning.
+
+        Args:
+          labels: int [batch].
+          t: noise levels [batch, groups].
+
+        Returns:
+          [batch, groups, hidden], past its SiLU, which all layers share.
+        """
+        if self.config.conditioning != "adaln":
+            return None
+        return jax.nn.silu(self._embed_timestep(t) + self.label_table(labels)[:, None])
+
+    def _embed_timestep(self, t):
+        """Timesteps [...] to [..., hidden]."""
+        features = timestep_features(t, TIMESTEP_FEATURES).astype(self.config.dtype)
+        return self.timestep_out(jax.nn.silu(self.timestep_in(features)))
+
+    def trunk(self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0):
         """Runs all layers on new tokens, which see the cache and each other by the rule.
 
         Args:
           h: [batch, n, hidden].
           role, step: int32 [batch, n].
-          cache: earlier tokens, or None.
+          ids: int32 [batch, n], which grid token each is; -1 for condition tokens.
+          cache: earlier tokens, or None; `batch` may be several copies of the cache's,
+            which then share it.
+          condition: from `noise_condition`, or None.
+          num_clean: the first so many tokens are not noisy; the condition passes them by.
 
         Returns:
           h, and the new tokens' keys and values, [layers, batch, n, heads, head_dim].
         """
-        bias = visibility_bias(attends(role, step, role, step))
         cached_kv, cached_bias = (), None
         if cache is not None:
-            cached_role = jnp.full_like(cache.step, Role.CLEAN)
-            cached_bias = visibility_bias(attends(role, step, cached_role, cache.step))
+            cached_step = jnp.tile(cache.step, (h.shape[0] // cache.step.shape[0], 1))
+            cached_role = jnp.full_like(cached_step, Role.CLEAN)
+            cached_bias = visibility_bias(attends(role, step, cached_role, cached_step))
             cached_kv = (cache.k, cache.v)
+        bias = visibility_bias(attends(role, step, role, step))
+        context = Context(bias, cached_bias, self._rope(ids), condition)
         graph, params = nnx.split(self.blocks)
 
         def layer(h, scanned):
             layer_params, layer_kv = scanned
-            cached = (*layer_kv, cached_bias) if layer_kv else None
-            return nnx.merge(graph, layer_params)(h, bias, cached)
+            return nnx.merge(graph, layer_params)(h, context, layer_kv or None, num_clean)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMATS[self.config.remat], prevent_cse=False)
         return jax.lax.scan(layer, h, (params, cached_kv), unroll=self.config.scan_unroll)
 
-    def head(self, h: jax.Array) -> jax.Array:
-        """[batch, n, hidden] to predictions, float32 [batch, n, token_dim]."""
-        return self.token_out(self.final_norm(h)).astype(jnp.float32)
+    def _rope(self, ids):
+        """Cosines and sines of the tokens' positions, or None; condition tokens stay unturned."""
+        c = self.config
+        if c.positions != "rope":
+            return None
+        cos, sin = (jnp.asarray(table)[ids] for table in rope_table(c.grid, c.head_dim))
+        on_grid = (ids >= 0)[..., None]
+        return jnp.where(on_grid, cos, 1.0), jnp.where(on_grid, sin, 0.0)
+
+    def head(self, h: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        """Noisy tokens [batch, n, hidden] to predictions, float32 [batch, n, token_dim]."""
+        h = self.final_norm(h)
+        if condition is not None:
+            shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
+            h = _on_noisy(h, 0, 1.0 + scale, shift)
+        return self.token_out(h).astype(jnp.float32)
 
     def __call__(self, labels, clean, noisy, t, order, step) -> jax.Array:
         """Training forward pass over `[condition | clean | noisy]`.
 
         Args:
           labels: int [batch]; num_classes stands for no class.
-          clean, noisy: x_0 and x_t of every place, [batch, L, token_dim].
-          t: noise levels, [batch, L] or [batch, 1].
+          clean: x_0 of the first K places, [batch, K, token_dim]; K = L, or less where
+            nobody looks at the rest (`factorization.num_visible_clean`).
+          noisy: x_t of every place, [batch, L, token_dim].
+          t: noise levels [batch, groups], each for as many consecutive places.
           order, step: int32 [batch, L], as in `factorization.Plan`.
 
         Returns:
           Predictions for every place, float32 [batch, L, token_dim].
         """
-        c = self.config
-        parts = [self.embed_condition(labels), self.embed_tokens(clean, order), self.embed_tokens(noisy, order, t)]
-        role, step = training_layout(c.num_condition_tokens, step)
-        h, _ = self.trunk(jnp.concatenate(parts, axis=1), role, step)
-        return self.head(h[:, -c.num_tokens:])
+        c, num_clean = self.config, clean.shape[1]
+        condition = self.noise_condition(labels, t)
+        condition_tokens = self.embed_condition(labels)
+        clean_order = order[:, :num_clean]
+        parts = [condition_tokens, self.embed_tokens(clean, clean_order), self.embed_tokens(noisy, order, t)]
+        role, step = training_layout(c.num_condition_tokens, step, num_clean)
+        ids = jnp.concatenate([jnp.full(condition_tokens.shape[:2], -1, order.dtype), clean_order, order], axis=1)
+        h, _ = self.trunk(
+            jnp.concatenate(parts, axis=1), role, step, ids,
+            condition=condition, num_clean=c.num_condition_tokens + num_clean,
+        )
+        return self.head(h[:, -c.num_tokens:], condition)
 
 
 Params = dict[str, Any]
@@ -302,21 +460,3 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
 def count_params(config: TransformerConfig) -> int:
     """Number of learned values."""
     return sum(math.prod(s.shape) for s in jax.tree.leaves(abstract_model(config)[1]))
-
-
-def forward_flops(config: TransformerConfig, new_tokens: int, seen_tokens: int | None = None) -> int:
-    """Matrix-product FLOPs of `new_tokens` through the trunk and its token head.
-
-    A multiply-add counts as two. Attention counts every one of `seen_tokens` keys
-    (default: the new ones) for every query, as the dense path computes it.
-    """
-    c = config
-    seen_tokens = new_tokens if seen_tokens is None else seen_tokens
-    weights = 4 * c.hidden**2 + 2 * c.hidden * c.mlp_hidden
-    attention = 2 * seen_tokens * c.hidden
-    return 2 * new_tokens * (c.layers * (weights + attention) + 2 * c.hidden * c.token_dim)
-
-
-def training_flops(config: TransformerConfig) -> int:
-    """Model FLOPs of one image in a training step: forward, and twice that backward."""
-    return 3 * forward_flops(config, config.num_condition_tokens + 2 * config.num_tokens)

@@ -20,8 +20,9 @@ def generate_images(
     seed: int,
     batch_size: int = 250,
     progress: Callable[[int], None] = lambda done: None,
+    decode: Callable[[jax.Array], jax.Array] | None = None,
 ) -> np.ndarray:
-    """Generates one image a label. Image i depends on (seed, i, labels[i]) alone.
+    """Generates one image or video a label. Image i depends on (seed, i, labels[i]) alone.
 
     Args:
       config: what `params` were trained as.
@@ -31,9 +32,11 @@ def generate_images(
       seed: of all noise and orders.
       batch_size: images sampled at a time; the last batch is filled up, and cut.
       progress: called with the number of images done.
+      decode: latents [batch, height, width, channels] to pixels in [-1, 1], for a model of
+        latents; without it the latents themselves are returned.
 
     Returns:
-      uint8 [num, height, width, channels].
+      uint8 [num, (frames,) height, width, channels]; float32 for latents not decoded.
     """
     model, num = config.transformer, len(labels)
     batch_size = min(batch_size, num)
@@ -45,6 +48,10 @@ def generate_images(
             image_keys(seed, indices), jnp.asarray(labels[indices]),
         )
         batch = unpatchify(tokens, model.grid, config.model.patch_size)
-        images.append(to_uint8(jax.device_get(batch)))
+        if decode is not None:
+            pixels = decode(batch.reshape(-1, *batch.shape[-3:]))
+            batch = pixels.reshape(*batch.shape[:-3], *pixels.shape[1:])
+        batch = jax.device_get(batch)
+        images.append(batch if config.data.latents and decode is None else to_uint8(batch))
         progress(min(start + batch_size, num))
     return np.concatenate(images)[:num]

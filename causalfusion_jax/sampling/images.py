@@ -16,6 +16,26 @@ def balanced_labels(num: int, num_classes: int) -> np.ndarray:
     return (np.arange(num) % num_classes).astype(np.int32)
 
 
+def frames_in_rows(images: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
+    """What `make_grid` shows of images or videos: a video is a row of its frames.
+
+    Args:
+      images: [num, (frames,) height, width, channels]; uint8, or float latents, of which up
+        to three channels are shown, stretched to their own range.
+      columns: images in a row.
+
+    Returns:
+      uint8 [num * frames, height, width, 1 or 3], and the columns of the grid.
+    """
+    if images.ndim == 5:
+        images, columns = images.reshape(-1, *images.shape[2:]), images.shape[1]
+    if images.dtype != np.uint8:
+        shown = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
+        low, high = np.quantile(shown, (0.01, 0.99))
+        images = to_uint8((shown - low) / max(high - low, 1e-6) * 2.0 - 1.0)
+    return images, columns
+
+
 def make_grid(images: np.ndarray, columns: int, min_cell: int = 32, margin: int = 2) -> np.ndarray:
     """Images side by side.
 

@@ -3,7 +3,9 @@
 Condition (and known clean) tokens are prefilled into the cache. Each AR step then
 starts from fresh noise for its own tokens only, runs the whole noise schedule for them
 against the frozen cache, and commits the clean result to the cache (CausalFusion
-section 3.2). Both axes are `lax.scan`s, so a program's size does not grow with either.
+section 3.2). Where clean tokens do not depend on the class (adaLN on the noisy ones only),
+their keys and values are computed and kept once for both halves of guidance. Both axes
+are `lax.scan`s, so a program's size does not grow with either.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ class SamplerConfig:
       cfg_scale: guidance w in eps = eps_u + w (eps_c - eps_u); 1 is none.
       cfg_schedule: `constant`; `linear`: from 1 at t = T up to cfg_scale at t = 0;
         `ar_linear`: from 1 up to cfg_scale with the part of the image generated.
-      cfg_interval: guidance only where low <= t <= high.
+      cfg_interval: guidance only where low <= t < high.
       temperature: scales the noise that a stochastic solver adds.
       clip_x_0: bound on the predicted |x_0|, for data in pixels; 0 is none.
     """
@@ -123,7 +125,7 @@ def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, s
     denoised = 1.0 - t[None, :] / num_timesteps
     rise = {"constant": 1.0, "linear": denoised, "ar_linear": generated}[sampler.cfg_schedule]
     low, high = sampler.cfg_interval
-    scales = np.where((low <= t) & (t <= high), 1.0 + (sampler.cfg_scale - 1.0) * rise, 1.0)
+    scales = np.where((low <= t) & (t < high), 1.0 + (sampler.cfg_scale - 1.0) * rise, 1.0)
     return np.broadcast_to(scales, (len(sizes), len(t))).astype(np.float32)
 
 
@@ -143,6 +145,7 @@ def generate(
     labels,
     order=None,
     known=None,
+    x_T=None,
 ):
     """Generates images as tokens. Jit with the first four arguments static.
 
@@ -155,6 +158,8 @@ def generate(
       order: int32 [batch, L]; default: drawn as `sampler.order` says.
       known: clean tokens [batch, K, token_dim] at the first K places of `order`, all
         of AR step 0; the remaining L - K places are generated.
+      x_T: noise to start from at those L - K places, [batch, L - K, token_dim]; default:
+        drawn.
 
     Returns:
       x_0, float32 [batch, L, token_dim] in raster order.
@@ -176,53 +181,41 @@ def generate(
     transformer = nnx.merge(abstract_model(model)[0], params)
     # Guidance runs condition and no condition side by side, [2 * batch].
     guided, unguided = bool((scales != 1.0).any()), bool((scales == 1.0).any())
-    twice = (lambda a: jnp.concatenate([a, a])) if guided else (lambda a: a)
-    null = jnp.full_like(labels, model.num_classes)
-    all_labels = jnp.concatenate([labels, null]) if guided else labels
+    all_labels = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)]) if guided else labels
 
     # AR steps as rows of one size, short ones padded: what lax.scan needs.
-    size, starts = max(sizes), np.cumsum([0, *sizes[:-1]]) + num_known
-    places = starts[:, None] + np.arange(size)
+    size, starts = max(sizes), np.cumsum([0, *sizes[:-1]])
+    places = np.minimum(starts[:, None] + np.arange(size), sum(sizes) - 1)
     valid = np.arange(size) < np.asarray(sizes)[:, None]
-    ids = jnp.moveaxis(order[:, np.minimum(places, model.num_tokens - 1)], 1, 0)
+    rows = lambda a: jnp.moveaxis(a[:, places], 1, 0)  # noqa: E731
     first_step = 1 if num_known else 0
 
-    c = model
-    batch = all_labels.shape[0]
-    committed = starts[:-1] + size if len(sizes) > 1 else starts
-    slots = c.num_condition_tokens + int(committed.max())
-    cache = KVCache.empty(c.layers, batch, slots, c.heads, c.head_dim, jnp.dtype(c.dtype))
-
-    def commit(cache, h, role, step, count):
-        role, step = (jnp.broadcast_to(jnp.asarray(a, jnp.int32), h.shape[:2]) for a in (role, step))
-        _, (k, v) = transformer.trunk(h, role, step, cache)
-        return cache.append(k, v, jnp.where(role == Role.PAD, EMPTY_STEP, step), count)
-
-    with jax.named_scope("prefill"):
-        condition = transformer.embed_condition(all_labels)
-        cache = commit(cache, condition, Role.CONDITION, CONDITION_STEP, c.num_condition_tokens)
-        if num_known:
-            h = transformer.embed_tokens(twice(known), twice(order[:, :num_known]))
-            cache = commit(cache, h, Role.CLEAN, 0, num_known)
+    slots = num_known + (int(starts[-2]) + size if len(sizes) > 1 else 0)
+    prefix = _Prefix(transformer, 2 if guided and model.clean_depends_on_class else 1)
+    cache = prefix.begin(all_labels[: prefix.copies * labels.shape[0]], slots)
+    if num_known:
+        cache = prefix.append(cache, known, order[:, :num_known], Role.CLEAN, 0, num_known)
 
     def ar_step(cache, scanned):
-        index, ids, valid, count, scales_row = scanned
+        index, ids, valid, count, scales_row, x_T = scanned
         step = index + first_step
-        denoise = _Denoiser(transformer, diffusion, cache, ids, valid, step, guided, unguided)
+        denoise = _Denoiser(transformer, diffusion, cache, all_labels, ids, valid, step, guided, unguided)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, index)
-        x_0 = _solve(denoise, table, scales_row, sampler, step_keys, (size, c.token_dim))
+        x_0 = _solve(denoise, table, scales_row, sampler, step_keys, (size, model.token_dim), x_T)
 
-        def commit_clean(cache):
-            h = transformer.embed_tokens(twice(x_0), twice(ids))
-            return commit(cache, h, jnp.where(valid, Role.CLEAN, Role.PAD), step, count)
+        def commit(cache):
+            return prefix.append(cache, x_0, ids, jnp.where(valid, Role.CLEAN, Role.PAD), step, count)
 
         if len(sizes) > 1:
             with jax.named_scope("commit"):
                 # Nobody looks at the last step's clean tokens.
-                cache = jax.lax.cond(index < len(sizes) - 1, commit_clean, lambda cache: cache, cache)
+                cache = jax.lax.cond(index < len(sizes) - 1, commit, lambda cache: cache, cache)
         return cache, x_0
 
-    scanned = (jnp.arange(len(sizes)), ids, jnp.asarray(valid), jnp.asarray(sizes), jnp.asarray(scales))
+    scanned = (
+        jnp.arange(len(sizes)), rows(order[:, num_known:]), jnp.asarray(valid), jnp.asarray(sizes),
+        jnp.asarray(scales), None if x_T is None else rows(x_T),
+    )
     _, steps = jax.lax.scan(ar_step, cache, scanned)
     # [S, batch, size, dim] without the padding, in order; then back to raster order.
     generated = jnp.moveaxis(steps, 1, 0)[:, valid]
@@ -232,15 +225,48 @@ def generate(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Prefix:
+    """Runs condition and clean tokens through the trunk into a cache.
+
+    The cache holds `copies` of the batch: 2 where guidance has a prefix of its own.
+    """
+
+    transformer: nnx.Module
+    copies: int
+
+    def begin(self, labels, slots: int) -> KVCache:
+        """A cache with the condition tokens of `labels` [copies * batch], and room for `slots` more."""
+        c = self.transformer.config
+        slots, batch = slots + c.num_condition_tokens, labels.shape[0]
+        cache = KVCache.empty(c.layers, batch, slots, c.heads, c.head_dim, jnp.dtype(c.dtype))
+        if not c.num_condition_tokens:
+            return cache
+        h = self.transformer.embed_condition(labels)
+        return self._run(cache, h, Role.CONDITION, CONDITION_STEP, -1, c.num_condition_tokens)
+
+    def append(self, cache: KVCache, tokens, ids, role, step, count) -> KVCache:
+        """Commits clean tokens [batch, n, token_dim], of which the first `count` are kept."""
+        tokens, ids = (jnp.tile(a, (self.copies, *[1] * (a.ndim - 1))) for a in (tokens, ids))
+        return self._run(cache, self.transformer.embed_tokens(tokens, ids), role, step, ids, count)
+
+    def _run(self, cache, h, role, step, ids, count):
+        role, step, ids = (jnp.broadcast_to(jnp.asarray(a, jnp.int32), h.shape[:2]) for a in (role, step, ids))
+        _, (k, v) = self.transformer.trunk(h, role, step, ids, cache)
+        return cache.append(k, v, jnp.where(role == Role.PAD, EMPTY_STEP, step), count)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Denoiser:
     """The network as a function of x_t for the noisy tokens of one AR step.
 
-    `guided` and `unguided` say whether any row of the schedule is so.
+    `guided` and `unguided` say whether any row of the schedule is so; `labels` are those
+    of all images, and where guided, after them no class as often.
     """
 
     transformer: nnx.Module
     diffusion: DiffusionConfig
     cache: KVCache
+    labels: jax.Array
     ids: jax.Array
     valid: jax.Array
     step: jax.Array
@@ -248,16 +274,17 @@ class _Denoiser:
     unguided: bool
 
     def _predict(self, x, t, copies: int):
-        """Predictions [copies * batch, n, dim] against the first copies of the cache."""
+        """Predictions [copies * batch, n, dim] for the first copies of the labels."""
         batch = copies * x.shape[0]
         cache = jax.tree.map(lambda a: a[:, :batch], (self.cache.k, self.cache.v))
         cache = KVCache(*cache, self.cache.step[:batch], self.cache.length)
-        h = self.transformer.embed_tokens(x, self.ids, jnp.full((1, 1), t))
-        h = jnp.concatenate([h] * copies)
+        t = jnp.full((1, 1), t)
+        h = jnp.tile(self.transformer.embed_tokens(x, self.ids, t), (copies, 1, 1))
+        condition = self.transformer.noise_condition(self.labels[:batch], t)
         role = jnp.broadcast_to(jnp.where(self.valid, Role.NOISY, Role.PAD), h.shape[:2])
         step = jnp.broadcast_to(self.step, h.shape[:2])
-        h, _ = self.transformer.trunk(h, role, step, cache)
-        return self.transformer.head(h)
+        h, _ = self.transformer.trunk(h, role, step, jnp.tile(self.ids, (copies, 1)), cache, condition)
+        return self.transformer.head(h, condition)
 
     def __call__(self, x, t, scale):
         """The guided prediction, [batch, n, dim]; no second pass where scale is 1."""
@@ -273,7 +300,7 @@ class _Denoiser:
         return jax.lax.cond(scale != 1.0, both, lambda: self._predict(x, t, 1))
 
 
-def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shape):
+def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shape, x_T=None):
     """Runs the noise schedule for the tokens of one AR step.
 
     Args:
@@ -283,6 +310,7 @@ def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shap
       sampler: temperature and clipping.
       keys: [batch].
       shape: (tokens, token_dim) of one image.
+      x_T: where to start, [batch, *shape]; default: drawn.
 
     Returns:
       x_0, [batch, *shape].
@@ -304,7 +332,7 @@ def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shap
             x = x + sampler.temperature * c.c_noise * noise(row + 1)
         return (x, begin, x_0), None
 
-    x_T = noise(0)
+    x_T = noise(0) if x_T is None else x_T
     rows = jnp.arange(len(table.t))
     with jax.named_scope("denoise"):
         scanned = (rows, scales, jax.tree.map(jnp.asarray, table))

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-
 import os
 import pathlib
 import threading
@@ -20,7 +19,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, require_number
+from causalfusion_jax.models.store import read_params
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.training.state import StepConfig
 
@@ -106,7 +107,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         folder = self._steps_dir / str(step)
         if jax.process_index() == 0 and folder.is_dir():
-            _write_json(self._manifests_dir / f"{step}.json", _describe(folder))
+            files.write_json(self._manifests_dir / f"{step}.json", files.describe(folder))
             kept = {str(kept) for kept in self._manager.all_steps()} | {str(step)}
             for manifest in self._manifests_dir.glob("*.json"):
                 if manifest.stem not in kept:
@@ -171,15 +172,7 @@ class Checkpoints:
             return "its manifest is missing: the save was cut short"
         except (OSError, ValueError) as error:
             return f"its manifest cannot be read: {error}"
-        actual = _describe(self._steps_dir / str(step))
-        for name, described in expected.items():
-            if name not in actual:
-                return f"file {name} is missing"
-            if actual[name]["bytes"] != described["bytes"]:
-                return f"file {name} has {actual[name]['bytes']} bytes instead of {described['bytes']}"
-            if actual[name] != described:
-                return f"file {name} has another checksum"
-        return None
+        return files.difference(self._steps_dir / str(step), expected)
 
     def _set_aside(self, steps: list[int]) -> None:
         """Moves damaged steps away; nothing is deleted."""
@@ -211,37 +204,9 @@ class Checkpoints:
 
     def restore_params(self, step: int, config: StepConfig, weights: str) -> Params:
         """`ema` or `params` of a step, on this process's first device."""
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = abstract_model(config.objective.model)[1]
-        wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-        args = ocp.args.PyTreeRestore(
-            item={weights: wanted},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({weights: wanted}),
-            partial_restore=True,
-        )
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(self._steps_dir / str(step) / "state", args=args)[weights]
+        return read_params(self._steps_dir / str(step) / "state", {weights: shapes})[weights]
 
     def fingerprint(self, step: int) -> str:
         """One checksum for all files of a step."""
         return hashlib.sha256((self._manifests_dir / f"{step}.json").read_bytes()).hexdigest()
-
-
-def _describe(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below `folder`."""
-    described = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    return described
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

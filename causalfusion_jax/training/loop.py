@@ -8,15 +8,14 @@ import sys
 import time
 
 import jax
-import numpy as np
 
 from causalfusion_jax import experiment, sharding
 from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.models.transformer import count_params, training_flops
+from causalfusion_jax.models.transformer import count_params
 from causalfusion_jax.sampling.generation import generate_images
-from causalfusion_jax.sampling.images import balanced_labels, make_grid, save_png
+from causalfusion_jax.sampling.images import balanced_labels, frames_in_rows, make_grid, save_png
 from causalfusion_jax.training import metrics as metrics_lib
 from causalfusion_jax.training.checkpoint import Checkpoints
 from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
@@ -125,11 +124,7 @@ class _Run:
         self.config, self.workdir, self.mesh = config, pathlib.Path(workdir), mesh
         self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
         self.log = metrics_lib.MetricsLog(workdir, config.train.steps)
-        size, batch = config.data.image_size, config.train.batch_size
-        self.batch_shapes = {
-            "image": ((batch, size, size, config.data.channels), np.float32),
-            "label": ((batch,), np.int32),
-        }
+        self.batch_shapes = config.batch_shapes
         self.train_step = compile_train_step(config.step, mesh, self.batch_shapes, step_key)
         self.peak_flops = metrics_lib.peak_flops(mesh.devices.flat[0]) * mesh.devices.size
 
@@ -185,7 +180,7 @@ class _Run:
         return {
             "steps_per_second": steps / seconds,
             "images_per_second": images,
-            "model_flops_utilization": images * training_flops(self.config.transformer) / self.peak_flops,
+            "model_flops_utilization": images * self.config.step.objective.flops / self.peak_flops,
             "data_wait_fraction": waited / seconds,
         }
 
@@ -206,7 +201,7 @@ class _Run:
         labels = balanced_labels(config.logging.num_samples, config.data.num_classes)
         with jax.transfer_guard("allow"):
             images = generate_images(config, config.sampling, state.ema, labels, config.train.seed)
-        grid = make_grid(images, columns=config.data.num_classes if config.data.num_classes <= 20 else 8)
+        grid = make_grid(*frames_in_rows(images, config.data.num_classes if config.data.num_classes <= 20 else 8))
         if jax.process_index() == 0:
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)

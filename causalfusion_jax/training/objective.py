@@ -9,7 +9,14 @@ from flax import nnx
 
 from causalfusion_jax import diffusion as noise_axis
 from causalfusion_jax.diffusion import DiffusionConfig
-from causalfusion_jax.factorization import FactorizationConfig, draw_plan, step_start
+from causalfusion_jax.factorization import (
+    FactorizationConfig,
+    draw_plan,
+    num_visible_clean,
+    places_per_t,
+    step_start,
+)
+from causalfusion_jax.models.flops import training_flops
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
 
@@ -34,6 +41,24 @@ class ObjectiveConfig:
     patch_size: int
     class_dropout: float
 
+    @property
+    def num_clean(self) -> int:
+        """Places with a clean token in the training sequence."""
+        return num_visible_clean(self.factorization, self.model.num_tokens)
+
+    @property
+    def places_per_t(self) -> int:
+        """Consecutive places for which one t is drawn, where AR steps or tokens have their own."""
+        shared = self.diffusion.t_shared_by == "step"
+        return places_per_t(self.factorization, self.model.num_tokens) if shared else 1
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of one image in a training step."""
+        own_t = self.diffusion.t_shared_by != "image"
+        levels = self.model.num_tokens // self.places_per_t if own_t else 1
+        return training_flops(self.model, self.num_clean, levels)
+
 
 def example_keys(key: jax.Array, batch: int) -> jax.Array:
     """One key for each example, so that splitting the batch changes nothing; [batch]."""
@@ -46,7 +71,7 @@ def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys) -> tupl
     Args:
       config: what is learned.
       params: the Transformer's parameters.
-      batch: `image` float32 [batch, height, width, channels] in [-1, 1]; `label` int [batch].
+      batch: `image` float32 [batch, (frames,) height, width, channels]; `label` int [batch].
       keys: one key an example, [batch].
 
     Returns:
@@ -54,21 +79,23 @@ def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys) -> tupl
     """
     axes = config.diffusion
     x_0 = patchify(batch["image"], config.patch_size)
+    num_tokens = config.model.num_tokens
 
     def draw(key):
         plan_key, t_key, eps_key, label_key = jax.random.split(key, 4)
         plan = draw_plan(config.factorization, config.model.grid, plan_key)
-        t = noise_axis.sample_t(axes, t_key, plan.step)
+        t = noise_axis.sample_t(axes, t_key, plan.step[:: config.places_per_t])
         eps = jax.random.normal(eps_key, x_0.shape[1:])
         return plan, t, eps, jax.random.bernoulli(label_key, config.class_dropout)
 
     plan, t, eps, drop = jax.vmap(draw)(keys)
     labels = jnp.where(drop, config.model.num_classes, batch["label"])
     x_0 = jnp.take_along_axis(x_0, plan.order[..., None], axis=1)
-    alpha, sigma = noise_axis.alpha_sigma(axes, t)
+    place_t = jnp.repeat(t, num_tokens // t.shape[1], axis=1)
+    alpha, sigma = noise_axis.alpha_sigma(axes, place_t)
     x_t = noise_axis.add_noise(x_0, eps, alpha, sigma)
     model = nnx.merge(abstract_model(config.model)[0], params)
-    prediction = model(labels, x_0, x_t, t, plan.order, plan.step)
+    prediction = model(labels, x_0[:, : config.num_clean], x_t, t, plan.order, plan.step)
     target = noise_axis.make_target(axes.target, x_0, eps, alpha, sigma)
     error = jnp.mean(jnp.square(prediction - target), axis=-1)
     loss = jnp.mean(plan.weight * noise_axis.loss_weight(axes, alpha, sigma) * error)
@@ -76,7 +103,7 @@ def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys) -> tupl
         "loss": loss,
         "mse": jnp.mean(error),
         "ar_steps": jnp.mean(plan.step[:, -1] + 1.0),
-        **_binned("mse_by_t", error, t / axes.num_timesteps),
+        **_binned("mse_by_t", error, place_t / axes.num_timesteps),
         **_binned("mse_by_ar_step", error, step_start(plan.step) / plan.step.shape[-1]),
     }
 

@@ -97,7 +97,7 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
     Args:
       config: static settings.
       state: where training stands.
-      batch: `image` float32 [batch, height, width, channels] in [-1, 1], `label` int [batch].
+      batch: `image` float32 [batch, (frames,) height, width, channels], `label` int [batch].
       key: the run's base key; the step number is folded in here.
 
     Returns:

@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from causalfusion_jax import cli, experiment, sharding
-from causalfusion_jax.models.transformer import count_params, training_flops
+from causalfusion_jax.models.transformer import count_params
 from causalfusion_jax.training.state import compile_train_step, create_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
@@ -104,7 +104,7 @@ def main(argv):
         rates.append(matmul_rate(x, product))
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / (_ROUNDS.value * _STEPS.value)
     median, rate = statistics.median(seconds), statistics.median(rates)
-    flops = training_flops(config.transformer) * config.train.batch_size
+    flops = config.step.objective.flops * config.train.batch_size
     for kind, spent in (profile(step) if _PROFILE.value else {}).items():
         print(f"{spent:8.1f} ms  {kind}")
     print(json.dumps({

@@ -8,13 +8,17 @@ import pytest
 from causalfusion_jax.factorization import EMPTY_STEP
 from causalfusion_jax.models.attention import Keys, attend, visibility_bias
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.layers import gelu, layer_norm
+from causalfusion_jax.models.layers import gelu, normalize
 from causalfusion_jax.models.patches import patchify, unpatchify
-from causalfusion_jax.models.positions import timestep_features
+from causalfusion_jax.models.positions import rope_base, rope_table, rotate, sincos_table, timestep_features
 
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+def layer_norm(x, scale, bias):
+    return normalize(x, scale, bias)
 
 
 def plain_layer_norm(x, scale, bias):
@@ -22,13 +26,23 @@ def plain_layer_norm(x, scale, bias):
     return (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
 
 
+def rms_norm(x, scale):
+    return normalize(x, scale, None, False, 1e-6)
+
+
+def plain_rms_norm(x, scale):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
 @pytest.mark.parametrize(
     ("ours", "plain", "args"),
     [
         (layer_norm, plain_layer_norm, (normal(0, 3, 5, 16), 1 + normal(1, 16), normal(2, 16))),
+        (rms_norm, plain_rms_norm, (normal(0, 3, 5, 16), 1 + normal(1, 16))),
+        (lambda x: normalize(x, None, None), lambda x: plain_layer_norm(x, 1.0, 0.0), (normal(0, 3, 5, 16),)),
         (gelu, lambda x: jax.nn.gelu(x, approximate=True), (3 * normal(3, 4, 64),)),
     ],
-    ids=["layer_norm", "gelu"],
+    ids=["layer_norm", "rms_norm", "norm without scale", "gelu"],
 )
 def test_own_backward_passes(ours, plain, args):
     weights = normal(9, *args[0].shape)
@@ -54,12 +68,54 @@ def test_attention_over_places_is_attention_over_all():
     np.testing.assert_allclose(split, expected, atol=1e-5)
 
 
+def test_copies_of_queries_share_their_keys():
+    q, k, v = normal(0, 6, 5, 3, 8), normal(1, 2, 7, 3, 8), normal(2, 2, 7, 3, 8)
+    own = normal(3, 6, 5, 3, 8), normal(4, 6, 5, 3, 8)
+    bias = visibility_bias(jax.random.bernoulli(jax.random.key(5), 0.6, (6, 5, 7)))
+    own_bias = visibility_bias(jnp.ones((6, 5, 5), bool))
+    shared = attend(q, [Keys(k, v, bias), Keys(*own, own_bias)])
+    repeated = attend(q, [Keys(*(jnp.tile(a, (3, 1, 1, 1)) for a in (k, v)), bias), Keys(*own, own_bias)])
+    np.testing.assert_allclose(shared, repeated, atol=1e-6)
+
+
+def test_rotary_table_by_hand():
+    cos, sin = rope_table((2, 3, 4), 32)
+    # Frames, rows, columns have 8, 12, 12 values; base 100, exponents linspace(0, 1, d/2), twice.
+    token = 1 * 12 + 2 * 4 + 3
+    angles = [position * 100.0 ** -np.linspace(0, 1, n) for position, n in ((1, 4), (2, 6), (3, 6)) for _ in range(2)]
+    np.testing.assert_allclose(cos[token], np.cos(np.concatenate(angles)), atol=1e-6)
+    np.testing.assert_allclose(sin[token], np.sin(np.concatenate(angles)), atol=1e-6)
+    assert [rope_base(length) for length in (4, 16, 32, 39, 40, 400)] == [100, 100, 100, 100, 200, 1100]
+
+
+def test_rotation_pairs_the_halves_of_the_head():
+    x = normal(0, 1, 1, 1, 4)
+    cos, sin = normal(1, 4), normal(2, 4)
+    a, b, c, d = np.asarray(x).reshape(-1)
+    expected = [a * cos[0] - c * sin[0], b * cos[1] - d * sin[1], c * cos[2] + a * sin[2], d * cos[3] + b * sin[3]]
+    np.testing.assert_allclose(rotate(x, (cos[None, None], sin[None, None])).reshape(-1), expected, rtol=1e-6)
+
+
 def test_patches_round_trip_in_raster_order():
     images = normal(0, 2, 4, 6, 3)
     tokens = patchify(images, 2)
     assert tokens.shape == (2, 6, 12)
     np.testing.assert_array_equal(tokens[1, 4], images[1, 2:4, 2:4].reshape(-1))
     np.testing.assert_array_equal(unpatchify(tokens, (2, 3), 2), images)
+
+
+def test_video_patches_go_frame_by_frame():
+    videos = normal(0, 2, 3, 4, 6, 5)
+    tokens = patchify(videos, 2)
+    assert tokens.shape == (2, 18, 20)
+    np.testing.assert_array_equal(tokens[:, 6:12], patchify(videos[:, 1], 2))
+    np.testing.assert_array_equal(unpatchify(tokens, (3, 2, 3), 2), videos)
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (2, 3, 4)])
+def test_positions_differ(grid):
+    table = sincos_table(grid, 24)
+    assert table.shape == (np.prod(grid), 24) and len(np.unique(table.round(5), axis=0)) == len(table)
 
 
 def test_timestep_features():

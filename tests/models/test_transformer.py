@@ -8,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import random_params, shaken
+from helpers import random_params
 
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.factorization import FactorizationConfig, draw_plan
-from causalfusion_jax.models.presets import PRESETS, preset
+from causalfusion_jax.models.flops import forward_flops, training_flops
+from causalfusion_jax.models.positions import sincos_table
+from causalfusion_jax.models.presets import ACDIT, PRESETS, preset
 from causalfusion_jax.models.transformer import (
     TransformerConfig,
     abstract_model,
     count_params,
-    forward_flops,
     init_params,
-    training_flops,
 )
 
 TINY = TransformerConfig(hidden=32, heads=2, layers=2, grid=(3, 3), token_dim=4, num_classes=5)
+ADALN = dataclasses.replace(TINY, **ACDIT)
 
 
 @functools.cache
@@ -56,6 +57,12 @@ def test_published_parameter_counts(name, count, millions):
     assert round(count / 1e6, 1) == millions
 
 
+@pytest.mark.parametrize(("name", "millions"), [("B", 130.3), ("L", 457.9), ("XL", 674.9), ("H", 951.0)])
+def test_published_acdit_parameter_counts(name, millions):
+    config = TransformerConfig(**preset(f"acdit_{name}"), grid=(32, 32), token_dim=4, num_classes=1000, **ACDIT)
+    assert round(count_params(config) / 1e6, 1) == millions
+
+
 def test_unknown_preset():
     with pytest.raises(InputError, match="did you mean XL"):
         preset("XXL")
@@ -79,22 +86,23 @@ def test_layers_are_initialized_independently():
     assert np.abs(kernels).max() <= bound and np.abs(kernels).max() > 0.95 * bound
 
 
-def test_nothing_leaks():
+@pytest.mark.parametrize("config", [TINY, ADALN], ids=["in_context", "adaln"])
+def test_nothing_leaks(config):
     """Changing a token leaves every prediction that must not see it bit-unchanged."""
-    params = random_params(TINY)
+    params = random_params(config)
     labels, clean, noisy, t, order, step = inputs()
-    before = np.asarray(forward(TINY, params, inputs()))
+    before = np.asarray(forward(config, params, inputs()))
     rng = np.random.default_rng(0)
     for place in rng.choice(9, 4, replace=False):
-        changed = np.asarray(forward(TINY, params, (labels, clean.at[:, place].add(1.0), noisy, t, order, step)))
+        changed = np.asarray(forward(config, params, (labels, clean.at[:, place].add(1.0), noisy, t, order, step)))
         sees = np.asarray(step) > np.asarray(step)[:, place, None]
         np.testing.assert_array_equal(changed[~sees], before[~sees])
         assert (changed[sees] != before[sees]).any(axis=-1).all()
-        changed = np.asarray(forward(TINY, params, (labels, clean, noisy.at[:, place].add(1.0), t, order, step)))
+        changed = np.asarray(forward(config, params, (labels, clean, noisy.at[:, place].add(1.0), t, order, step)))
         sees = np.asarray(step) == np.asarray(step)[:, place, None]
         np.testing.assert_array_equal(changed[~sees], before[~sees])
         assert (changed[sees] != before[sees]).any(axis=-1).all()
-    changed = np.asarray(forward(TINY, params, (labels + 1, clean, noisy, t, order, step)))
+    changed = np.asarray(forward(config, params, (labels + 1, clean, noisy, t, order, step)))
     assert (changed != before).any(axis=-1).all()
 
 
@@ -125,13 +133,45 @@ def test_bfloat16_is_close_and_finite():
 def test_fixed_positions_are_no_parameters():
     fixed = dataclasses.replace(TINY, positions="sincos")
     assert count_params(TINY) - count_params(fixed) == 9 * 32
-    params = jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
-    learned = shaken({k: v for k, v in params.items() if k != "positions"})
+    params = random_params(fixed)
+    positions = jnp.asarray(sincos_table((3, 3), 32))
     np.testing.assert_allclose(
-        forward(fixed, learned, inputs()),
-        forward(TINY, {**learned, "positions": params["positions"]}, inputs()),
-        rtol=1e-6,
+        forward(fixed, params, inputs()), forward(TINY, params | {"positions": positions}, inputs()), rtol=1e-5
     )
+
+
+def test_clean_tokens_of_the_last_step_change_nothing():
+    params = random_params(ADALN)
+    labels, clean, noisy, t, order, _ = inputs()
+    step = jnp.broadcast_to(jnp.arange(9) // 3, (6, 9))
+    whole = forward(ADALN, params, (labels, clean, noisy, t, order, step))
+    trimmed = forward(ADALN, params, (labels, clean[:, :6], noisy, t, order, step))
+    np.testing.assert_allclose(whole, trimmed, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, ADALN], ids=["in_context", "adaln"])
+def test_levels_by_group_are_levels_by_token(config):
+    params = random_params(config)
+    labels, clean, noisy, _, order, _ = inputs()
+    step = jnp.broadcast_to(jnp.arange(9) // 3, (6, 9))
+    t = jax.random.randint(jax.random.key(5), (6, 3), 0, 1000)
+    by_group = forward(config, params, (labels, clean, noisy, t, order, step))
+    by_token = forward(config, params, (labels, clean, noisy, jnp.repeat(t, 3, axis=1), order, step))
+    np.testing.assert_allclose(by_group, by_token, atol=1e-5)
+    other = forward(config, params, (labels, clean, noisy, t.at[:, 1].add(-300), order, step))
+    changed = (np.asarray(other) != by_group).any(axis=(0, 2))
+    np.testing.assert_array_equal(changed, [False] * 3 + [True] * 3 + [False] * 3)
+
+
+def test_adaln_starts_as_if_every_block_were_skipped():
+    params = jax.jit(init_params, static_argnums=0)(ADALN, jax.random.key(0))
+    assert not np.asarray(params["blocks"]["modulation"]["kernel"]).any()
+    # A head of ones shows what the trunk leaves of the noisy tokens.
+    params["token_out"]["kernel"] = jnp.ones_like(params["token_out"]["kernel"])
+    labels, clean, noisy, t, order, step = inputs()
+    h = noisy @ params["token_in"]["kernel"]
+    expected = (h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)).sum(-1)
+    np.testing.assert_allclose(forward(ADALN, params, inputs())[..., 0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_qk_norm():
@@ -157,6 +197,10 @@ def test_flops_by_hand():
         (dict(dtype="float16"), "dtype"),
         (dict(remat="some"), "remat"),
         (dict(scan_unroll=3), "scan_unroll"),
+        (dict(conditioning="adaln"), "num_condition_tokens"),
+        (dict(num_condition_tokens=0), "num_condition_tokens"),
+        (dict(norm="batch"), "norm"),
+        (dict(positions="rope", grid=(2, 3, 3), hidden=48), "heads"),
     ],
 )
 def test_bad_settings_are_refused(bad, field):

@@ -13,11 +13,13 @@ from helpers import random_params
 from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.factorization import CONDITION_STEP, FactorizationConfig, Role
+from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.sampling.sampler import SamplerConfig, guidance_scales, image_keys, sample_tokens
 from causalfusion_jax.sampling.solvers import solver_table
 
 MODEL = TransformerConfig(hidden=32, heads=2, layers=2, grid=(4, 4), token_dim=4, num_classes=5)
+ADALN = dataclasses.replace(MODEL, **ACDIT)
 LINEAR = DiffusionConfig()
 FLOW = DiffusionConfig(schedule="flow", target="velocity")
 TRAINED = FactorizationConfig()
@@ -25,29 +27,33 @@ LABELS = np.array([0, 3, 4])
 
 
 @functools.cache
-def params():
-    return random_params(MODEL, 0.05)
+def params(config=MODEL):
+    return random_params(config, 0.08)
 
 
 @functools.cache
-def network():
+def network(config):
     """The whole sequence through the model, nothing cached; compiled per length."""
-    weights = params()
+    weights, c = params(config), config.num_condition_tokens
 
     @jax.jit
     def run(labels, clean, noisy, ids, t, role, step):
-        model = nnx.merge(abstract_model(MODEL)[0], weights)
+        model = nnx.merge(abstract_model(config)[0], weights)
         known = clean.shape[1]
         parts = [model.embed_condition(labels)]
         parts += [model.embed_tokens(clean, ids[:, :known])] if known else []
         parts += [model.embed_tokens(noisy, ids[:, known:], t)]
-        h, _ = model.trunk(jnp.concatenate(parts, axis=1), role, step)
-        return model.head(h[:, -noisy.shape[1] :])
+        ids = jnp.concatenate([jnp.full((len(ids), c), -1), ids], axis=1)
+        condition = model.noise_condition(labels, t)
+        h, _ = model.trunk(
+            jnp.concatenate(parts, axis=1), role, step, ids, condition=condition, num_clean=c + known
+        )
+        return model.head(h[:, -noisy.shape[1] :], condition)
 
     return run
 
 
-def uncached(sampler, diffusion, order, noise, known=None):
+def uncached(config, sampler, diffusion, order, noise, known=None):
     """Samples with a Python loop over AR steps and solver rows.
 
     `noise(index, row)` [batch, tokens, dim] is the noise of a solver row, -1 the first.
@@ -61,14 +67,14 @@ def uncached(sampler, diffusion, order, noise, known=None):
     step_of_clean = [0] * clean.shape[1]
     for index, size in enumerate(sizes):
         ids = order[:, : clean.shape[1] + size]
-        role = [Role.CONDITION] * MODEL.num_condition_tokens + [Role.CLEAN] * clean.shape[1] + [Role.NOISY] * size
-        step = [CONDITION_STEP] * MODEL.num_condition_tokens + step_of_clean + [index + first_step] * size
+        role = [Role.CONDITION] * config.num_condition_tokens + [Role.CLEAN] * clean.shape[1] + [Role.NOISY] * size
+        step = [CONDITION_STEP] * config.num_condition_tokens + step_of_clean + [index + first_step] * size
         role, step = (jnp.broadcast_to(jnp.array(a, jnp.int32), (batch, len(a))) for a in (role, step))
         x = begin = noise(index, -1)[:, :size]
         previous = np.zeros_like(x)
         for row in range(len(table.t)):
             def predict(labels, x=x, row=row, ids=ids, role=role, step=step, clean=clean):
-                return network()(labels, clean, x, ids, jnp.full((batch, 1), table.t[row]), role, step)
+                return network(config)(labels, clean, x, ids, jnp.full((batch, 1), table.t[row]), role, step)
 
             prediction = predict(jnp.asarray(LABELS))
             w = scales[index, row]
@@ -93,7 +99,7 @@ def uncached(sampler, diffusion, order, noise, known=None):
     return raster
 
 
-def check(sampler, diffusion=LINEAR, known=None, order=None):
+def check(sampler, diffusion=LINEAR, known=None, order=None, config=MODEL):
     keys = image_keys(5, np.arange(len(LABELS)))
     order_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     if order is None:
@@ -107,10 +113,10 @@ def check(sampler, diffusion=LINEAR, known=None, order=None):
 
         return np.asarray(jax.vmap(draw)(noise_keys))
 
-    expected = uncached(sampler, diffusion, order, noise, known)
+    expected = uncached(config, sampler, diffusion, order, noise, known)
     given = {} if known is None else dict(known=known)
     given |= {} if sampler.order == "" and known is None else dict(order=order)
-    actual = sample_tokens(MODEL, diffusion, TRAINED, sampler, params(), keys, jnp.asarray(LABELS), **given)
+    actual = sample_tokens(config, diffusion, TRAINED, sampler, params(config), keys, jnp.asarray(LABELS), **given)
     np.testing.assert_allclose(actual, expected, atol=2e-3, rtol=2e-3)
     assert np.std(expected) > 0.1
 
@@ -118,6 +124,18 @@ def check(sampler, diffusion=LINEAR, known=None, order=None):
 @pytest.mark.parametrize("ar_steps", [1, 2, 4, 16])
 def test_cached_equals_uncached(ar_steps):
     check(SamplerConfig(ar_steps=ar_steps, solver_steps=6))
+
+
+@pytest.mark.parametrize(("ar_steps", "cfg_scale"), [(1, 1.0), (4, 2.0)])
+def test_shared_cache_equals_uncached(ar_steps, cfg_scale):
+    """adaLN on the noisy tokens only: both halves of guidance share the clean keys and values."""
+    check(SamplerConfig(ar_steps=ar_steps, solver_steps=5, cfg_scale=cfg_scale), config=ADALN)
+
+
+def test_known_tokens_with_shared_cache():
+    known = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 4)), jnp.float32)
+    order = jnp.asarray(np.random.default_rng(1).permuted(np.tile(np.arange(16), (3, 1)), axis=1))
+    check(SamplerConfig(step_sizes=(3, 7), solver_steps=4, cfg_scale=1.5), known=known, order=order, config=ADALN)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +199,18 @@ def test_an_image_does_not_depend_on_its_batch():
     together = run(image_keys(1, range(3)), jnp.asarray(LABELS))
     alone = run(image_keys(1, [2]), jnp.asarray(LABELS[2:]))
     np.testing.assert_allclose(together[2:], alone, atol=1e-5)
+
+
+def test_given_noise_is_where_sampling_starts():
+    x_T = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 4)), jnp.float32)
+    sampler = SamplerConfig(step_sizes=(5, 11), solver="ddim", solver_steps=3)
+    run = functools.partial(sample_tokens, MODEL, LINEAR, TRAINED, sampler, params())
+    order = jnp.tile(jnp.arange(16), (3, 1))
+    one, other = (run(image_keys(seed, range(3)), jnp.asarray(LABELS), order, x_T=x_T) for seed in (1, 2))
+    np.testing.assert_array_equal(one, other)
+    changed = run(image_keys(1, range(3)), jnp.asarray(LABELS), order, x_T=x_T.at[:, 5].add(1.0))
+    differs = (np.asarray(changed) != one).any(axis=-1)
+    assert differs[:, 5:].all() and not differs[:, :5].any()
 
 
 def test_guidance_scales_by_hand():

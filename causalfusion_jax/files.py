@@ -1,0 +1,69 @@
+"""Files written whole, and known by their checksums."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from causalfusion_jax.errors import InputError
+
+Description = dict[str, dict[str, Any]]
+"""Size and SHA-256 of every file of a folder, by relative path."""
+
+
+def describe(folder: pathlib.Path) -> Description:
+    """Size and SHA-256 of every file below `folder`."""
+    described = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return described
+
+
+def difference(folder: pathlib.Path, expected: Description) -> str | None:
+    """How the files of `folder` differ from what was described; None where they do not."""
+    actual = describe(folder)
+    for name, described in expected.items():
+        if name not in actual:
+            return f"file {name} is missing"
+        if actual[name]["bytes"] != described["bytes"]:
+            return f"file {name} has {actual[name]['bytes']} bytes instead of {described['bytes']}"
+        if actual[name] != described:
+            return f"file {name} has another checksum"
+    return None
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def require_new(field: str, folder: pathlib.Path) -> None:
+    """Raises InputError unless `folder` does not exist or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(field, str(folder), "exists with other content; give a new or empty folder")
+
+
+def write_folder(folder: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """Makes a new or empty `folder` appear whole, with what `fill(path)` writes, or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        part.chmod(0o755)
+        fill(part)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise

@@ -1,0 +1,33 @@
+"""Model FLOPs, counted from shapes."""
+
+from causalfusion_jax.models.transformer import TransformerConfig
+
+
+def forward_flops(
+    config: TransformerConfig, new_tokens: int, seen_tokens: int | None = None, noise_levels: int = 1
+) -> int:
+    """Matrix-product FLOPs of `new_tokens` through the trunk and its token head.
+
+    A multiply-add counts as two. Attention counts every one of `seen_tokens` keys
+    (default: the new ones) for every query, as the dense path computes it; adaLN counts
+    each of `noise_levels` once a layer.
+    """
+    c = config
+    seen_tokens = new_tokens if seen_tokens is None else seen_tokens
+    weights = 4 * c.hidden**2 + 2 * c.hidden * c.mlp_hidden
+    attention = 2 * seen_tokens * c.hidden
+    modulation = (6 * c.layers + 2) * c.hidden**2 * noise_levels if c.conditioning == "adaln" else 0
+    return 2 * (new_tokens * (c.layers * (weights + attention) + 2 * c.hidden * c.token_dim) + modulation)
+
+
+def training_flops(config: TransformerConfig, num_clean: int | None = None, noise_levels: int = 1) -> int:
+    """Model FLOPs of one image in a training step: forward, and twice that backward.
+
+    Args:
+      config: the network.
+      num_clean: places with a clean token; default: all.
+      noise_levels: distinct t in an image.
+    """
+    num_clean = config.num_tokens if num_clean is None else num_clean
+    tokens = config.num_condition_tokens + num_clean + config.num_tokens
+    return 3 * forward_flops(config, tokens, noise_levels=noise_levels)

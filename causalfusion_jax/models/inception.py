@@ -1,0 +1,345 @@
+"""The Inception-v3 that FID is defined by, as a function from images to features.
+
+The network of 2015 (arXiv 1512.00567) as TensorFlow ran it: average pools that leave the
+padding out of the mean, a maximum pool in the last block, 1008 logits, batch norm with
+fixed statistics. torch-fidelity and pytorch-fid released its weights for PyTorch; block
+and branch names are theirs. Images are NHWC.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from causalfusion_jax.errors import require
+from causalfusion_jax.models.transformer import Params
+
+SIDE = 299
+"""Images are resized to this side."""
+SPATIAL_CHANNELS = 7
+"""Channels of the spatial features, so that their number, 17 * 17 * 7, is near 2048."""
+LOGITS = 1008
+BATCH_NORM_EPS = 1e-3
+# Anything less (bfloat16 on a TPU, TF32 on a GPU) moves the scores.
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+class Conv(NamedTuple):
+    """A convolution without bias, batch norm, ReLU.
+
+    Attributes:
+      channels: channels out.
+      size: rows and columns of the kernel.
+      stride, padding: as in jax.lax.conv.
+      name: its name in its block.
+    """
+
+    channels: int
+    size: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
+    name: str = ""
+
+
+class Pool(NamedTuple):
+    """A 3x3 pool; `average` leaves the padding out of the mean."""
+
+    kind: str
+    stride: int = 1
+    padding: str = "SAME"
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, height, width, channels] to the same, fewer rows and columns if strided."""
+        window, strides = (3, 3), (self.stride, self.stride)
+        if self.kind == "max":
+            return nnx.max_pool(x, window, strides, self.padding)
+        return nnx.avg_pool(x, window, strides, self.padding, count_include_pad=False)
+
+
+Branch = tuple[Pool | tuple[Conv, ...], ...]
+"""Steps in a row; the convolutions of one step run side by side on the same input."""
+Block = tuple[Branch, ...]
+"""Branches that run side by side on the same input."""
+
+AVERAGE = Pool("average")
+HALVE = Pool("max", 2, "VALID")
+
+
+def _branch(name: str, *steps: Pool | Conv | tuple[Conv, ...]) -> Branch:
+    """Names convolutions: alone as the branch, several in a row _1, _2, ..., side by side a, b."""
+    numbered = sum(not isinstance(step, Pool) for step in steps) > 1
+    branch, number = [], 0
+    for step in steps:
+        if isinstance(step, Pool):
+            branch.append(step)
+            continue
+        number += 1
+        base = f"{name}_{number}" if numbered else name
+        if isinstance(step, Conv):
+            branch.append((step._replace(name=base),))
+        else:
+            branch.append(tuple(conv._replace(name=base + letter) for conv, letter in zip(step, "ab", strict=True)))
+    return tuple(branch)
+
+
+def _block_35(pool_channels: int) -> Block:
+    """35 x 35 to 35 x 35."""
+    return (
+        _branch("branch1x1", Conv(64)),
+        _branch("branch5x5", Conv(48), Conv(64, (5, 5))),
+        _branch("branch3x3dbl", Conv(64), Conv(96, (3, 3)), Conv(96, (3, 3))),
+        _branch("branch_pool", AVERAGE, Conv(pool_channels)),
+    )
+
+
+def _block_17(c: int) -> Block:
+    """17 x 17 to 17 x 17; c channels between factorized 7 x 7 convolutions."""
+    row, column = (1, 7), (7, 1)
+    return (
+        _branch("branch1x1", Conv(192)),
+        _branch("branch7x7", Conv(c), Conv(c, row), Conv(192, column)),
+        _branch("branch7x7dbl", Conv(c), Conv(c, column), Conv(c, row), Conv(c, column), Conv(192, row)),
+        _branch("branch_pool", AVERAGE, Conv(192)),
+    )
+
+
+def _block_8(pool: Pool) -> Block:
+    """8 x 8 to 8 x 8."""
+    both = (Conv(384, (1, 3)), Conv(384, (3, 1)))
+    return (
+        _branch("branch1x1", Conv(320)),
+        _branch("branch3x3", Conv(384), both),
+        _branch("branch3x3dbl", Conv(448), Conv(384, (3, 3)), both),
+        _branch("branch_pool", pool, Conv(192)),
+    )
+
+
+REDUCE_35: Block = (
+    _branch("branch3x3", Conv(384, (3, 3), 2, "VALID")),
+    _branch("branch3x3dbl", Conv(64), Conv(96, (3, 3)), Conv(96, (3, 3), 2, "VALID")),
+    _branch("branch_pool", HALVE),
+)
+REDUCE_17: Block = (
+    _branch("branch3x3", Conv(192), Conv(320, (3, 3), 2, "VALID")),
+    _branch("branch7x7x3", Conv(192), Conv(192, (1, 7)), Conv(192, (7, 1)), Conv(192, (3, 3), 2, "VALID")),
+    _branch("branch_pool", HALVE),
+)
+
+LAYERS: dict[str, Conv | Pool | Block] = {
+    "Conv2d_1a_3x3": Conv(32, (3, 3), 2, "VALID"),
+    "Conv2d_2a_3x3": Conv(32, (3, 3), 1, "VALID"),
+    "Conv2d_2b_3x3": Conv(64, (3, 3)),
+    "MaxPool_1": HALVE,
+    "Conv2d_3b_1x1": Conv(80),
+    "Conv2d_4a_3x3": Conv(192, (3, 3), 1, "VALID"),
+    "MaxPool_2": HALVE,
+    "Mixed_5b": _block_35(32),
+    "Mixed_5c": _block_35(64),
+    "Mixed_5d": _block_35(64),
+    "Mixed_6a": REDUCE_35,
+    "Mixed_6b": _block_17(128),
+    "Mixed_6c": _block_17(160),
+    "Mixed_6d": _block_17(160),
+    "Mixed_6e": _block_17(192),
+    "Mixed_7a": REDUCE_17,
+    "Mixed_7b": _block_8(AVERAGE),
+    "Mixed_7c": _block_8(Pool("max")),
+}
+POOLED_FEATURES = {"MaxPool_1": "64", "MaxPool_2": "192", "Mixed_6e": "768", "Mixed_7c": "2048"}
+"""Layers whose output, averaged over places, is a feature, and its name."""
+SPATIAL_LAYER = "Mixed_6d"
+"""`mixed_6` of the TensorFlow graph."""
+
+
+def convolutions() -> Iterator[tuple[tuple[str, ...], int, Conv]]:
+    """All convolutions in order: names of layer and, in a block, convolution; channels in; itself."""
+    channels = 3
+    for layer_name, layer in LAYERS.items():
+        if isinstance(layer, Conv):
+            yield (layer_name,), channels, layer
+            channels = layer.channels
+        elif not isinstance(layer, Pool):
+            channels_out = 0
+            for branch in layer:
+                inner = channels
+                for step in branch:
+                    if isinstance(step, Pool):
+                        continue
+                    for conv in step:
+                        yield (layer_name, conv.name), inner, conv
+                    inner = sum(conv.channels for conv in step)
+                channels_out += inner
+            channels = channels_out
+
+
+def feature_channels() -> int:
+    """Channels of the last block's output."""
+    last = list(LAYERS.values())[-1]
+    return sum(conv.channels for branch in last for conv in branch[-1])
+
+
+class ConvUnit(nnx.Module):
+    """A `Conv` with its parameters; batch norm is `scale * (x - mean) / sqrt(var + eps) + bias`."""
+
+    def __init__(self, in_channels: int, conv: Conv):
+        self.conv = conv
+        self.kernel = nnx.Param(jnp.zeros((*conv.size, in_channels, conv.channels)))
+        self.scale, self.bias = nnx.Param(jnp.ones(conv.channels)), nnx.Param(jnp.zeros(conv.channels))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(conv.channels)), nnx.BatchStat(jnp.ones(conv.channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        strides = (self.conv.stride, self.conv.stride)
+        x = jax.lax.conv_general_dilated(
+            x, self.kernel[...], strides, self.conv.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=PRECISION,
+        )
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + BATCH_NORM_EPS)
+        return jax.nn.relu((x - self.mean[...]) * scale + self.bias[...])
+
+
+class Mixed(nnx.Module):
+    """The convolutions of a block, by name."""
+
+    def __call__(self, x: jax.Array, block: Block) -> jax.Array:
+        """The outputs of all branches, one after another along the channels."""
+        return jnp.concatenate([self._run(branch, x) for branch in block], axis=-1)
+
+    def _run(self, branch: Branch, x: jax.Array) -> jax.Array:
+        for step in branch:
+            if isinstance(step, Pool):
+                x = step(x)
+            else:
+                x = jnp.concatenate([getattr(self, conv.name)(x) for conv in step], axis=-1)
+        return x
+
+
+class InceptionV3(nnx.Module):
+    """Inception-v3 with fixed batch statistics."""
+
+    def __init__(self):
+        for (*block, name), in_channels, conv in convolutions():
+            parent = self
+            if block:
+                if not hasattr(self, block[0]):
+                    setattr(self, block[0], Mixed())
+                parent = getattr(self, block[0])
+            setattr(parent, name, ConvUnit(in_channels, conv))
+        self.fc = nnx.Linear(feature_channels(), LOGITS, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        """Features of images [batch, 299, 299, 3] with values in 0..255; see `inception_features`."""
+        features, x = {}, (images - 128.0) / 128.0
+        for name, layer in LAYERS.items():
+            if isinstance(layer, Pool):
+                x = layer(x)
+            elif isinstance(layer, Conv):
+                x = getattr(self, name)(x)
+            else:
+                x = getattr(self, name)(x, layer)
+            if name in POOLED_FEATURES:
+                features[POOLED_FEATURES[name]] = jnp.mean(x, axis=(1, 2))
+            if name == SPATIAL_LAYER:
+                # The first channels of a block are those of its 1x1 convolution.
+                features["spatial"] = x[..., :SPATIAL_CHANNELS].reshape(x.shape[0], -1)
+        features["logits_unbiased"] = jnp.dot(features["2048"], self.fc.kernel[...], precision=PRECISION)
+        features["logits"] = features["logits_unbiased"] + self.fc.bias[...]
+        return features
+
+
+@functools.cache
+def abstract_inception() -> tuple[nnx.GraphDef, Params]:
+    """The network without its numbers.
+
+    Returns:
+      graph: to `nnx.merge(graph, params)` into an InceptionV3.
+      shapes: parameters, batch statistics among them, as jax.ShapeDtypeStruct.
+    """
+    graph, state = nnx.split(jax.eval_shape(InceptionV3))
+    return graph, nnx.to_pure_dict(state)
+
+
+@jax.jit
+def init_inception(key: jax.Array) -> Params:
+    """Fresh float32 parameters: random, where scores call for the released ones."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_inception()[1])
+    # One draw for all kernels, kept whole: a draw for each takes minutes to compile.
+    normal = jax.random.normal(key, (sum(math.prod(leaf.shape) for _, leaf in leaves),))
+    normal = jax.lax.optimization_barrier(normal)
+    params, start = [], 0
+    for path, leaf in leaves:
+        name, stop = path[-1].key, start + math.prod(leaf.shape)
+        if name == "kernel":
+            scale = math.sqrt(2.0 / math.prod(leaf.shape[:-1]))
+            params.append(scale * normal[start:stop].reshape(leaf.shape))
+        else:
+            params.append(jnp.full(leaf.shape, float(name in ("scale", "var"))))
+        start = stop
+    return jax.tree.unflatten(tree, params)
+
+
+def _source_places(num_in: int, num_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every place out: the places below and above it, and how far it is from the one below."""
+    source = np.arange(num_out, dtype=np.float32) * np.float32(num_in / num_out)
+    low = source.astype(np.int32)
+    return low, np.minimum(low + 1, num_in - 1), source - low.astype(np.float32)
+
+
+def resize_tf1(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear resize as TensorFlow 1 does it, which puts place i out at i * in / out.
+
+    No half-pixel offset and no smoothing before it is made smaller: FID is defined so.
+
+    Args:
+      images: [batch, height, width, channels], any type.
+      size: rows and columns out.
+
+    Returns:
+      float32 [batch, *size, channels], in the range of `images`.
+    """
+    x = jnp.asarray(images, jnp.float32)
+    for axis in (2, 1):
+        low, high, weight = _source_places(x.shape[axis], size[axis - 1])
+        weight = weight.reshape([-1 if a == axis else 1 for a in range(4)])
+        below = jnp.take(x, low, axis=axis)
+        x = below + (jnp.take(x, high, axis=axis) - below) * weight
+    return x
+
+
+_resize = jax.jit(resize_tf1, static_argnums=1)
+
+
+@jax.jit
+def _features(params, images):
+    return nnx.merge(abstract_inception()[0], params)(images)
+
+
+def inception_features(params: Params, images_uint8: jax.Array) -> dict[str, jax.Array]:
+    """Features of images of any size.
+
+    Two programs: the large one depends on the batch size alone, not on the images' size.
+
+    Args:
+      params: as from `released.inception`; on the device, or every call copies them there.
+      images_uint8: uint8 [batch, height, width, 3].
+
+    Returns:
+      float32 arrays:
+        `64`, `192`, `768`, `2048`: [batch, that many], averages over places after the
+          first and second pool, the last 17 x 17 block and the last block. FID, KID,
+          precision and recall are of `2048`.
+        `spatial`: [batch, 2023], seven channels of 17 x 17 places, for sFID as ADM
+          defines it (`mixed_6/conv:0`: after its ReLU, rows, columns, then channels).
+        `logits_unbiased`, `logits`: [batch, 1008]. The Inception Score is of the first.
+
+    Raises:
+      InputError: images of another shape or type.
+    """
+    shape, dtype = jnp.shape(images_uint8), images_uint8.dtype
+    require(len(shape) == 4 and shape[-1] == 3, "images_uint8", shape, "must be [batch, height, width, 3]")
+    require(dtype == jnp.uint8, "images_uint8", str(dtype), "must be uint8")
+    return _features(params, _resize(images_uint8, (SIDE, SIDE)))

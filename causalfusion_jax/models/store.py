@@ -1,0 +1,99 @@
+"""Parameters on disk, and converted checkpoints: parameters with settings and checksums."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from causalfusion_jax import files
+from causalfusion_jax.errors import InputError, require
+
+
+def write_params(folder: pathlib.Path, params: Any) -> None:
+    """Writes nested arrays into a new folder."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(params))
+
+
+def read_params(folder: pathlib.Path, shapes: Any) -> Any:
+    """Reads nested arrays onto this process's first device.
+
+    Args:
+      folder: as written by `write_params`, or by a checkpoint manager.
+      shapes: those wanted, as jax.ShapeDtypeStruct; others in the folder are left alone.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+    args = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute(), args=args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint: FOLDER/converted.json beside FOLDER/params.
+
+    Attributes:
+      folder: where it lies.
+      kind: what it is: causalfusion, acdit, mar_vae, ...
+      settings: the network's, as plain values.
+      source: where it came from.
+      fingerprint: one checksum for settings and parameters.
+    """
+
+    folder: pathlib.Path
+    kind: str
+    settings: dict[str, Any]
+    source: dict[str, Any]
+    fingerprint: str
+
+    def params(self, shapes: Any) -> Any:
+        """Its parameters, nested like `shapes`."""
+        return read_params(self.folder / "params", shapes)
+
+
+def write_converted(
+    folder: pathlib.Path, kind: str, settings: Mapping[str, Any], source: Mapping[str, Any], params: Any
+) -> None:
+    """Writes a converted checkpoint, whole or not at all. Raises InputError where FOLDER holds anything."""
+    files.require_new("--out", folder)
+
+    def fill(part: pathlib.Path) -> None:
+        write_params(part / "params", params)
+        content = {"kind": kind, "settings": settings, "source": source, "files": files.describe(part / "params")}
+        files.write_json(part / "converted.json", content)
+
+    files.write_folder(folder, fill)
+
+
+def open_converted(field: str, folder: str, kinds: tuple[str, ...]) -> Converted:
+    """Opens a converted checkpoint of one of `kinds`, every file checked.
+
+    Args:
+      field: the option that names it, for errors.
+      folder: where it lies.
+      kinds: what it may be.
+
+    Raises:
+      InputError: it is not one, or it is damaged.
+    """
+    path = pathlib.Path(folder) / "converted.json"
+    require(
+        path.is_file(), field, folder, "is not a converted checkpoint (it has no converted.json); see convert --help"
+    )
+    try:
+        content = json.loads(path.read_text())
+        kind, settings, source, described = (content[key] for key in ("kind", "settings", "source", "files"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(field, str(path), f"cannot be read: {error}") from None
+    require(kind in kinds, field, folder, f"is of kind {kind}; must be of kind {' or '.join(kinds)}")
+    problem = files.difference(path.parent / "params", described)
+    require(problem is None, field, folder, f"is damaged: {problem}; convert it again")
+    return Converted(path.parent, kind, settings, source, hashlib.sha256(path.read_bytes()).hexdigest())

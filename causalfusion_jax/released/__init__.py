@@ -1,0 +1,1 @@
+"""Parts: released checkpoints, read safely and renamed."""

@@ -1,0 +1,85 @@
+"""What can be sampled from: a training run, or a converted checkpoint; and its autoencoder."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from causalfusion_jax import experiment
+from causalfusion_jax.errors import require
+from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode
+from causalfusion_jax.models.store import open_converted
+from causalfusion_jax.models.transformer import Params, abstract_model
+from causalfusion_jax.training.checkpoint import Checkpoints
+
+TRANSFORMERS = ("causalfusion", "acdit")
+AUTOENCODERS = ("mar_vae", "sd_vae")
+
+
+class Trained(NamedTuple):
+    """A trained transformer.
+
+    Attributes:
+      config: all its settings.
+      origin: plain values that identify its weights.
+      params: reads them.
+    """
+
+    config: ExperimentConfig
+    origin: dict[str, Any]
+    params: Callable[[], Params]
+
+
+def from_run(workdir: str, weights: str = "ema", step: int | None = None) -> Trained:
+    """The weights of a run.
+
+    Args:
+      workdir: the run's folder.
+      weights: `ema` or `params`.
+      step: of the checkpoint; default: the newest intact one.
+
+    Raises:
+      InputError: no run, or no intact checkpoint.
+    """
+    config = experiment.load(workdir)
+    checkpoints = Checkpoints(workdir, config.checkpoint, read_only=True)
+    step = checkpoints.good_step(step)
+    require(step is not None, "--workdir", workdir, "holds no checkpoint yet; train first")
+    origin = {"step": step, "checkpoint": checkpoints.fingerprint(step), "weights": weights}
+    return Trained(config, origin, lambda: checkpoints.restore_params(step, config.step, weights))
+
+
+def from_converted(folder: str) -> Trained:
+    """The weights of a converted checkpoint. Raises InputError where it is none."""
+    converted = open_converted("--checkpoint", folder, TRANSFORMERS)
+    config = experiment.from_dict(converted.settings)
+    shapes = abstract_model(config.transformer)[1]
+    return Trained(config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes))
+
+
+def make_decoder(folder: str, config: ExperimentConfig) -> tuple[str, Callable[[jax.Array], jax.Array]]:
+    """An autoencoder that makes images of a model's latents.
+
+    Args:
+      folder: a converted autoencoder.
+      config: the model's settings.
+
+    Returns:
+      Its fingerprint, and a function of latents [batch, height, width, channels] to pixels
+      in [-1, 1].
+
+    Raises:
+      InputError: it is none, or the model's data are not its latents.
+    """
+    converted = open_converted("--vae", folder, AUTOENCODERS)
+    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
+    settings = AutoencoderConfig(**listed)
+    require(config.data.latents, "--vae", folder, "the model was trained on pixels; leave it out")
+    require(
+        config.data.channels == settings.latent_channels, "--vae", folder,
+        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
+    )
+    params = jax.tree.map(jnp.asarray, converted.params(abstract_autoencoder(settings)[1]))
+    return converted.fingerprint, lambda latents: decode(settings, params, latents)
