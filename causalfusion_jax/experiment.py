@@ -187,6 +187,30 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(ExperimentConfig()))
 
 
+def choose(arg: str, **options: tuple[str, ...]) -> tuple[str, ...]:
+    """Reads a config file's argument: words separated by commas, in any order.
+
+    Args:
+      arg: for example "XL,512".
+      **options: what there is to choose, and its values, the default first.
+
+    Returns:
+      The value of each option, in their order.
+
+    Raises:
+      InputError: a word that is no value, or two values of one option.
+    """
+    chosen = {}
+    for word in filter(None, (word.strip() for word in arg.split(","))):
+        option = next((name for name, values in options.items() if word in values), None)
+        known = [value for values in options.values() for value in values]
+        if option is None:
+            raise InputError("--config", word, f"must be of {', '.join(known)}{nearest(word, known)}")
+        require(option not in chosen, "--config", word, f"{option} is {chosen.get(option)} already")
+        chosen[option] = word
+    return tuple(chosen.get(name, values[0]) for name, values in options.items())
+
+
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """Nested plain dict of all settings."""
     return dataclasses.asdict(config)

@@ -1,20 +1,23 @@
-"""CausalFusion on scikit-learn's handwritten digits: real data, no download, minutes.
+"""Both papers' models on scikit-learn's handwritten digits: real data, no download, minutes.
 
-8x8 grey images, patch 2: 16 tokens of 4 values, 4 condition tokens.
+8x8 grey images, patch 2: 16 tokens of 4 values.
 
-| argument | hidden | heads | layers | parameters |
-|---|---|---|---|---|
-| (none) | 96 | 3 | 4 | 0.5M |
+| argument | what | hidden | heads | layers | parameters |
+|---|---|---|---|---|---|
+| (none) | CausalFusion: random order, AR steps drawn anew for every image, 4 condition tokens | 96 | 3 | 4 | 0.5M |
+| acdit | ACDiT: 4 square blocks of 4 tokens, adaLN-zero, rotary positions | 96 | 3 | 4 | 0.7M |
 
     python -m causalfusion_jax.train --config=configs/digits.py --workdir=runs/digits
+    python -m causalfusion_jax.train --config=configs/digits.py:acdit --workdir=runs/digits_acdit
 """
 
-from causalfusion_jax.experiment import default_config
-from causalfusion_jax.models.presets import preset
+from causalfusion_jax.experiment import choose, default_config
+from causalfusion_jax.models.presets import ACDIT, preset
 
 
 def get_config(arg: str = ""):
-    """Settings of the run; `arg` is unused."""
+    """Settings of the run; `arg` is the model."""
+    (model,) = choose(arg, model=("causalfusion", "acdit"))
     config = default_config()
     config.model.update(preset("nano"))
     # On pixels v keeps the error of x_0 even over noise levels; eps is the papers' target, for latents.
@@ -29,4 +32,8 @@ def get_config(arg: str = ""):
     config.logging.every = 50
     config.logging.sample_every = 500
     config.sampling.ar_steps = 4
+    if model == "acdit":
+        config.model.update(**ACDIT)
+        config.factorization.update(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none")
+        config.diffusion.t_shared_by = "step"
     return config

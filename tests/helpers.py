@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -73,22 +74,36 @@ def inception_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
 
 def make_batch(config: experiment.ExperimentConfig, mesh):
     """A random batch on the mesh, and its shapes."""
-    rng = np.random.default_rng(0)
-    size, batch = config.data.image_size, config.train.batch_size
+    rng, shapes = np.random.default_rng(0), config.batch_shapes
     arrays = {
-        "image": rng.uniform(-1, 1, (batch, size, size, config.data.channels)).astype(np.float32),
-        "label": rng.integers(0, config.data.num_classes, batch).astype(np.int32),
+        "image": rng.uniform(-1, 1, shapes["image"][0]).astype(np.float32),
+        "label": rng.integers(0, config.data.num_classes, shapes["label"][0]).astype(np.int32),
     }
-    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     return jax.device_put(jax.tree.map(jnp.asarray, arrays), sharding.batch_sharding(mesh)), shapes
 
 
-def command(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
-    """Runs `python -m causalfusion_jax.NAME ARGS` as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", f"causalfusion_jax.{name}", *map(str, args)],
-        cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=900, **kwargs,
+def command(name: str, *args: str) -> subprocess.CompletedProcess:
+    """Runs `python -m causalfusion_jax.NAME ARGS`, in a fork of a process that has its imports."""
+    server, folder = command_server()
+    request = {"module": f"causalfusion_jax.{name}", "args": [str(arg) for arg in args]}
+    paths = {stream: folder / stream for stream in ("stdout", "stderr")}
+    server.stdin.write(json.dumps(request | {stream: str(path) for stream, path in paths.items()}) + "\n")
+    server.stdin.flush()
+    status = int(server.stdout.readline())
+    written = {stream: path.read_text() for stream, path in paths.items()}
+    return subprocess.CompletedProcess([name, *args], status, **written)
+
+
+@functools.cache
+def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
+    """The process that `command` forks, and a folder for what commands print."""
+    folder = tempfile.TemporaryDirectory(prefix="causalfusion_jax-commands-")
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "command_server.py")],
+        cwd=ROOT, env=command_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )
+    atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
+    return server, pathlib.Path(folder.name)
 
 
 @functools.cache

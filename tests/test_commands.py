@@ -13,13 +13,14 @@ from PIL import Image
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=30",
+    "--config.train.batch_size=8",
     "--config.optimizer.warmup_steps=3", "--config.checkpoint.every=6", "--config.checkpoint.keep=4",
     "--config.logging.every=10", "--config.logging.sample_every=0",
 )  # fmt: skip
 
 
-def train(workdir, *args, **kwargs):
-    return command("train", *SMALL, f"--workdir={workdir}", *args, **kwargs)
+def train(workdir, *args):
+    return command("train", *SMALL, f"--workdir={workdir}", *args)
 
 
 def sample(workdir, out, *args):

@@ -61,6 +61,8 @@ class DataConfig:
         require_number("frames", self.frames, 1)
         require_number("num_classes", self.num_classes, 1)
         require_number("workers", self.workers, 0)
+        if self.source == "image_folder":
+            require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
         fixed = {
             "digits": {"image_size": 8, "channels": 1, "num_classes": 10, "path": "", "frames": 1, "latents": False},
             "image_folder": {"frames": 1, "latents": False},
@@ -91,8 +93,9 @@ def make_source(config: DataConfig) -> Source:
     """Opens the training source. Raises InputError where it is not what `config` says."""
     if config.source == "digits":
         return digits("train")
-    require(bool(config.path), "data.path", config.path, f"source {config.source} needs the path of its folder")
     if config.source == "arrays":
+        # The papers' configs are whole but for where the latents lie.
+        require(bool(config.path), "config.data.path", config.path, "source arrays needs the path of its folder")
         return ArraysSource(config.path, config.shape, config.latents, config.num_classes)
     source = ImageFolderSource(config.path, config.image_size, config.channels, config.verify)
     require(

@@ -38,13 +38,11 @@ class Step:
 
     def __init__(self, config):
         mesh = sharding.make_mesh(config.mesh)
-        batch, size = config.train.batch_size, config.data.image_size
-        rng = np.random.default_rng(0)
+        rng, shapes = np.random.default_rng(0), config.batch_shapes
         arrays = {
-            "image": rng.uniform(-1, 1, (batch, size, size, config.data.channels)).astype(np.float32),
-            "label": rng.integers(0, config.data.num_classes, batch).astype(np.int32),
+            "image": rng.uniform(-1, 1, shapes["image"][0]).astype(np.float32),
+            "label": rng.integers(0, config.data.num_classes, shapes["label"][0]).astype(np.int32),
         }
-        shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         self.key = jax.device_put(jax.random.key(1), sharding.replicated(mesh))
         self.batch = jax.device_put(arrays, sharding.batch_sharding(mesh))
         self.state = create_state(config.step, mesh, jax.random.key(0))

@@ -53,6 +53,55 @@ def test_folder_is_sorted_and_scaled(folder):
     assert ImageFolderSource(str(folder), 8, 1)[0]["image"].shape == (8, 8, 1)
 
 
+def write_arrays(path, images, labels):
+    np.save(path / "image.npy", images)
+    np.save(path / "label.npy", labels)
+    return str(path)
+
+
+def test_arrays_of_pixels_videos_and_latents(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (6, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
+    common = dict(source="arrays", path=str(tmp_path), num_classes=3, image_size=8)
+    write_arrays(tmp_path, pixels, labels)
+    source = make_source(DataConfig(**common, channels=3))
+    assert len(source) == 6 and source[2]["label"] == 2
+    np.testing.assert_allclose(source[2]["image"], pixels[2] / 127.5 - 1, atol=1e-6)
+    latents = rng.normal(size=(6, 5, 8, 8, 4)).astype(np.float16)
+    write_arrays(tmp_path, latents, labels)
+    config = DataConfig(**common, channels=4, frames=5, latents=True)
+    np.testing.assert_array_equal(make_source(config)[3]["image"], latents[3].astype(np.float32))
+    batch = host_batches(make_source(config), config, 2, seed=0)[0]
+    assert batch["image"].shape == (2, 5, 8, 8, 4) and batch["image"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (np.zeros((4, 8, 8, 1), np.float32), [0, 1, 0, 1], "must be .num, 8, 8, 4."),
+        (np.zeros((4, 8, 8, 4), np.uint8), [0, 1, 0, 1], "float type, not uint8"),
+        (np.zeros((4, 8, 8, 4), np.float32), [0, 1, 0], "int .4."),
+        (np.zeros((4, 8, 8, 4), np.float32), [0.0, 1, 0, 1], "int .4."),
+        (np.zeros((4, 8, 8, 4), np.float32), [0, 1, 0, 2], "0..1 .data.num_classes.; they are 0..2"),
+        (np.zeros((0, 8, 8, 4), np.float32), [], "must be"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(tmp_path, images, labels, words):
+    write_arrays(tmp_path, images, np.asarray(labels))
+    config = DataConfig(source="arrays", path=str(tmp_path), num_classes=2, image_size=8, channels=4, latents=True)
+    with pytest.raises(InputError, match=words):
+        make_source(config)
+
+
+def test_missing_and_broken_arrays(tmp_path):
+    config = DataConfig(source="arrays", path=str(tmp_path), num_classes=2, image_size=8, channels=4, latents=True)
+    with pytest.raises(InputError, match="no such file"):
+        make_source(config)
+    (tmp_path / "image.npy").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="not a readable"):
+        make_source(config)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (33, 70), (70, 33), (16, 40), (9, 12)])
 def test_center_crop(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))

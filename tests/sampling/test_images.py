@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from causalfusion_jax.sampling.images import balanced_labels, make_grid, save_png, to_uint8
+from causalfusion_jax.sampling.images import balanced_labels, frames_in_rows, make_grid, save_png, to_uint8
 
 
 def test_rounding_is_adms():
@@ -13,6 +13,22 @@ def test_rounding_is_adms():
 
 def test_labels_are_balanced():
     assert np.bincount(balanced_labels(25, 10)).tolist() == [3] * 5 + [2] * 5
+
+
+def test_a_video_is_a_row_of_its_frames():
+    videos = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2, 1)
+    images, columns = frames_in_rows(videos, 7)
+    assert columns == 3
+    np.testing.assert_array_equal(images[4], videos[1, 1])
+
+
+def test_latents_are_shown_in_false_colour():
+    latents = np.random.default_rng(0).normal(size=(4, 3, 3, 16)).astype(np.float32)
+    images, columns = frames_in_rows(latents, 2)
+    assert images.shape == (4, 3, 3, 3) and images.dtype == np.uint8 and columns == 2
+    assert images.min() == 0 and images.max() == 255
+    flat = latents[..., :3].ravel().argsort()
+    assert (np.diff(images.ravel()[flat].astype(int)) >= 0).all()
 
 
 def test_grid(tmp_path):

@@ -1,0 +1,72 @@
+"""Settings: every combination that makes sense, and the reasons for those that do not."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import tiny_config
+
+from causalfusion_jax import experiment
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.models.presets import ACDIT, DIT
+from causalfusion_jax.sampling.sampler import generate, image_keys
+from causalfusion_jax.training.state import init_state, train_step
+
+BLOCKS = dict(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none")
+FLOW = dict(schedule="flow", target="velocity")
+LATENT_VIDEO = dict(source="arrays", latents=True, image_size=4, channels=4, frames=3, num_classes=5)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        dict(factorization=BLOCKS, diffusion=dict(t_shared_by="step")),
+        dict(model=dict(positions="rope", norm="rms"), factorization=BLOCKS),
+        dict(model=ACDIT, factorization=dict(order="random", steps="decay"), diffusion=FLOW | dict(t_shared_by="token"),
+             sampling=dict(solver="heun", cfg_scale=2.0)),
+        dict(model=ACDIT, factorization=dict(steps="uniform", order="dilated", order_block=2),
+             diffusion=dict(schedule="cosine", target="x_0", t_shared_by="step"),
+             sampling=dict(solver="ddim", eta=0.3, ar_steps=3, cfg_scale=1.5)),
+        dict(model=DIT, factorization=dict(order="raster", steps="fixed", weight="none")),
+        dict(model=DIT | dict(positions="learned", qk_norm=True), diffusion=dict(target="v"),
+             sampling=dict(solver="dpmpp_2m", ar_steps=16)),
+        dict(model=ACDIT, data=LATENT_VIDEO, factorization=dict(order="raster", steps="block", block_size=4)),
+        dict(model=dict(positions="sincos"), data=LATENT_VIDEO,
+             factorization=dict(order="block_raster", order_block=2, steps="fixed", num_steps=5)),
+    ],
+    ids=["in_context blocks", "in_context rope", "adaln random flow", "adaln dilated cosine", "dit", "dit dpmpp",
+         "video blocks", "video in_context"],
+)  # fmt: skip
+def test_papers_combine(sections):
+    config = experiment.from_dict(tiny_config(**sections))
+    key, model = jax.random.key(0), config.transformer
+    state = jax.eval_shape(functools.partial(init_state, config.step), key)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in config.batch_shapes.items()}
+    after, _ = jax.eval_shape(functools.partial(train_step, config.step), state, batch, key)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    run = functools.partial(generate, model, config.diffusion, config.factorization, config.sampling)
+    out = jax.eval_shape(run, state.params, image_keys(0, range(2)), jnp.zeros(2, jnp.int32))
+    assert out.shape == (2, model.num_tokens, model.token_dim)
+
+
+@pytest.mark.parametrize(
+    ("sections", "field", "reason"),
+    [
+        (dict(model=dict(conditioning="adaln")), "config.model.num_condition_tokens", "has no condition tokens"),
+        (dict(model=dict(class_dropout=0.0), sampling=dict(cfg_scale=2.0)), "config.sampling.cfg_scale", "guide away"),
+        (dict(model=dict(positions="rope", heads=16)), "config.model.heads", "multiple of 4"),
+        (dict(model=dict(positions="table")), "config.model.positions", "learned, sincos, rope"),
+        (dict(factorization=dict(steps="block", block_size=5)), "config.factorization.block_size", "divide the 16"),
+        (dict(factorization=BLOCKS | dict(order_block=8)), "config.factorization.order_block", "square number"),
+        (dict(diffusion=dict(schedule="flow")), "config.diffusion.target", "cannot recover x_0"),
+        (dict(sampling=dict(solver="euler")), "config.sampling.solver", "integrates the flow"),
+        (dict(data=dict(frames=4)), "config.data.frames", "for source digits"),
+        (dict(data=LATENT_VIDEO | dict(flip=True)), "config.data.flip", "encode flipped images"),
+        (dict(data=LATENT_VIDEO | dict(latents=False)), "config.data.channels", "1, 3"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(sections, field, reason):
+    with pytest.raises(InputError) as error:
+        experiment.from_dict(tiny_config(**sections))
+    assert error.value.field == field and reason in str(error.value)
