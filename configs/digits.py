@@ -36,4 +36,5 @@ def get_config(arg: str = ""):
         config.model.update(**ACDIT)
         config.factorization.update(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none")
         config.diffusion.t_shared_by = "step"
+        config.sampling.cfg_scale = 1.5  # as ACDiT samples images
     return config
