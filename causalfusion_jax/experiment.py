@@ -12,14 +12,15 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError, nearest, require, require_number
-from causalfusion_jax.factorization import FactorizationConfig
+from causalfusion_jax.factorization import FactorizationConfig, static_steps
 from causalfusion_jax.models.transformer import TransformerConfig
 from causalfusion_jax.sampling.sampler import SamplerConfig
-from causalfusion_jax.sharding import MeshConfig
+from causalfusion_jax.sharding import MeshConfig, check_divides
 from causalfusion_jax.training.checkpoint import CheckpointConfig
 from causalfusion_jax.training.objective import ObjectiveConfig
 from causalfusion_jax.training.optimizer import OptimizerConfig
@@ -47,6 +48,7 @@ class ModelConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
     token_bias: bool = True
+    attention: str = "auto"
     class_dropout: float = 0.1
     dtype: str = "float32"
     remat: str = "none"
@@ -66,6 +68,8 @@ class TrainConfig:
       batch_size: images in a step, over all devices.
       seed: of initialization, data order and all noise.
       grad_accum_steps: parts in which a batch is computed, to save memory.
+      length_buckets: where the batch shares drawn AR steps, so many programs of different
+        length leave out clean tokens that nobody looks at; 1: all are kept.
       ema_decay: of the averaged weights that sampling uses.
       max_nonfinite_steps: give up after so many steps in a row without a finite gradient.
     """
@@ -74,6 +78,7 @@ class TrainConfig:
     batch_size: int = 64
     seed: int = 0
     grad_accum_steps: int = 1
+    length_buckets: int = 1
     ema_decay: float = 0.9999
     max_nonfinite_steps: int = 20
 
@@ -86,6 +91,7 @@ class TrainConfig:
             self.batch_size % self.grad_accum_steps == 0, "grad_accum_steps", self.grad_accum_steps,
             f"must divide batch_size={self.batch_size}",
         )
+        require_number("length_buckets", self.length_buckets, 1)
         require_number("ema_decay", self.ema_decay, 0.0, 1.0)
         require_number("max_nonfinite_steps", self.max_nonfinite_steps, 1)
 
@@ -131,6 +137,12 @@ class ExperimentConfig:
         _under("model", lambda: self.transformer)
         _under("factorization", lambda: self.factorization.check_grid(self.transformer.grid))
         _under("sampling", lambda: self.check_sampler(self.sampling))
+        drawn = static_steps(self.factorization, self.transformer.num_tokens) is None
+        require(
+            self.train.length_buckets == 1 or (drawn and self.factorization.steps_shared_by == "batch"),
+            "train.length_buckets", self.train.length_buckets,
+            "must be 1 unless AR steps are drawn (decay, uniform) with factorization.steps_shared_by=batch",
+        )
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         require(
             self.optimizer.schedule == "constant" or warmup < steps, "optimizer.warmup_steps", warmup,
@@ -180,6 +192,20 @@ def _under(section, make):
         return make()
     except InputError as error:
         raise error.under(section) from None
+
+
+def check_mesh(config: ExperimentConfig, mesh: Mesh) -> None:
+    """Raises InputError where batch or model do not split over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
+    require(
+        config.train.batch_size % parts == 0, "config.train.batch_size", config.train.batch_size,
+        f"must be a multiple of {parts}, the devices of the batch times grad_accum_steps",
+    )
+    model = config.transformer
+    tokens = model.num_condition_tokens + config.step.objective.num_clean + model.num_tokens
+    check_divides(mesh, "fsdp", hidden=model.hidden)
+    check_divides(mesh, "tensor", heads=model.heads, mlp_hidden=model.mlp_hidden)
+    check_divides(mesh, "sequence", tokens_in_training=tokens)
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -29,6 +29,7 @@ EMPTY_STEP = np.iinfo(np.int32).max
 
 ORDERS = ("raster", "block_raster", "dilated", "random", "square_blocks")
 STEPS = ("decay", "uniform", "fixed", "block")
+STEPS_SHARED_BY = ("image", "batch")
 WEIGHTS = ("linear", "cosine", "none")
 
 
@@ -53,6 +54,9 @@ class FactorizationConfig:
         then S-1 cut points uniformly among the L-1 (CausalFusion section 3.3);
         `uniform`: the same with gamma = 1; `fixed`: `num_steps` equal steps;
         `block`: steps of `block_size` tokens (ACDiT).
+      steps_shared_by: drawn AR steps are those of one `image`, or of the whole `batch` (as
+        released with CausalFusion), so that clean tokens which nobody in it looks at can be
+        left out (`train.length_buckets`).
       gamma: decay of the number of AR steps, for `decay`.
       num_steps: number of AR steps, for `fixed`.
       block_size: tokens in an AR step, for `block`.
@@ -63,6 +67,7 @@ class FactorizationConfig:
     order: str = "random"
     order_block: int = 0
     steps: str = "decay"
+    steps_shared_by: str = "image"
     gamma: float = 0.9
     num_steps: int = 1
     block_size: int = 1
@@ -73,6 +78,7 @@ class FactorizationConfig:
     def __post_init__(self):
         require_one_of("order", self.order, ORDERS)
         require_one_of("steps", self.steps, STEPS)
+        require_one_of("steps_shared_by", self.steps_shared_by, STEPS_SHARED_BY)
         require_one_of("weight", self.weight, WEIGHTS)
         require_number("gamma", self.gamma, 0.0, 1.0, open_low=True)
         require_number("num_steps", self.num_steps, 1)
@@ -379,9 +385,27 @@ def ar_weights(config: FactorizationConfig, step) -> jax.Array:
     return (config.weight_min + (config.weight_max - config.weight_min) * fall).astype(jnp.float32)
 
 
-def draw_plan(config: FactorizationConfig, grid: tuple[int, ...], key: jax.Array) -> Plan:
-    """Draws one image's factorization; arrays [L]. Use with `jax.vmap` over keys."""
+def draw_plan(
+    config: FactorizationConfig, grid: tuple[int, ...], key: jax.Array, batch_key: jax.Array | None = None
+) -> Plan:
+    """Draws one image's factorization; arrays [L]. Use with `jax.vmap` over keys.
+
+    Args:
+      config: what to draw.
+      grid: token rows and columns, after frames for a video.
+      key: the image's own.
+      batch_key: the batch's, which decides the AR steps where the batch shares them;
+        default: the image's own.
+    """
     order_key, step_key = jax.random.split(key)
     order = jnp.asarray(token_order(config, grid, order_key))
+    if config.steps_shared_by == "batch" and batch_key is not None:
+        step_key = batch_key
     step = jnp.asarray(ar_steps(config, math.prod(grid), step_key))
     return Plan(order, step, ar_weights(config, step))
+
+
+def num_visible_clean_of_batch(config: FactorizationConfig, num_tokens: int, batch_key: jax.Array) -> jax.Array:
+    """The same as `num_visible_clean` for a batch that shares drawn AR steps; int32 []."""
+    step = ar_steps(config, num_tokens, batch_key)
+    return jnp.sum(step < step[-1])

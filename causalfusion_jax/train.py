@@ -9,7 +9,9 @@ Any setting of the config can be changed on the command line:
 WORKDIR receives config.json, checkpoints/ (with manifests/ of checksums), metrics.jsonl,
 tensorboard/ and samples/. Run the same command again to continue from the newest intact
 checkpoint; the result is what an uninterrupted run gives. SIGTERM or Ctrl-C saves at the
-next step and stops. Settings are described in causalfusion_jax/experiment.py.
+next step and stops. On a pod run it on every host with --multihost; elsewhere name the
+processes by --coordinator_address, --num_processes and --process_id (or JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES, JAX_PROCESS_ID). Settings are described in causalfusion_jax/experiment.py.
 """
 
 from absl import flags
@@ -21,12 +23,19 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; new, empty, or that of a run to continue.")
 
 
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where there are several.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "Find the other processes by the cluster's metadata (TPU pod, GKE).")
+
+
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax import experiment
+    from causalfusion_jax import distributed, experiment
 
     config = experiment.from_dict(_CONFIG.value.to_dict())
+    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value)
     # Imported late: TensorBoard's writer takes seconds, a wrong setting should not.
     from causalfusion_jax.training import loop
 

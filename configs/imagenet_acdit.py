@@ -33,5 +33,5 @@ def get_config(arg: str = "XL"):
     config.checkpoint.update(every=2500, keep_every=100_000)
     config.logging.sample_every = 10_000
     config.sampling.update(solver="dpmpp_2m", solver_steps=25, ar_steps=4, cfg_scale=1.5)
-    config.mesh.update(data=1, fsdp=-1)
+    config.mesh.preset = "fsdp"
     return config

@@ -46,5 +46,5 @@ def get_config(arg: str = "L"):
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.sample_every = 10_000
     config.sampling.update(solver="ddpm", solver_steps=250, variance="large", ar_steps=1)
-    config.mesh.update(data=1, fsdp=-1)
+    config.mesh.preset = "fsdp"
     return config

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv beside the repository's files and installs
 # the project into it. Usage: . launch/setup_env.sh [EXTRA]
 #

@@ -7,14 +7,30 @@ from helpers import make_batch, tiny_config
 from jax.sharding import PartitionSpec
 
 from causalfusion_jax import experiment, sharding
+from causalfusion_jax.data.pipeline import host_batches, make_source
 from causalfusion_jax.errors import InputError
-from causalfusion_jax.sharding import MeshConfig, make_mesh
-from causalfusion_jax.training.state import compile_train_step, create_state
+from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.sharding import PRESETS, MeshConfig, make_mesh
+from causalfusion_jax.training.checkpoint import Checkpoints
+from causalfusion_jax.training.state import abstract_state, compile_train_step, create_state
 
 
-def test_mesh_takes_what_is_left():
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=2), jax.devices()[:4])
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(data=-1, fsdp=2), (4, 2, 1, 1)),
+        (MeshConfig(fsdp=-1), (1, 8, 1, 1)),
+        (MeshConfig("fsdp"), (1, 8, 1, 1)),
+        (MeshConfig("fsdp", data=2), (2, 4, 1, 1)),
+        (MeshConfig("fsdp+tp"), (1, 4, 2, 1)),
+        (MeshConfig("fsdp+tp", tensor=4), (1, 2, 4, 1)),
+        (MeshConfig("fsdp+cp", data=2), (2, 2, 1, 2)),
+    ],
+    ids=str,
+)
+def test_mesh_takes_what_is_left(config, shape):
+    assert tuple(make_mesh(config, jax.devices()[:8]).shape.values()) == shape
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(data=2, fsdp=1), MeshConfig(data=-1, tensor=3)])
@@ -23,19 +39,39 @@ def test_mesh_must_fit(config):
         make_mesh(config, jax.devices()[:4])
 
 
+@pytest.mark.parametrize("bad", [dict(preset="tp"), dict(data=-2), dict(preset="fsdp", data=-1)])
+def test_bad_meshes_are_refused(bad):
+    with pytest.raises(InputError):
+        MeshConfig(**bad)
+
+
 def test_rules():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     assert sharding.sharding(mesh, ("layers", "embed", "mlp")).spec == PartitionSpec(None, "fsdp", "tensor")
-    assert sharding.sharding(mesh, ("embed",), (3,)).spec == PartitionSpec(None)
+    with pytest.raises(InputError, match="embed of size 3 does not split into 2"):
+        sharding.sharding(mesh, ("embed",), (3,))
     with pytest.raises(InputError, match="unknown|one of"):
         sharding.sharding(mesh, ("width",))
     with pytest.raises(InputError, match="mesh axis"):
         sharding.sharding(mesh, ("embed", "embed"))
 
 
-def losses(mesh_config, devices, steps=3):
-    config = experiment.from_dict(tiny_config(train=dict(batch_size=8)))
-    mesh = make_mesh(mesh_config, devices)
+@pytest.mark.parametrize(
+    ("mesh", "field", "fix"),
+    [
+        (MeshConfig(fsdp=8), "config.train.batch_size", "multiple of 8"),
+        (MeshConfig("fsdp+tp", data=1, fsdp=2, tensor=4), "config.mesh.tensor", "heads=2; below it, 1, 2 do"),
+        (MeshConfig("fsdp+cp", fsdp=1, sequence=8), "config.mesh.sequence", "tokens_in_training=36; below it, 1, 2"),
+    ],
+)
+def test_what_does_not_split_is_refused_with_the_fix(mesh, field, fix):
+    config = experiment.from_dict(tiny_config(train=dict(batch_size=4)))
+    with pytest.raises(InputError) as error:
+        experiment.check_mesh(config, make_mesh(mesh, jax.devices()[: 8]))
+    assert error.value.field == field and fix in str(error.value)
+
+
+def losses(config, mesh, steps):
     key = jax.device_put(jax.random.key(1), sharding.replicated(mesh))
     state = create_state(config.step, mesh, jax.random.key(0))
     batch, shapes = make_batch(config, mesh)
@@ -43,22 +79,59 @@ def losses(mesh_config, devices, steps=3):
     found = []
     for _ in range(steps):
         state, metrics = step(state, batch, key)
-        found.append(float(metrics["loss"]))
-    return found, state
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(found), state
 
 
+MODELS = {
+    "causalfusion": dict(),
+    "acdit": dict(
+        model=ACDIT, diffusion=dict(t_shared_by="step"),
+        factorization=dict(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none"),
+    ),
+}
+
+
+@pytest.mark.parametrize("model", ["causalfusion", pytest.param("acdit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(MeshConfig(data=4), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(data=1, fsdp=4), marks=pytest.mark.slow),
-        MeshConfig(data=1, fsdp=2, tensor=2),
-    ],
-    ids=str,
+    "devices", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8]
 )
-def test_same_losses_on_four_devices(mesh):
-    alone, _ = losses(MeshConfig(), jax.devices()[:1])
-    together, state = losses(mesh, jax.devices()[:4])
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
-    kernel = state.opt_state[1][0].mu["blocks"]["mlp_in"]["kernel"]
-    assert kernel.addressable_shards[0].data.size * mesh.fsdp * mesh.tensor == kernel.size
+def test_same_losses_under_every_preset(model, devices):
+    """Loss and gradient norm over 20 steps, on one device and on several, whatever is split."""
+    config = experiment.from_dict(tiny_config(train=dict(batch_size=8), **MODELS[model]))
+    alone, _ = losses(config, make_mesh(MeshConfig(), jax.devices()[:1]), 20)
+    for preset in PRESETS:
+        if preset:
+            mesh = make_mesh(MeshConfig(preset), jax.devices()[:devices])
+            experiment.check_mesh(config, mesh)
+            together, state = losses(config, mesh, 20)
+            np.testing.assert_allclose(together[:, 0], alone[:, 0], rtol=1e-5, err_msg=preset)
+            np.testing.assert_allclose(together[:, 1], alone[:, 1], rtol=1e-3, err_msg=preset)
+            kernel = state.opt_state[1][0].mu["blocks"]["mlp_in"]["kernel"]
+            parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+            assert kernel.addressable_shards[0].data.size * parts == kernel.size
+            assert state.ema["blocks"]["mlp_in"]["kernel"].sharding == kernel.sharding
+
+
+def test_a_checkpoint_moves_between_meshes(tmp_path):
+    """8 devices to 2 to 8: every array bit for bit, and the data position."""
+    config = experiment.from_dict(tiny_config(train=dict(batch_size=8)))
+    meshes = [
+        make_mesh(MeshConfig(preset), jax.devices()[:devices])
+        for preset, devices in (("fsdp+tp", 8), ("dp", 2), ("fsdp", 8))
+    ]
+    state = create_state(config.step, meshes[0], jax.random.key(3))
+    for number, mesh in enumerate(meshes[1:]):
+        checkpoints = Checkpoints(tmp_path / str(number), config.checkpoint)
+        checkpoints.save(5, state, 5)
+        checkpoints.wait()
+        moved, position = checkpoints.restore(checkpoints.good_step(), abstract_state(config.step, mesh))
+        checkpoints.close()
+        assert position == 5
+        jax.tree.map(np.testing.assert_array_equal, moved, state)
+        assert moved.params["token_in"]["kernel"].sharding.mesh.shape == mesh.shape
+        state = moved
+    source = make_source(config.data)
+    whole = host_batches(source, config.data, 8, 0)[5]
+    halves = [host_batches(source, config.data, 8, 0, host, 2)[5] for host in range(2)]
+    np.testing.assert_array_equal(np.concatenate([half["label"] for half in halves]), whole["label"])

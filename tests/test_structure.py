@@ -9,10 +9,10 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "files", "factorization", "diffusion", "sharding"),
+    ("errors", "files", "distributed", "factorization", "diffusion", "sharding"),
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation"),
-    ("cli", "train", "sample", "evaluate", "convert"),
+    ("cli", "train", "sample", "evaluate", "convert", "sweeps"),
 )
 
 

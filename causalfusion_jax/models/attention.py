@@ -1,4 +1,4 @@
-"""Softmax attention over keys that lie in several places."""
+"""Softmax attention by the one rule, over keys that lie in several places."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,6 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from causalfusion_jax.factorization import Role, attends
+from causalfusion_jax.models.flash_attention import flash_attention
+from causalfusion_jax.sharding import partition
 
 
 class Keys(NamedTuple):
@@ -61,3 +65,75 @@ def attend(q: jax.Array, places: Sequence[Keys]) -> jax.Array:
         for part, keys in zip(parts, places, strict=True)
     ]
     return sum(outs[1:], outs[0])
+
+
+class Visibility(NamedTuple):
+    """Who sees whom among new tokens and cached ones, ready for all layers.
+
+    Attributes:
+      layout: roles and steps of the new tokens, then of all keys, cached ones first; int32
+        [batch, n]. None where the biases are made of them instead.
+      bias: visibility of the new tokens to each other, [batch, 1, n, n], or None.
+      cached_bias: that of the cache to them, [batch, 1, n, slots], or None.
+    """
+
+    layout: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None
+    bias: jax.Array | None
+    cached_bias: jax.Array | None
+
+    @staticmethod
+    def of(role, step, cached_step: jax.Array | None, flash: bool) -> "Visibility":
+        """By the one rule.
+
+        Args:
+          role, step: int32 [batch, n], of the new tokens.
+          cached_step: int32 [batch, slots] of the cache, or None.
+          flash: attend in tiles rather than to all keys at once.
+        """
+        # Condition tokens in the cache are before all others, as clean ones of their step.
+        cached_role = None if cached_step is None else jnp.full_like(cached_step, Role.CLEAN)
+        if flash:
+            keys = (role, step)
+            if cached_step is not None:
+                keys = jnp.concatenate([cached_role, role], axis=1), jnp.concatenate([cached_step, step], axis=1)
+            return Visibility((role, step, *keys), None, None)
+        bias = visibility_bias(attends(role, step, role, step))
+        cached_bias = None
+        if cached_step is not None:
+            cached_bias = visibility_bias(attends(role, step, cached_role, cached_step))
+        return Visibility(None, bias, cached_bias)
+
+    def attend(self, q, k, v, cached: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        """Attention of the new tokens.
+
+        Args:
+          q, k, v: [batch, n, heads, head_dim].
+          cached: keys and values [batch / copies, slots, heads, head_dim], or None.
+
+        Returns:
+          [batch, n, heads, head_dim].
+        """
+        if self.layout is None:
+            new = Keys(k, v, self.bias)
+            return attend(q, [new] if cached is None else [Keys(*cached, self.cached_bias), new])
+        if cached is not None:
+            copies = q.shape[0] // cached[0].shape[0]
+            k, v = (
+                jnp.concatenate([jnp.tile(old, (copies, 1, 1, 1)).astype(new.dtype), new], axis=1)
+                for old, new in zip(cached, (k, v), strict=True)
+            )
+        return _in_tiles(q, k, v, self.layout)
+
+
+def _in_tiles(q, k, v, layout) -> jax.Array:
+    """`flash_attention`; each device computes its share of batch, heads and queries."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return flash_attention(q, k, v, *layout)
+    queries, keys = (partition(("batch", tokens, "heads", "head_dim")) for tokens in ("sequence", None))
+    q_tokens, k_tokens = (partition(("batch", tokens)) for tokens in ("sequence", None))
+    run = jax.shard_map(
+        flash_attention, mesh=mesh, in_specs=(queries, keys, keys, q_tokens, q_tokens, k_tokens, k_tokens),
+        out_specs=queries, check_vma=False,
+    )
+    return run(q, k, v, *layout)

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from causalfusion_jax.errors import require, require_number, require_one_of
-from causalfusion_jax.factorization import Role, attends, training_layout
-from causalfusion_jax.models.attention import Keys, attend, visibility_bias
+from causalfusion_jax.factorization import training_layout
+from causalfusion_jax.models.attention import Visibility
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.layers import NORMS, Norm, gelu
 from causalfusion_jax.models.positions import (
@@ -34,9 +34,13 @@ from causalfusion_jax.models.positions import (
     sincos_table,
     timestep_features,
 )
+from causalfusion_jax.sharding import constrain, is_split
 
 CONDITIONINGS = ("in_context", "adaln")
 POSITIONS = ("learned", "sincos", "rope")
+ATTENTIONS = ("auto", "dense", "flash")
+FLASH_FROM = 1024
+"""Keys from which `auto` computes attention in tiles."""
 DTYPES = ("float32", "bfloat16")
 REMATS = {
     "none": None,
@@ -63,6 +67,8 @@ class TransformerConfig:
         which turns queries and keys by the position on every axis.
       qk_norm: normalize queries and keys per head.
       qkv_bias, token_bias: biases of the query-key-value and the token projection.
+      attention: `dense`, `flash` (in tiles, without an array of [tokens, tokens]), or
+        `auto`: flash from FLASH_FROM keys on.
       dtype: compute type; parameters are float32.
       remat: what the backward pass recomputes: `none`, all but the matrix products
         (`dots`), or all of a block (`full`).
@@ -83,6 +89,7 @@ class TransformerConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
     token_bias: bool = True
+    attention: str = "auto"
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
@@ -114,6 +121,7 @@ class TransformerConfig:
             require(self.hidden % 4 == 0, "hidden", self.hidden, "must be a multiple of 4 (2D sines and cosines)")
         require_number("mlp_ratio", self.mlp_ratio, 0.0, open_low=True)
         require_number("scan_unroll", self.scan_unroll, 1, self.layers)
+        require_one_of("attention", self.attention, ATTENTIONS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("remat", self.remat, REMATS)
 
@@ -172,14 +180,12 @@ class Context(NamedTuple):
     """What the new tokens of a pass through the trunk have in common in all layers.
 
     Attributes:
-      bias: their visibility to each other, [batch, 1, tokens, tokens].
-      cached_bias: that of the cache to them, [batch, 1, tokens, slots], or None.
+      visibility: who sees whom.
       rope: cosines and sines of their positions, [batch, tokens, head_dim], or None.
       condition: `Transformer.noise_condition` of the noisy ones, or None.
     """
 
-    bias: jax.Array
-    cached_bias: jax.Array | None
+    visibility: Visibility
     rope: tuple[jax.Array, jax.Array] | None
     condition: jax.Array | None
 
@@ -219,15 +225,15 @@ class Block(nnx.Module):
         Returns:
           h, and the keys and values of the new tokens.
         """
-        batch, tokens, hidden = h.shape
-        flat, whole = (batch * tokens, hidden), (batch, tokens, hidden)
+        batch, tokens, hidden = whole = h.shape
+        # Matrix products run on [batch * tokens, ...]: XLA:CPU contracts the two leading
+        # dimensions of a weight gradient far slower than one. Split tokens cannot be merged so.
+        flat = whole if is_split("sequence") else (batch * tokens, hidden)
         modulated = context.condition is not None
         if modulated:
             shifts, scales, gates = zip(*_triples(self.modulation(context.condition)), strict=True)
 
         def normed(norm, i):
-            # Matrix products run on [batch * tokens, ...]: XLA:CPU contracts the two
-            # leading dimensions of a weight gradient far slower than one.
             x = norm(h.reshape(flat))
             return _on_noisy(x.reshape(whole), num_clean, 1.0 + scales[i], shifts[i]).reshape(flat) if modulated else x
 
@@ -237,19 +243,19 @@ class Block(nnx.Module):
 
         with jax.named_scope("attention"):
             qkv = self.qkv(normed(self.attention_norm, 0))
-            q, k, v = (x[:, 0] for x in jnp.split(qkv, 3, axis=1))
+            q, k, v = (jnp.squeeze(x, -3) for x in jnp.split(qkv, 3, axis=-3))
             if self.config.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k, v = (x.reshape(batch, tokens, *x.shape[1:]) for x in (q, k, v))
+            q, k, v = (x.reshape(batch, tokens, *x.shape[-2:]) for x in (q, k, v))
+            q, k, v = (constrain(x, ("batch", "sequence", "heads", "head_dim")) for x in (q, k, v))
             if context.rope is not None:
                 q, k = rotate(q, context.rope), rotate(k, context.rope)
-            new = Keys(k, v, context.bias)
-            out = attend(q, [new] if cached is None else [Keys(*cached, context.cached_bias), new])
+            out = context.visibility.attend(q, k, v, cached)
             h = h + gated(self.attention_out(out.reshape(flat)), 0)
         with jax.named_scope("mlp"):
             x = self.mlp_in(normed(self.mlp_norm, 1))
             h = h + gated(self.mlp_out(gelu(x)), 1)
-        return h, (k, v)
+        return constrain(h, ("batch", "sequence", None)), (k, v)
 
 
 def _modulation(parts: int, config, rngs):
@@ -364,15 +370,14 @@ class Transformer(nnx.Module):
         Returns:
           h, and the new tokens' keys and values, [layers, batch, n, heads, head_dim].
         """
-        cached_kv, cached_bias = (), None
-        if cache is not None:
-            cached_step = jnp.tile(cache.step, (h.shape[0] // cache.step.shape[0], 1))
-            cached_role = jnp.full_like(cached_step, Role.CLEAN)
-            cached_bias = visibility_bias(attends(role, step, cached_role, cached_step))
-            cached_kv = (cache.k, cache.v)
-        bias = visibility_bias(attends(role, step, role, step))
-        context = Context(bias, cached_bias, self._rope(ids), condition)
+        cached_step = None if cache is None else jnp.tile(cache.step, (h.shape[0] // cache.step.shape[0], 1))
+        keys = h.shape[1] + (0 if cache is None else cached_step.shape[1])
+        flash = self.config.attention == "flash" or (self.config.attention == "auto" and keys >= FLASH_FROM)
+        visibility = Visibility.of(role, step, cached_step, flash)
+        cached_kv = () if cache is None else (cache.k, cache.v)
+        context = Context(visibility, self._rope(ids), condition)
         graph, params = nnx.split(self.blocks)
+        h = constrain(h, ("batch", "sequence", None))
 
         def layer(h, scanned):
             layer_params, layer_kv = scanned

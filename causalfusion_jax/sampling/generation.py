@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from causalfusion_jax import distributed, sharding
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.patches import unpatchify
 from causalfusion_jax.sampling.images import to_uint8
@@ -39,19 +39,23 @@ def generate_images(
       uint8 [num, (frames,) height, width, channels]; float32 for latents not decoded.
     """
     model, num = config.transformer, len(labels)
+    # Beside the parameters, which may lie on a mesh of several processes.
+    where = jax.tree.leaves(params)[0].sharding
+    where = sharding.replicated(where.mesh) if isinstance(where, jax.sharding.NamedSharding) else where
+    make_keys = jax.jit(image_keys, static_argnums=0, out_shardings=where)
     batch_size = min(batch_size, num)
     images = []
     for start in range(0, num, batch_size):
         indices = np.minimum(np.arange(start, start + batch_size), num - 1)
         tokens = sample_tokens(
             model, config.diffusion, config.factorization, sampler, params,
-            image_keys(seed, indices), jnp.asarray(labels[indices]),
+            make_keys(seed, indices), jax.device_put(labels[indices], where),
         )
         batch = unpatchify(tokens, model.grid, config.model.patch_size)
         if decode is not None:
             pixels = decode(batch.reshape(-1, *batch.shape[-3:]))
             batch = pixels.reshape(*batch.shape[:-3], *pixels.shape[1:])
-        batch = jax.device_get(batch)
+        batch = distributed.everywhere(batch)
         images.append(batch if config.data.latents and decode is None else to_uint8(batch))
         progress(min(start + batch_size, num))
     return np.concatenate(images)[:num]

@@ -128,6 +128,10 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def reload(self) -> None:
+        """Looks at the disk again: another process may have moved a step away."""
+        self._manager.reload()
+
     # --- Restoring ----------------------------------------------------------------
 
     def steps(self) -> list[int]:

@@ -9,9 +9,8 @@ import time
 
 import jax
 
-from causalfusion_jax import experiment, sharding
+from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.transformer import count_params
 from causalfusion_jax.sampling.generation import generate_images
@@ -19,6 +18,7 @@ from causalfusion_jax.sampling.images import balanced_labels, frames_in_rows, ma
 from causalfusion_jax.training import metrics as metrics_lib
 from causalfusion_jax.training.checkpoint import Checkpoints
 from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
+from causalfusion_jax.training.trimming import LengthOfStep, with_length
 
 
 class TrainingDiverged(RuntimeError):
@@ -26,13 +26,17 @@ class TrainingDiverged(RuntimeError):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that training can stop between two steps."""
+    """Notes SIGTERM and SIGINT, so that training can stop between two steps.
+
+    Of several processes, jax's runtime watches SIGTERM; it stays with it.
+    """
 
     def __init__(self):
         self.received: str | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._previous = {s: signal.signal(s, self._note) for s in watched}
         return self
 
     def _note(self, number, frame):
@@ -62,15 +66,18 @@ def train(config: ExperimentConfig, workdir: str) -> TrainState:
     """
     source = make_source(config.data)
     mesh = sharding.make_mesh(config.mesh)
-    _check_devices(config, mesh)
-    experiment.claim_workdir(workdir, config)
+    experiment.check_mesh(config, mesh)
+    distributed.on_primary(lambda: experiment.claim_workdir(workdir, config), None)
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
-    step_key = jax.device_put(step_key, sharding.replicated(mesh))
+    # Made by one program on all processes, where they are to lie.
+    make_keys = jax.jit(
+        lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=sharding.replicated(mesh)
+    )
+    init_key, step_key = make_keys()
     state, position = _restore_or_create(config, mesh, checkpoints, init_key)
     start, total = int(state.step), config.train.steps
     if start >= total:
-        print(f"{workdir} is already trained to step {start}", flush=True)
+        _say(f"{workdir} is already trained to step {start}")
         checkpoints.close()
         return state
     _describe(config, mesh, workdir, start)
@@ -88,19 +95,10 @@ def train(config: ExperimentConfig, workdir: str) -> TrainState:
         checkpoints.close()
 
 
-def _check_devices(config: ExperimentConfig, mesh) -> None:
-    """Raises InputError where the batch cannot be split over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
-    if config.train.batch_size % parts:
-        raise InputError(
-            "config.train.batch_size", config.train.batch_size,
-            f"must be a multiple of {parts}, the devices of the batch times grad_accum_steps",
-        )
-
-
 def _restore_or_create(config, mesh, checkpoints, init_key) -> tuple[TrainState, int]:
     """The newest intact checkpoint with its data position, or a fresh state."""
-    step = checkpoints.good_step()
+    step = distributed.on_primary(checkpoints.good_step, None)
+    checkpoints.reload()
     if step is None:
         return create_state(config.step, mesh, init_key), 0
     return checkpoints.restore(step, abstract_state(config.step, mesh))
@@ -109,12 +107,18 @@ def _restore_or_create(config, mesh, checkpoints, init_key) -> tuple[TrainState,
 def _describe(config: ExperimentConfig, mesh, workdir: str, start: int) -> None:
     """Prints what is about to happen."""
     devices = mesh.devices.ravel()
-    print(
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    _say(
         f"{'resuming ' + workdir + f' at step {start}' if start else 'training in ' + workdir}:"
         f" {count_params(config.transformer):,} parameters, batch {config.train.batch_size},"
-        f" {config.train.steps} steps, {len(devices)} x {devices[0].device_kind}",
-        flush=True,
+        f" {config.train.steps} steps, {len(devices)} x {devices[0].device_kind}{hosts}"
     )
+
+
+def _say(line: str) -> None:
+    """Prints a line, once for all processes."""
+    if distributed.is_primary():
+        print(line, flush=True)
 
 
 class _Run:
@@ -125,30 +129,45 @@ class _Run:
         self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
         self.log = metrics_lib.MetricsLog(workdir, config.train.steps)
         self.batch_shapes = config.batch_shapes
-        self.train_step = compile_train_step(config.step, mesh, self.batch_shapes, step_key)
+        self.length_of = LengthOfStep(config.step.objective, config.train.length_buckets, step_key)
+        # One program, or one for each length, compiled when a step first needs it.
+        self.programs = {}
+        self._program(self.length_of.lengths[-1])
         self.peak_flops = metrics_lib.peak_flops(mesh.devices.flat[0]) * mesh.devices.size
+
+    def _program(self, length: int):
+        """The compiled training step for batches that look at so many clean tokens."""
+        if length not in self.programs:
+            step = with_length(self.config.step, length)
+            flops = step.objective.flops * self.config.train.batch_size
+            with jax.transfer_guard("allow"):
+                compiled = compile_train_step(step, self.mesh, self.batch_shapes, self.step_key)
+            self.programs[length] = (compiled, flops)
+        return self.programs[length]
 
     def steps(self, state: TrainState, start: int) -> TrainState:
         """Steps from `start` to the end, or to a stop signal."""
         config, step = self.config, start
-        totals, since, waited = None, start, 0.0
+        totals, since, waited, flops = None, start, 0.0, 0
         clock = time.perf_counter()
         with StopSignal() as stop, jax.transfer_guard("disallow"):
             for step in range(start + 1, config.train.steps + 1):
                 before = time.perf_counter()
                 batch = self._next_batch()
                 waited += time.perf_counter() - before
-                state, metrics = self.train_step(state, batch, self.step_key)
+                train_step, step_flops = self._program(self.length_of(step - 1))
+                state, metrics = train_step(state, batch, self.step_key)
+                flops += step_flops
                 totals = metrics if totals is None else metrics_lib.add(totals, metrics)
                 last = step == config.train.steps
                 if last or step % config.logging.every == 0:
                     scalars = metrics_lib.summarize(totals, step - since)
                     seconds = time.perf_counter() - clock
-                    self.log.write(step, scalars | self._speed(step - since, seconds, waited))
+                    self.log.write(step, scalars | self._speed(step - since, seconds, waited, flops))
                     self._check_finite(state, step)
-                    totals, since, waited = None, step, 0.0
+                    totals, since, waited, flops = None, step, 0.0, 0
                 # Read once: a signal during the grid below stops at the next step, saved.
-                stopping = stop.received
+                stopping = distributed.should_stop(step, bool(stop.received)) and (stop.received or "SIGTERM")
                 if last or step % config.checkpoint.every == 0 or stopping:
                     self._save(step, state)
                 if config.logging.sample_every and (last or step % config.logging.sample_every == 0):
@@ -159,10 +178,9 @@ class _Run:
                     break
         if stopping and step < config.train.steps:
             self.checkpoints.wait()
-            print(
+            _say(
                 f"{stopping}: saved step {step} of {config.train.steps} in {self.workdir};"
-                " run the same command again to continue",
-                flush=True,
+                " run the same command again to continue"
             )
         return state
 
@@ -170,17 +188,18 @@ class _Run:
         """The next global batch, on the mesh."""
         where = sharding.batch_sharding(self.mesh)
         put = functools.partial(jax.make_array_from_process_local_data, where)
-        return {
-            name: put(values, self.batch_shapes[name][0]) for name, values in next(self.iterator).items()
-        }
+        batch = next(self.iterator)
+        # What moves here is meant to; of several processes, jax does not see that.
+        with jax.transfer_guard("allow"):
+            return {name: put(values, self.batch_shapes[name][0]) for name, values in batch.items()}
 
-    def _speed(self, steps: int, seconds: float, waited: float) -> dict[str, float]:
+    def _speed(self, steps: int, seconds: float, waited: float, flops: int) -> dict[str, float]:
         """Rates over the last `steps` steps."""
         images = steps * self.config.train.batch_size / seconds
         return {
             "steps_per_second": steps / seconds,
             "images_per_second": images,
-            "model_flops_utilization": images * self.config.step.objective.flops / self.peak_flops,
+            "model_flops_utilization": flops / seconds / self.peak_flops,
             "data_wait_fraction": waited / seconds,
         }
 
@@ -202,7 +221,7 @@ class _Run:
         with jax.transfer_guard("allow"):
             images = generate_images(config, config.sampling, state.ema, labels, config.train.seed)
         grid = make_grid(*frames_in_rows(images, config.data.num_classes if config.data.num_classes <= 20 else 8))
-        if jax.process_index() == 0:
+        if distributed.is_primary():
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)
             save_png(folder / f"{step:08d}.png", grid)

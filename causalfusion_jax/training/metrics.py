@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metric_writers
 
+from causalfusion_jax import distributed
+
 PEAK_FLOPS = {
     # bfloat16 FLOP/s of one device, by jax's device_kind (vendors' figures).
     "TPU v2": 45e12,
@@ -78,11 +80,16 @@ class MetricsLog:
 
     def __init__(self, workdir: str, total_steps: int):
         self._workdir, self._total_steps = pathlib.Path(workdir), total_steps
-        self._writer = metric_writers.create_default_writer(str(self._workdir / "tensorboard"))
-        self._jsonl = (self._workdir / "metrics.jsonl").open("a")
+        self._primary = distributed.is_primary()
+        self._writer = metric_writers.create_default_writer(
+            str(self._workdir / "tensorboard"), just_logging=not self._primary
+        )
+        self._jsonl = (self._workdir / "metrics.jsonl").open("a") if self._primary else None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Records scalars and prints the progress line."""
+        """Records scalars and prints the progress line; on process 0 alone."""
+        if not self._primary:
+            return
         self._writer.write_scalars(step, scalars)
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
         self._jsonl.flush()
@@ -95,7 +102,8 @@ class MetricsLog:
     def close(self) -> None:
         """Until everything is written."""
         self._writer.close()
-        self._jsonl.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
 
 
 def progress_line(step: int, total_steps: int, scalars: dict[str, float]) -> str:

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from causalfusion_jax import diffusion as noise_axis
@@ -33,6 +34,8 @@ class ObjectiveConfig:
       model, factorization, diffusion: the network and the two axes.
       patch_size: side of a token in pixels (or latents).
       class_dropout: probability that an image is trained without its class.
+      most_clean: the batch is known to look at no more than so many clean tokens, the
+        first; 0: it is not.
     """
 
     model: TransformerConfig
@@ -40,11 +43,12 @@ class ObjectiveConfig:
     diffusion: DiffusionConfig
     patch_size: int
     class_dropout: float
+    most_clean: int = 0
 
     @property
     def num_clean(self) -> int:
         """Places with a clean token in the training sequence."""
-        return num_visible_clean(self.factorization, self.model.num_tokens)
+        return self.most_clean or num_visible_clean(self.factorization, self.model.num_tokens)
 
     @property
     def places_per_t(self) -> int:
@@ -65,7 +69,12 @@ def example_keys(key: jax.Array, batch: int) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch, dtype=jnp.uint32))
 
 
-def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys) -> tuple[jax.Array, dict]:
+def batch_key(key: jax.Array) -> jax.Array:
+    """The key of what all examples of a step share, apart from those of `example_keys`."""
+    return jax.random.fold_in(key, np.uint32(2**32 - 1))
+
+
+def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys, shared_key=None) -> tuple[jax.Array, dict]:
     """Weighted mean squared error of the prediction over all places of all images.
 
     Args:
@@ -73,6 +82,7 @@ def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys) -> tupl
       params: the Transformer's parameters.
       batch: `image` float32 [batch, (frames,) height, width, channels]; `label` int [batch].
       keys: one key an example, [batch].
+      shared_key: from `batch_key`, for AR steps that the batch shares.
 
     Returns:
       The scalar loss, and metrics: scalars, and [NUM_BINS] sums and counts.
@@ -83,7 +93,7 @@ def diffusion_loss(config: ObjectiveConfig, params: Params, batch, keys) -> tupl
 
     def draw(key):
         plan_key, t_key, eps_key, label_key = jax.random.split(key, 4)
-        plan = draw_plan(config.factorization, config.model.grid, plan_key)
+        plan = draw_plan(config.factorization, config.model.grid, plan_key, shared_key)
         t = noise_axis.sample_t(axes, t_key, plan.step[:: config.places_per_t])
         eps = jax.random.normal(eps_key, x_0.shape[1:])
         return plan, t, eps, jax.random.bernoulli(label_key, config.class_dropout)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from causalfusion_jax import sharding
 from causalfusion_jax.models.transformer import Params, abstract_model, init_params
-from causalfusion_jax.training.objective import ObjectiveConfig, diffusion_loss, example_keys
+from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, diffusion_loss, example_keys
 from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 
 
@@ -103,8 +103,9 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
     Returns:
       The next state, and metrics: scalars, and sums and counts by bin.
     """
-    keys = example_keys(jax.random.fold_in(key, state.step), batch["label"].shape[0])
-    grads, metrics = _gradients(config, state.params, batch, keys)
+    step_key = jax.random.fold_in(key, state.step)
+    keys = example_keys(step_key, batch["label"].shape[0])
+    grads, metrics = _gradients(config, state.params, batch, keys, batch_key(step_key))
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
     optimizer = make_optimizer(config.optimizer, config.total_steps)
@@ -132,19 +133,19 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
     ), metrics
 
 
-def _gradients(config: StepConfig, params, batch, keys):
+def _gradients(config: StepConfig, params, batch, keys, shared_key):
     """Gradient and metrics of the batch, in `grad_accum_steps` parts."""
     grad_fn = jax.grad(functools.partial(diffusion_loss, config.objective), has_aux=True)
     parts = config.grad_accum_steps
     if parts == 1:
-        return grad_fn(params, batch, keys)
+        return grad_fn(params, batch, keys, shared_key)
     # Part i takes examples i, i + parts, ...: each device keeps its share of every part.
     split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (batch, keys))
 
     def accumulate(total, part):
-        return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+        return jax.tree.map(jnp.add, total, grad_fn(params, *part, shared_key)), None
 
-    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda a: a[0], split))
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda a: a[0], split), shared_key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (grads, metrics), _ = jax.lax.scan(accumulate, zeros, split)
     grads = jax.tree.map(lambda g: g / parts, grads)
@@ -177,4 +178,5 @@ def compile_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Ar
         out_shardings=(in_shardings[0], sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    return step.lower(state, batch, key).compile()
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch, key).compile()

@@ -108,7 +108,8 @@ def test_nothing_leaks(config):
 
 @pytest.mark.parametrize(
     "setting",
-    [dict(remat="dots"), dict(scan_unroll=2), pytest.param(dict(remat="full"), marks=pytest.mark.slow)],
+    [dict(remat="dots"), dict(scan_unroll=2), dict(attention="flash"),
+     pytest.param(dict(remat="full"), marks=pytest.mark.slow)],
     ids=lambda setting: str(*setting.values()),
 )
 def test_settings_that_change_nothing(setting):
@@ -196,6 +197,7 @@ def test_flops_by_hand():
         (dict(layers=0), "layers"),
         (dict(dtype="float16"), "dtype"),
         (dict(remat="some"), "remat"),
+        (dict(attention="sparse"), "attention"),
         (dict(scan_unroll=3), "scan_unroll"),
         (dict(conditioning="adaln"), "num_condition_tokens"),
         (dict(num_condition_tokens=0), "num_condition_tokens"),

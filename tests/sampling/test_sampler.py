@@ -132,6 +132,17 @@ def test_shared_cache_equals_uncached(ar_steps, cfg_scale):
     check(SamplerConfig(ar_steps=ar_steps, solver_steps=5, cfg_scale=cfg_scale), config=ADALN)
 
 
+@pytest.mark.parametrize("config", [MODEL, ADALN], ids=["in_context", "adaln"])
+def test_attention_in_tiles_samples_the_same(config):
+    sampler = SamplerConfig(step_sizes=(3, 13), solver_steps=3, cfg_scale=2.0)
+    keys, labels = image_keys(0, range(3)), jnp.asarray(LABELS)
+    dense, tiled = (
+        sample_tokens(model, LINEAR, TRAINED, sampler, params(config), keys, labels)
+        for model in (dataclasses.replace(config, attention=kind) for kind in ("dense", "flash"))
+    )
+    np.testing.assert_allclose(tiled, dense, atol=1e-4)
+
+
 def test_known_tokens_with_shared_cache():
     known = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 4)), jnp.float32)
     order = jnp.asarray(np.random.default_rng(1).permuted(np.tile(np.arange(16), (3, 1)), axis=1))

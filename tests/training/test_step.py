@@ -13,10 +13,11 @@ from helpers import make_batch, random_params, tiny_config
 from causalfusion_jax import experiment, sharding
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError
-from causalfusion_jax.factorization import FactorizationConfig
+from causalfusion_jax.factorization import FactorizationConfig, draw_plan, num_visible_clean_of_batch
 from causalfusion_jax.training.objective import diffusion_loss, example_keys
 from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from causalfusion_jax.training.state import compile_train_step, create_state, init_state, train_step
+from causalfusion_jax.training.trimming import LengthOfStep, expected_flops, with_length
 
 CONFIG = experiment.from_dict(tiny_config())
 MESH = sharding.make_mesh(CONFIG.mesh, jax.devices()[:1])
@@ -197,3 +198,39 @@ def test_weight_decay_spares_vectors():
 def test_bad_settings_are_refused(bad):
     with pytest.raises(InputError):
         OptimizerConfig(**bad)
+
+
+def test_left_out_clean_tokens_change_nothing():
+    """Same losses and parameters, whether unseen clean tokens are computed or not."""
+    shared = dataclasses.replace(CONFIG.factorization, steps_shared_by="batch")
+    config = dataclasses.replace(CONFIG, factorization=shared)
+    key = jax.device_put(KEY, jax.devices()[0])
+    length_of = LengthOfStep(config.step.objective, 4, key)
+    assert length_of.lengths == (4, 8, 12, 16)
+    used = [length_of(step) for step in range(400)]
+    assert set(used) == {4, 8, 12, 16}
+    state, batch = start(config)
+    # A step whose batch looks at few clean tokens.
+    step = next(step for step, length in enumerate(used) if length == 8)
+    state = state._replace(step=jnp.int32(step))
+    whole, metrics = jax.jit(functools.partial(train_step, config.step))(state, batch, key)
+    trimmed_config = with_length(config.step, 8)
+    trimmed, trimmed_metrics = jax.jit(functools.partial(train_step, trimmed_config))(state, batch, key)
+    np.testing.assert_allclose(trimmed_metrics["loss"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(trimmed_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+    moments = [s.opt_state[1][0].mu for s in (trimmed, whole)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *moments)
+    assert trimmed_config.objective.flops < 0.8 * config.step.objective.flops
+    saved = 1 - expected_flops(config.step.objective, 4, key, 1) / config.step.objective.flops
+    at_best = 1 - expected_flops(config.step.objective, 0, key, 1) / config.step.objective.flops
+    assert 0.05 < saved < at_best
+
+
+def test_all_images_of_a_batch_share_their_steps():
+    shared = dataclasses.replace(CONFIG.factorization, steps_shared_by="batch")
+    keys = jax.random.split(KEY, 6)
+    plans = jax.vmap(lambda key: draw_plan(shared, (4, 4), key, KEY))(keys)
+    assert (np.asarray(plans.step) == plans.step[0]).all()
+    assert len(np.unique(plans.order, axis=0)) == 6
+    visible = num_visible_clean_of_batch(shared, 16, KEY)
+    assert int(visible) == int((plans.step[0] < plans.step[0, -1]).sum())

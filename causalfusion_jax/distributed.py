@@ -1,0 +1,106 @@
+"""Several processes (hosts) as one program: how they start, agree and stop."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from causalfusion_jax.errors import require
+
+T = TypeVar("T")
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    multihost: bool = False,
+) -> None:
+    """Joins the processes of a job; call before anything else touches a device.
+
+    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; with `multihost`, the rest from the cluster's metadata (Cloud TPU, GKE,
+    Slurm, Open MPI). Where nothing is given anywhere, this process runs alone.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0.
+      num_processes, process_id: how many there are, and which this one is.
+      multihost: ask the cluster.
+
+    Raises:
+      InputError: some of the three are given, not all, and `multihost` is not.
+    """
+    given = {
+        "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _number("num_processes", num_processes, "JAX_NUM_PROCESSES"),
+        "process_id": _number("process_id", process_id, "JAX_PROCESS_ID"),
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    if not known and not multihost:
+        return
+    if not multihost:
+        for name, value in given.items():
+            require(value is not None, f"--{name}", value, f"is needed beside {', '.join(known)}; or give --multihost")
+        count, number = given["num_processes"], given["process_id"]
+        require(count >= 1, "--num_processes", count, "must be >= 1")
+        require(0 <= number < count, "--process_id", number, f"must be in 0..{count - 1}")
+    jax.distributed.initialize(**known)
+
+
+def _number(name: str, value: int | None, variable: str) -> int | None:
+    if value is not None or variable not in os.environ:
+        return value
+    text = os.environ[variable]
+    require(text.isdigit(), f"--{name}", text, f"{variable} must be a number")
+    return int(text)
+
+
+def is_primary() -> bool:
+    """Whether this is the process that prints and writes what all have in common."""
+    return jax.process_index() == 0
+
+
+def on_primary(run: Callable[[], T], default: T) -> T:
+    """`run()` on process 0, its result (a number, or None for `default`) on all.
+
+    An error on process 0 ends the others too, rather than leave them waiting.
+    """
+    if jax.process_count() == 1:
+        return run()
+    error, result = None, default
+    if is_primary():
+        try:
+            result = run()
+        except Exception as raised:
+            error = raised
+    failed, has_result, number = multihost_utils.broadcast_one_to_all(
+        np.array([error is not None, result is not None, result or 0], np.int64)
+    )
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("process 0 could not go on; its message says why")
+    return int(number) if has_result else None
+
+
+def should_stop(step: int, received: bool) -> bool:
+    """Whether all processes stop after this step.
+
+    Args:
+      step: the step, alike on all processes, which all ask after every step.
+      received: whether this process, running alone, was told to stop. Of several, the
+        runtime notices SIGTERM on any and picks a step that all can still reach.
+    """
+    if jax.process_count() == 1:
+        return received
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def everywhere(x: jax.Array) -> np.ndarray:
+    """The whole of a global array, on every process."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(jax.device_get(x))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,0 +1,429 @@
+"""Sweeps: many runs of one config, and their scores as a table.
+
+A sweep's overrides are plain dicts of config paths, one a run, combined by
+
+    grid({"factorization.gamma": [1.0, 0.9], "train.seed": [0, 1]})    every combination: 4 runs
+    together({"model.hidden": [96, 192], "model.heads": [3, 6]})       first with first, ...: 2 runs
+    product(a, b)                                                      every a with every b
+    chain(a, b)                                                        those of a, then those of b
+
+`configs/sweeps/*.py` hold `get_sweep(arg)`; launch/sweep.py runs them.
+"""
+
+import ast
+import collections
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from causalfusion_jax import experiment
+from causalfusion_jax.errors import InputError, require, require_number
+from causalfusion_jax.experiment import ExperimentConfig
+
+Overrides = Mapping[str, Any]
+"""Values of settings by their path in the config: {"factorization.gamma": 0.9}."""
+
+HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall")
+"""Of all other scores the lowest is best."""
+
+
+# --- The algebra ------------------------------------------------------------------
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> tuple[Overrides, ...]:
+    """Every combination of the values of each path; the last path varies fastest."""
+    _check_axes(axes)
+    return _distinct(dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+
+
+def together(axes: Mapping[str, Sequence[Any]]) -> tuple[Overrides, ...]:
+    """The first value of every path, then the second of every path, and so on."""
+    _check_axes(axes)
+    lengths = {path: len(values) for path, values in axes.items()}
+    require(len(set(lengths.values())) == 1, "together", lengths, "every path must have as many values")
+    return _distinct(dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True))
+
+
+def chain(*sweeps: Iterable[Overrides]) -> tuple[Overrides, ...]:
+    """The runs of each sweep, one sweep after the other."""
+    return _distinct(itertools.chain(*sweeps))
+
+
+def product(*sweeps: Iterable[Overrides]) -> tuple[Overrides, ...]:
+    """Every run of each sweep with every run of the others; the last sweep varies fastest."""
+    return _distinct(_union(parts) for parts in itertools.product(*map(tuple, sweeps)))
+
+
+def _check_axes(axes: Mapping[str, Sequence[Any]]) -> None:
+    """Raises InputError unless every path has a list of values."""
+    require(bool(axes), "axes", axes, "must name at least one path")
+    for path, values in axes.items():
+        require(
+            isinstance(values, (list, tuple, range)) and len(values) > 0, path, values,
+            "must be a list of values to sweep over",
+        )
+
+
+def _union(parts: Sequence[Overrides]) -> Overrides:
+    """All overrides of `parts` in one dict. Raises InputError where two set one path."""
+    union: dict[str, Any] = {}
+    for part in parts:
+        for path in part:
+            require(path not in union, path, part[path], f"set twice in a product; {union.get(path)!r} too")
+        union |= part
+    return union
+
+
+def _distinct(sweep: Iterable[Overrides]) -> tuple[Overrides, ...]:
+    """The sweep as a tuple. Raises InputError where two runs are the same."""
+    runs = tuple(dict(overrides) for overrides in sweep)
+    seen = set()
+    for overrides in runs:
+        key = tuple(sorted((path, repr(value)) for path, value in overrides.items()))
+        require(key not in seen, "sweep", overrides, "this run is there twice")
+        seen.add(key)
+    return runs
+
+
+# --- The sweep and its runs -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is run, and what is measured of every run.
+
+    Attributes:
+      config: the config all runs start from, NAME.py or NAME.py:ARG.
+      overrides: what each run changes.
+      fixed: what all of them change.
+      ar_steps: numbers of AR steps that every run is sampled at.
+      num_samples: images sampled at each.
+      metric: score, of those that evaluation gives, by which the runs are sorted.
+    """
+
+    config: str
+    overrides: tuple[Overrides, ...]
+    fixed: Overrides = dataclasses.field(default_factory=dict)
+    ar_steps: tuple[int, ...] = (1,)
+    num_samples: int = 1000
+    metric: str = "fd"
+
+    def __post_init__(self):
+        object.__setattr__(self, "overrides", _distinct(self.overrides))
+        require(bool(self.overrides), "overrides", self.overrides, "must hold at least one run")
+        require(
+            bool(self.ar_steps) and len(set(self.ar_steps)) == len(self.ar_steps), "ar_steps", self.ar_steps,
+            "must be one or more different numbers",
+        )
+        require_number("num_samples", self.num_samples, 2)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that runs differ in, in the order they first appear."""
+        return tuple(dict.fromkeys(path for overrides in self.overrides for path in overrides))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+      name: says what it overrides; a file name, and the same whatever else the sweep holds.
+      config: all its settings.
+      flags: of `causalfusion_jax.train`, that make the sweep's config this run's.
+    """
+
+    name: str
+    config: ExperimentConfig
+    flags: tuple[str, ...]
+
+
+def load(flag: str, location: str, function: str, root: pathlib.Path) -> Any:
+    """What a function of a Python file returns.
+
+    Args:
+      flag: where the location was given, for errors.
+      location: PATH or PATH:ARG.
+      function: its name; called with ARG, where there is one.
+      root: folder that a relative PATH starts from.
+
+    Raises:
+      InputError: no such file or function, or one it raised itself.
+    """
+    file, _, arg = location.partition(":")
+    path = root / file
+    require(path.suffix == ".py" and path.is_file(), flag, location, "no such file; give PATH.py or PATH.py:ARG")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    require(callable(make), flag, location, f"has no {function}(arg)")
+    try:
+        return make(arg) if arg else make()
+    except InputError as error:
+        raise InputError(flag, location, str(error)) from None
+
+
+def expand(sweep: Sweep, base: Mapping[str, Any]) -> tuple[Run, ...]:
+    """Every run of a sweep, all of them checked.
+
+    Args:
+      sweep: the sweep.
+      base: settings of `sweep.config`, nested.
+
+    Raises:
+      InputError: a path that is no setting, a value of the wrong type or not allowed, a
+        swept path that is fixed too, two runs of the same settings, or AR steps that a run
+        cannot be sampled at.
+    """
+    fixed = sweep.fixed
+    for path in sweep.paths:
+        require(path not in fixed, path, fixed.get(path), "the sweep sets it run by run; it cannot be fixed")
+    runs: dict[ExperimentConfig, Run] = {}
+    for overrides in sweep.overrides:
+        config = merge(base, {**fixed, **overrides})
+        name = _name(config, sorted(overrides))
+        require(config not in runs, "sweep", name, f"has the same settings as {getattr(runs.get(config), 'name', '')}")
+        for ar_steps in sweep.ar_steps:
+            sampler = dataclasses.replace(config.sampling, ar_steps=ar_steps, step_sizes=())
+            try:
+                config.check_sampler(sampler)
+            except InputError as error:
+                raise error.under(f"{name}: sampling") from None
+        runs[config] = Run(name, config, tuple(_flag(config, path) for path in (*fixed, *overrides)))
+    return tuple(runs.values())
+
+
+def merge(base: Mapping[str, Any], overrides: Overrides) -> ExperimentConfig:
+    """Settings of one run. Raises InputError where `overrides` do not fit."""
+    values = {section: dict(settings) for section, settings in base.items()}
+    for path, value in overrides.items():
+        section, _, name = path.partition(".")
+        require(bool(name), path, value, "must be SECTION.NAME of the config")
+        values.setdefault(section, {})[name] = value
+    return experiment.from_dict(values)
+
+
+def parse_overrides(flag: str, text: str) -> dict[str, Any]:
+    """Reads SECTION.NAME=VALUE,SECTION.NAME=VALUE. Raises InputError where it cannot be read."""
+    defaults = experiment.to_dict(ExperimentConfig())
+    parsed: dict[str, Any] = {}
+    # A comma separates only where a path follows: values of tuples hold commas too.
+    for part in filter(None, re.split(r",(?=\w+\.\w+=)", text)):
+        path, equals, value = part.partition("=")
+        section, _, name = path.partition(".")
+        require(bool(equals) and bool(name), flag, part, "must be SECTION.NAME=VALUE")
+        require(path not in parsed, flag, part, f"{path} is given twice")
+        parsed[path] = _parse(flag, part, value, defaults.get(section, {}).get(name, ""))
+    return parsed
+
+
+def _parse(flag: str, part: str, text: str, default: Any) -> Any:
+    """`text` as the type of `default`."""
+    if isinstance(default, str):
+        return text
+    kinds = {bool: "True or False", int: "an integer", float: "a number", tuple: "a tuple: (1,2)"}
+    try:
+        value = float(text) if isinstance(default, float) else ast.literal_eval(text.strip().capitalize())
+    except (ValueError, SyntaxError):
+        value = None
+    require(type(value) is type(default), flag, part, f"the value must be {kinds[type(default)]}")
+    return value
+
+
+def _value(config: ExperimentConfig, path: str) -> Any:
+    """The setting at a path."""
+    section, _, name = path.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _flag(config: ExperimentConfig, path: str) -> str:
+    """The command line option that sets it."""
+    return f"--config.{path}={_value(config, path)}"
+
+
+def _label(path: str) -> str:
+    """The path's last part, where no other section has a setting of that name."""
+    sections = experiment.to_dict(ExperimentConfig()).values()
+    counts = collections.Counter(name for section in sections for name in section)
+    name = path.rpartition(".")[2]
+    return name if counts[name] == 1 else path
+
+
+def _text(value: Any) -> str:
+    """A value in a name or table."""
+    if isinstance(value, tuple):
+        value = "-".join(map(str, value))
+    return str(value) or "none"
+
+
+def _name(config: ExperimentConfig, paths: Sequence[str]) -> str:
+    """Name of the run that sets `paths`, which depends on them and their values alone."""
+    name = ",".join(f"{_label(path)}={_text(_value(config, path))}" for path in paths) or "base"
+    safe = re.sub(r"[^\w.,=+-]", "-", name)
+    if safe == name and len(name) <= 100:
+        return name
+    # What was replaced or cut off must still tell runs apart.
+    return f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+# --- The results ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+      run: the run.
+      state: finished, failed, ...
+      scores: by number of AR steps, then by name.
+    """
+
+    run: Run
+    state: str
+    scores: Mapping[int, Mapping[str, float]]
+
+    def score(self, metric: str, ar_steps: int) -> float | None:
+        """A score, or None where it was not (yet) measured."""
+        return self.scores.get(ar_steps, {}).get(metric)
+
+    def mean(self, metric: str) -> float | None:
+        """A score averaged over the numbers of AR steps."""
+        scores = [scores[metric] for scores in self.scores.values() if metric in scores]
+        return math.fsum(scores) / len(scores) if scores else None
+
+
+def metrics(sweep: Sweep, results: Iterable[Result]) -> tuple[str, ...]:
+    """The scores that were measured, the sweep's metric first."""
+    names = {name for result in results for scores in result.scores.values() for name in scores}
+    return tuple(sorted(names, key=lambda name: (name != sweep.metric, name)))
+
+
+def sort(sweep: Sweep, results: Iterable[Result]) -> list[Result]:
+    """The best by the sweep's metric, averaged over AR steps, first; unmeasured ones last."""
+    sign = -1.0 if sweep.metric in HIGHER_IS_BETTER else 1.0
+
+    def rank(result):
+        mean = result.mean(sweep.metric)
+        return (mean is None or math.isnan(mean), sign * (mean or 0.0), result.run.name)
+
+    return sorted(results, key=rank)
+
+
+def table(sweep: Sweep, results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows: the settings swept over, every score at every number of AR steps, the state."""
+    columns = [(metric, ar_steps) for metric in metrics(sweep, results) for ar_steps in sweep.ar_steps]
+    header = [_label(path) for path in sweep.paths] + [f"{metric} S={s}" for metric, s in columns] + ["state"]
+    rows = [
+        [_text(_value(result.run.config, path)) for path in sweep.paths]
+        + [result.score(*column) for column in columns]
+        + [result.state]
+        for result in results
+    ]
+    return header, rows
+
+
+def markdown(sweep: Sweep, results: Sequence[Result]) -> str:
+    """The table in Markdown, the best of every score in bold."""
+    header, rows = table(sweep, results)
+    best = {}
+    for i, name in enumerate(header):
+        scores = [row[i] for row in rows if isinstance(row[i], float) and not math.isnan(row[i])]
+        if scores:
+            best[i] = max(scores) if name.partition(" ")[0] in HIGHER_IS_BETTER else min(scores)
+
+    def cell(i, value):
+        if not isinstance(value, float):
+            return "" if value is None else value
+        text = f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+        return f"**{text}**" if value == best.get(i) else text
+
+    lines = [header, ["---"] * len(header), *([cell(i, value) for i, value in enumerate(row)] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def csv_text(sweep: Sweep, results: Sequence[Result]) -> str:
+    """The table as CSV, each run's name in front."""
+    header, rows = table(sweep, results)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["run", *header])
+    writer.writerows([result.run.name, *row] for result, row in zip(results, rows, strict=True))
+    return file.getvalue()
+
+
+# --- The plot ---------------------------------------------------------------------
+
+COLORS = (
+    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
+)
+
+
+def plot(sweep: Sweep, results: Sequence[Result]) -> Image.Image:
+    """A panel for each score, over the number of AR steps, a line for each run; keyed below, best first."""
+    # Drawn at twice the size and shrunk: Pillow's lines are not smooth.
+    scale, width, height = 2, 460, 320
+    names, shown = metrics(sweep, results), [result for result in results if result.scores]
+    size = (width * len(names), height + 20 * len(shown) + 16)
+    image = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * scale)
+    for i, metric in enumerate(names):
+        left, top, right, bottom = (scale * v for v in (i * width + 60, 30, (i + 1) * width - 20, height - 40))
+        _panel(draw, font, (left, top, right, bottom), metric, sweep, shown)
+    for i, result in enumerate(shown):
+        y = scale * (height + 20 * i + 8)
+        draw.line((20 * scale, y, 44 * scale, y), COLORS[i % len(COLORS)], 2 * scale)
+        draw.text((52 * scale, y), result.run.name, "black", font, anchor="lm")
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers from low to high."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = unit * max(factor for factor in (1, 2, 5) if unit * factor <= (high - low) / 3)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _panel(draw, font, box, metric, sweep, results) -> None:
+    """One score: axes with their numbers, and the runs' lines."""
+    left, top, right, bottom = box
+    values = [v for r in results for s in sweep.ar_steps if (v := r.score(metric, s)) is not None and math.isfinite(v)]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    margin = 0.08 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+    ar_steps = sorted(sweep.ar_steps)
+
+    def x_of(column, columns):
+        return left + (right - left) * (column + 0.5) / columns
+
+    def y_of(value):
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    for value in _ticks(low, high):
+        draw.line((left, y_of(value), right, y_of(value)), "#e0e0e0", 2)
+        draw.text((left - 8, y_of(value)), f"{value:.4g}", "black", font, anchor="rm")
+    draw.rectangle(box, outline="black", width=2)
+    draw.text(((left + right) / 2, top - 8), metric, "black", font, anchor="mb")
+    draw.text(((left + right) / 2, bottom + 36), "AR steps S", "black", font, anchor="mt")
+    for i, s in enumerate(ar_steps):
+        draw.text((x_of(i, len(ar_steps)), bottom + 8), str(s), "black", font, anchor="mt")
+    for i, result in enumerate(results):
+        color = COLORS[i % len(COLORS)]
+        # Of a single S, the runs stand side by side.
+        places = [(i, len(results))] if len(ar_steps) == 1 else [(j, len(ar_steps)) for j in range(len(ar_steps))]
+        scores = zip(places, (result.score(metric, s) for s in ar_steps), strict=True)
+        points = [(x_of(*place), y_of(v)) for place, v in scores if v is not None and math.isfinite(v)]
+        draw.line(points, color, 4, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=color)

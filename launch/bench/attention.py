@@ -1,0 +1,123 @@
+"""Times attention by the rule, forward and gradient: dense, blockwise and, on a TPU, the Pallas kernel.
+
+    python launch/bench/attention.py [--layout=scam --tokens=1024 --block=256] [--rounds=10] [--dtype=bfloat16]
+
+All implementations and a matrix product of the same type take turns in interleaved rounds.
+Model FLOPs count the pairs that the rule makes visible, six products each, whatever an
+implementation computes. Prints a Markdown table, and one JSON line at the end.
+"""
+
+import functools
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from causalfusion_jax.factorization import FactorizationConfig, attends, draw_plan, training_layout
+from causalfusion_jax.models.attention import Keys, attend, visibility_bias
+from causalfusion_jax.models.flash_attention import (
+    blockwise_attention,
+    flash_attention,
+    tiles_computed,
+    visible_fraction,
+)
+
+_LAYOUT = flags.DEFINE_enum("layout", "scam", ["scam", "causalfusion"], "Steps of --block tokens, or random plans.")
+_TOKENS = flags.DEFINE_integer("tokens", 1024, "Image tokens; the sequence has them clean and noisy.")
+_BLOCK = flags.DEFINE_integer("block", 256, "Tokens in a step of scam.")
+_CONDITION = flags.DEFINE_integer("condition_tokens", 0, "Condition tokens.")
+_BATCH = flags.DEFINE_integer("batch", 2, "Samples.")
+_HEADS = flags.DEFINE_integer("heads", 4, "Attention heads.")
+_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Values in a head.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of queries, keys and values.")
+_TILE = flags.DEFINE_integer("tile", None, "Tokens in a tile; default: each implementation's.")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Interleaved rounds.")
+_SKIP = flags.DEFINE_multi_enum("skip", [], ["dense", "blockwise", "pallas"], "Implementations to leave out.")
+
+
+def dense(q, k, v, q_role, q_step, k_role, k_step):
+    """The logits of all pairs at once."""
+    return attend(q, [Keys(k, v, visibility_bias(attends(q_role, q_step, k_role, k_step)))])
+
+
+def implementations():
+    """Attention by name."""
+    tiles = dict(q_tile=_TILE.value, k_tile=_TILE.value)
+    found = {"dense": dense, "blockwise": functools.partial(blockwise_attention, **tiles)}
+    if jax.default_backend() == "tpu":
+        found["pallas"] = functools.partial(flash_attention, interpret=False, **tiles)
+    return {name: attention for name, attention in found.items() if name not in _SKIP.value}
+
+
+def layout():
+    """Roles and steps, int32 [batch, sequence], of queries and of keys."""
+    tokens = _TOKENS.value
+    if _LAYOUT.value == "scam":
+        step = np.tile(np.arange(tokens) // _BLOCK.value, (_BATCH.value, 1))
+    else:
+        keys = jax.random.split(jax.random.key(0), _BATCH.value)
+        step = jax.vmap(lambda key: draw_plan(FactorizationConfig(), (1, tokens), key).step)(keys)
+    role, step = training_layout(_CONDITION.value, step)
+    return role, step, role, step
+
+
+def compile_gradient(attention, q, k, v, d_out, places):
+    """Forward and gradient of traced roles and steps, compiled."""
+    def run(q, k, v, d_out, places):
+        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, *places), q, k, v)
+        return out, vjp(d_out)
+
+    return jax.jit(run).lower(q, k, v, d_out, places).compile()
+
+
+def seconds(compiled, *args) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*args))
+    return time.perf_counter() - start
+
+
+def main(argv):
+    """Runs the benchmark."""
+    del argv
+    places = layout()
+    shape = (*places[0].shape, _HEADS.value, _HEAD_DIM.value)
+    args = *(jax.random.normal(jax.random.key(i), shape, _DTYPE.value) for i in range(4)), places
+    x = jnp.ones((2048, 2048), _DTYPE.value)
+    product = jax.jit(lambda x: x @ x).lower(x).compile()
+    compiled = {name: compile_gradient(attention, *args) for name, attention in implementations().items()}
+    spent = {name: [] for name in ("product", *compiled)}
+    for i in range(_ROUNDS.value + 1):
+        times = {"product": seconds(product, x)} | {name: seconds(run, *args) for name, run in compiled.items()}
+        for name, time_spent in times.items() if i else ():
+            spent[name].append(time_spent)
+    median = {name: statistics.median(times) for name, times in spent.items()}
+    visible, rate = float(visible_fraction(*places)), 2 * len(x) ** 3 / median.pop("product")
+    tiles = (_TILE.value, _TILE.value)
+    # Two products forward, four backward, each of head_dim multiply-adds a visible pair and head.
+    flops = 12 * visible * shape[0] * shape[1] ** 2 * shape[2] * shape[3]
+    print("| attention | ms | model GFLOP/s | share of the matrix product | temporaries, MB |\n|---|---|---|---|---|")
+    rows = {}
+    for name, time_spent in median.items():
+        memory = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
+        rows[name] = {
+            "ms": round(time_spent * 1e3, 2), "best_ms": round(min(spent[name]) * 1e3, 2),
+            "model_gflops_per_second": round(flops / time_spent / 1e9, 1),
+            "share_of_matmul_rate": round(flops / time_spent / rate, 3), "temporaries_mb": round(memory, 1),
+        }
+        ms, _, speed, share, memory = rows[name].values()
+        print(f"| {name} | {ms} | {speed} | {share:.1%} | {memory} |")
+    print(json.dumps({
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "layout": _LAYOUT.value, "shape": shape,
+        "dtype": _DTYPE.value, "visible": round(visible, 4), "model_gflops": round(flops / 1e9, 2),
+        "pallas_tiles_computed": round(float(tiles_computed(*places, *tiles)), 4),
+        "matmul_gflops_per_second": round(rate / 1e9, 1), **rows,
+    }))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,499 @@
+"""Trains, samples and scores every run of a sweep.
+
+    python launch/sweep.py --sweep=configs/sweeps/digits_ablation.py --workdir=sweeps/digits
+    python launch/sweep.py --sweep=configs/sweeps/gamma.py:digits --workdir=sweeps/gamma --override=train.steps=500
+    python launch/sweep.py --sweep=configs/sweeps/order.py:imagenet --workdir=sweeps/order --dry_run
+
+All runs are checked before the first one starts. WORKDIR receives a folder for each run,
+named after its overrides, logs/, and results.md, results.csv and results.png. Run the same
+command again to continue: finished runs are kept, interrupted ones resume, runs that the
+sweep file has gained are added. Ctrl-C or SIGTERM is passed to the runs, which save. A run
+that fails does not stop the others; the exit status is then 1.
+
+Elsewhere than here: --launcher is a shell command that starts one job. {command} stands for
+the job, {name}, {index} and {workdir} for its run; each is quoted as its place needs.
+
+    --launcher='sbatch --job-name={name} --gpus=1 --wrap="{command}"'
+
+With --dry_run the commands are printed. Once the jobs are done, --results_only makes the
+table. A model of latents needs --sample_flags=--vae=FOLDER.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from causalfusion_jax import cli, files
+from causalfusion_jax.errors import InputError, require
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+_SWEEP = flags.DEFINE_string("sweep", None, "Sweep file: configs/sweeps/NAME.py or configs/sweeps/NAME.py:ARG.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs; new, empty, or that of this sweep to continue.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time. A TPU belongs to one process: leave it 1 there.")
+_OVERRIDE = flags.DEFINE_string("override", "", "Settings of all runs: train.steps=200,train.batch_size=32.")
+_TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "Further flags of causalfusion_jax.train, not of its config.")
+_SAMPLE_FLAGS = flags.DEFINE_string("sample_flags", "", "Further flags of causalfusion_jax.sample.")
+_EVALUATE_FLAGS = flags.DEFINE_string("evaluate_flags", "", "Further flags of causalfusion_jax.evaluate.")
+_LAUNCHER = flags.DEFINE_string("launcher", "", "Shell command that starts one job elsewhere; see above.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the sweep and print its commands; change nothing.")
+_RESULTS_ONLY = flags.DEFINE_bool("results_only", False, "Start nothing; make the table of what is there.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command of a run: what it is called, what follows `python -m`, and the file it leaves."""
+
+    name: str
+    args: tuple[str, ...]
+    product: pathlib.Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its file is there, whole."""
+        return _read_json(self.product) is not None
+
+
+def _read_json(path: pathlib.Path):
+    """What a JSON file holds; None where there is none, or a broken one."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+
+
+def samples_folder(workdir: pathlib.Path, run, ar_steps: int, sweep) -> pathlib.Path:
+    """Where a run is sampled: another number of images is another folder."""
+    return workdir / run.name / f"samples_ar{ar_steps}_n{sweep.num_samples}"
+
+
+def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
+    """The commands of a run, in order."""
+    folder = workdir / run.name
+    train = (
+        "causalfusion_jax.train", f"--config={sweep.config}", f"--workdir={folder}", *run.flags,
+        *shlex.split(_TRAIN_FLAGS.value),
+    )
+    # The manifest of a checkpoint is the last thing that is written of it.
+    planned = [Stage("training", train, folder / "manifests" / f"{run.config.train.steps}.json")]
+    for ar_steps in sweep.ar_steps:
+        out = samples_folder(workdir, run, ar_steps, sweep)
+        sample = (
+            "causalfusion_jax.sample", f"--workdir={folder}", f"--out={out}", f"--num={sweep.num_samples}",
+            f"--ar_steps={ar_steps}", *shlex.split(_SAMPLE_FLAGS.value),
+        )
+        evaluate = (
+            "causalfusion_jax.evaluate", f"--workdir={folder}", f"--samples={out / 'samples.npz'}",
+            *shlex.split(_EVALUATE_FLAGS.value),
+        )
+        planned.append(Stage(f"sampling S={ar_steps}", sample, out / "request.json"))
+        planned.append(Stage(f"scoring S={ar_steps}", evaluate, out / "evaluation.json"))
+    return tuple(planned)
+
+
+def is_finished(planned: tuple[Stage, ...]) -> bool:
+    """Whether every score of a run is there."""
+    return all(stage.is_done for stage in planned if stage.name.startswith("scoring"))
+
+
+# --- The folder of a sweep --------------------------------------------------------
+
+
+def shared_settings(sweep, base: dict) -> dict:
+    """What must not change under the runs of a sweep, by path."""
+    from causalfusion_jax.experiment import FREE_SECTIONS
+
+    settings = {f"{section}.{name}": value for section, values in base.items() for name, value in values.items()}
+    # Sampling is what a sweep measures; the other free sections may change from start to start.
+    free = set(FREE_SECTIONS) - {"sampling"}
+    settings = {path: v for path, v in (settings | sweep.fixed).items() if path.partition(".")[0] not in free}
+    settings |= {"--sample_flags": _SAMPLE_FLAGS.value, "--evaluate_flags": _EVALUATE_FLAGS.value}
+    return json.loads(json.dumps(settings))
+
+
+def check_workdir(workdir: pathlib.Path, shared: dict, runs) -> list[str]:
+    """Checks that `workdir` is new, or this sweep's; touches nothing.
+
+    Runs may come and go, and numbers of AR steps and samples change; not what all runs share.
+
+    Returns:
+      The runs it is to hold: those of the sweep, and those that were of it.
+
+    Raises:
+      InputError: it holds something else.
+    """
+    record, names = workdir / "sweep.json", {run.name for run in runs}
+    if record.is_file():
+        saved = _read_json(record)
+        require(isinstance(saved, dict), "--workdir", str(workdir), "its sweep.json cannot be read")
+        # A setting that either side does not know came or went with the code, at its default.
+        changed = [
+            f"{path}={shared[path]!r} (it has {value!r})"
+            for path, value in saved["shared"].items()
+            if shared.get(path, value) != value
+        ]
+        require(
+            not changed, "--workdir", str(workdir),
+            f"belongs to another sweep: {', '.join(changed)}; use another workdir",
+        )
+        others = sorted(set(saved["runs"]) - names)
+        if others:
+            print(f"kept, but no longer of this sweep: {', '.join(others)}")
+        names |= set(others)
+    else:
+        files.require_new("--workdir", workdir)
+    return sorted(names)
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path):
+    """Keeps other sweeps out of `workdir` for as long as this process, or a run it started, lives."""
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                "--workdir", str(workdir), "a sweep, or a run that it left to save, is at work there; wait for it"
+            ) from None
+        except OSError:
+            # A file system without locks: nothing to hold.
+            pass
+        yield lock
+
+
+# --- Running ----------------------------------------------------------------------
+
+
+def _die_with_parent() -> None:
+    """In a new child: SIGTERM, so that it saves, should the sweep be killed."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class Job:
+    """A run on its way through its stages.
+
+    Attributes:
+      state: waiting, running, finished, failed, stopped.
+      message: why it failed or stopped.
+    """
+
+    def __init__(self, run, planned: tuple[Stage, ...], log: pathlib.Path):
+        self.run, self.stages, self.log = run, planned, log
+        self.state = "finished" if is_finished(planned) else "waiting"
+        self.message = "was there already" if self.state == "finished" else ""
+        self.stage, self._process, self._next = None, None, iter(planned)
+
+    def start(self, lock) -> None:
+        """Starts the next stage that is not done, if there is one."""
+        # Training is always started: it alone can tell that its checkpoint is intact.
+        self.stage = next((s for s in self._next if s.name == "training" or not s.is_done), None)
+        if self.stage is None:
+            self.state = "finished"
+            return
+        self.state = "running"
+        # Samples that were being written when they were stopped.
+        for left in self.stage.product.parent.parent.glob(".samples_*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with self.log.open("a") as log:
+            log.write(f"$ python -m {shlex.join(self.stage.args)}\n")
+            log.flush()
+            # A session of its own: the terminal's Ctrl-C must reach it once, through `signal`.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *self.stage.args], cwd=ROOT, env=self._env(), stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent,
+                pass_fds=(lock.fileno(),),
+            )
+
+    def _env(self) -> dict[str, str]:
+        """Runs of one shape share what they compile."""
+        return {"JAX_COMPILATION_CACHE_DIR": str(self.log.parent.parent / "compiled"), **os.environ}
+
+    def poll(self, lock, stopping: bool) -> None:
+        """Goes on to the next stage where one has ended."""
+        if self.state != "running" or self._process.poll() is None:
+            return
+        code = self._process.returncode
+        if code == 0 and self.stage.is_done:
+            if stopping:
+                self.state, self.message = "stopped", f"after {self.stage.name}"
+            else:
+                self.start(lock)
+        elif stopping or code == 0:
+            # Training that was told to stop has saved and is no failure.
+            self.state, self.message = "stopped", self.progress()
+        else:
+            self.state, self.message = "failed", f"{self.stage.name}: {self.progress()} (see {self.log})"
+
+    def signal(self, number: int) -> None:
+        """Passes a signal on."""
+        if self.state == "running" and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def progress(self) -> str:
+        """The last line that its current stage printed."""
+        with contextlib.suppress(OSError), self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            return lines[-1] if lines and not lines[-1].startswith("$ ") else ""
+        return ""
+
+    def line(self) -> str:
+        """One line: what it is doing."""
+        doing = f"{self.stage.name}: {self.progress()}" if self.state == "running" else self.message
+        return f"{self.state:<8}  {self.run.name}  {doing}".rstrip()
+
+
+class Board:
+    """One status line for each run, rewritten in place on a terminal, else printed when it changes."""
+
+    def __init__(self):
+        self._height, self._shown = 0, {}
+
+    def show(self, jobs: list[Job]) -> None:
+        """Brings the lines up to date."""
+        if not sys.stdout.isatty():
+            for job in jobs:
+                key = (job.state, job.stage)
+                if self._shown.get(job.run.name, ("waiting", None)) != key:
+                    print(job.line() if job.state != "running" else f"running   {job.run.name}  {job.stage.name}")
+                self._shown[job.run.name] = key
+            sys.stdout.flush()
+            return
+        columns, rows = shutil.get_terminal_size()
+        lines = [job.line() for job in jobs]
+        if len(lines) >= rows:
+            counts = {state: sum(job.state == state for job in jobs) for state in dict.fromkeys(j.state for j in jobs)}
+            lines = [job.line() for job in jobs if job.state == "running"][: rows - 2]
+            lines.append(", ".join(f"{count} {state}" for state, count in counts.items()))
+        up = f"\x1b[{self._height}A" if self._height else ""
+        text = "".join(f"\x1b[2K{line[: columns - 1]}\n" for line in lines)
+        sys.stdout.write(f"{up}{text}\x1b[J")
+        sys.stdout.flush()
+        self._height = len(lines)
+
+
+def run_jobs(jobs: list[Job], parallel: int, lock) -> str | None:
+    """Runs all jobs. Returns the signal that stopped them, if one did."""
+    received, passed, board = [], 0, Board()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        while True:
+            for number in received[passed:]:
+                passed += 1
+                for job in jobs:
+                    job.signal(number)
+            for job in jobs:
+                job.poll(lock, bool(received))
+            for job in jobs:
+                busy = sum(other.state == "running" for other in jobs)
+                if job.state == "waiting" and busy < parallel and not received:
+                    job.start(lock)
+            board.show(jobs)
+            if not any(job.state == "running" for job in jobs) and (
+                received or not any(job.state == "waiting" for job in jobs)
+            ):
+                return signal.Signals(received[0]).name if received else None
+            time.sleep(0.2)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --- Elsewhere --------------------------------------------------------------------
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """A shell command with {name}s replaced, each quoted for where it stands.
+
+    Raises:
+      InputError: {command} is missing, or a name is unknown.
+    """
+    require("{command}" in template, "--launcher", template, "must hold {command}, which stands for the job")
+    filled, quote, i = [], "", 0
+    while i < len(template):
+        # ${NAME} is the shell's own.
+        match = re.compile(r"(?<!\$)\{(\w+)\}").match(template, i)
+        if match:
+            name = match[1]
+            require(name in values, "--launcher", f"{{{name}}}", f"must be one of {', '.join(values)}")
+            filled.append(_quoted(values[name], quote))
+            i = match.end()
+            continue
+        char = template[i]
+        if char == "\\" and quote != "'":
+            filled.append(template[i : i + 2])
+            i += 2
+            continue
+        if char in "'\"" and quote in ("", char):
+            quote = "" if quote else char
+        filled.append(char)
+        i += 1
+    return "".join(filled)
+
+
+def _quoted(value: str, quote: str) -> str:
+    """`value` as the shell will read it back inside `quote` (none, ' or ")."""
+    if quote == '"':
+        return re.sub(r'([\\"$`])', r"\\\1", value)
+    if quote == "'":
+        return value.replace("'", "'\\''")
+    return shlex.quote(value)
+
+
+def job_command(planned: tuple[Stage, ...]) -> str:
+    """All commands of a run as one line of shell."""
+    return " && ".join(f"python -m {shlex.join(stage.args)}" for stage in planned)
+
+
+def submit(todo, workdir: pathlib.Path, template: str, dry_run: bool) -> int:
+    """Prints, or runs, the launcher of every unfinished run. Returns how many failed."""
+    failed = 0
+    for index, (run, planned) in enumerate(todo):
+        values = dict(command=job_command(planned), name=run.name, index=str(index), workdir=str(workdir / run.name))
+        command = fill(template, values)
+        print(command if dry_run else f"submitting {run.name}", flush=True)
+        if not dry_run and subprocess.run(["bash", "-c", command], cwd=ROOT).returncode:
+            print(f"failed    {run.name}: the launcher's exit status is not 0", file=sys.stderr)
+            failed += 1
+    return failed
+
+
+# --- Results ----------------------------------------------------------------------
+
+
+def gather(sweep, runs, workdir: pathlib.Path, states: dict[str, str]) -> list:
+    """The scores of all runs, the best first."""
+    from causalfusion_jax import sweeps
+
+    results = []
+    for run in runs:
+        scores = {}
+        for ar_steps in sweep.ar_steps:
+            read = _read_json(samples_folder(workdir, run, ar_steps, sweep) / "evaluation.json") or {}
+            kept = {n: float(v) for n, v in read.items() if isinstance(v, (int, float)) and n != "num"}
+            if kept:
+                scores[ar_steps] = kept
+        state = "finished" if len(scores) == len(sweep.ar_steps) else states.get(run.name, "unfinished")
+        results.append(sweeps.Result(run, state, scores))
+    return sweeps.sort(sweep, results)
+
+
+def write_results(sweep, results, workdir: pathlib.Path) -> None:
+    """Writes and prints the table, and plots it."""
+    from causalfusion_jax import sweeps
+
+    table = sweeps.markdown(sweep, results)
+    shared = [f"`{path}={value}`" for path, value in sweep.fixed.items()]
+    (workdir / "results.md").write_text(
+        f"# {_SWEEP.value}\n\n`{sweep.config}`{' with ' + ', '.join(shared) if shared else ''};"
+        f" {sweep.num_samples} samples at each number S of AR steps. Best first.\n\n{table}"
+    )
+    (workdir / "results.csv").write_text(sweeps.csv_text(sweep, results))
+    print(f"\n{table}")
+    if any(result.scores for result in results):
+        sweeps.plot(sweep, results).save(workdir / "results.png")
+    print(f"wrote {workdir / 'results.md'}, results.csv and results.png")
+
+
+# --- The command ------------------------------------------------------------------
+
+
+def read_sweep():
+    """The sweep as the command line has it, the settings it starts from, and its runs; all checked."""
+    import jax
+
+    # Nothing is computed here: an accelerator belongs to the runs.
+    jax.config.update("jax_platforms", "cpu")
+    from causalfusion_jax import sweeps
+
+    here = pathlib.Path.cwd()
+    root = here if (here / _SWEEP.value.partition(":")[0]).is_file() else ROOT
+    sweep = sweeps.load("--sweep", _SWEEP.value, "get_sweep", root)
+    require(isinstance(sweep, sweeps.Sweep), "--sweep", _SWEEP.value, "its get_sweep must return a Sweep")
+    base = sweeps.load("config", sweep.config, "get_config", ROOT).to_dict()
+    overrides = sweeps.parse_overrides("--override", _OVERRIDE.value)
+    sweep = dataclasses.replace(sweep, fixed={**sweep.fixed, **overrides})
+    return sweep, base, sweeps.expand(sweep, base)
+
+
+def check_can_score(runs) -> None:
+    """Raises InputError where runs would only fail once they are trained, or about to be."""
+    for run in runs:
+        data = run.config.data
+        require(
+            data.source == "digits" or bool(data.path), "config.data.path", data.path,
+            f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
+        )
+        require(
+            not data.latents or "--vae" in _SAMPLE_FLAGS.value, "--sample_flags", _SAMPLE_FLAGS.value,
+            "must hold --vae=FOLDER: what a model of latents samples is scored as images",
+        )
+
+
+def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:
+    """Runs the sweep on this machine. Returns the exit status."""
+    shared = shared_settings(sweep, base)
+    names = check_workdir(workdir, shared, runs)
+    (workdir / "logs").mkdir(parents=True, exist_ok=True)
+    with held(workdir) as lock:
+        files.write_json(workdir / "sweep.json", {"sweep": _SWEEP.value, "shared": shared, "runs": names})
+        jobs = [Job(run, stages(sweep, run, workdir), workdir / "logs" / f"{run.name}.log") for run in runs]
+        stopped_by = run_jobs(jobs, _PARALLEL.value, lock)
+        results = gather(sweep, runs, workdir, {job.run.name: job.state for job in jobs})
+        write_results(sweep, results, workdir)
+    # In full: a terminal's lines are cut to its width.
+    for job in jobs:
+        if job.state == "failed":
+            print(f"failed: {job.run.name}: {job.message}", file=sys.stderr)
+    finished = sum(job.state == "finished" for job in jobs)
+    if stopped_by:
+        print(f"{stopped_by}: {finished} of {len(jobs)} runs finished; run the same command again to continue")
+        return 128 + signal.Signals[stopped_by]
+    return 0 if finished == len(jobs) else 1
+
+
+def main(argv):
+    """Runs the command."""
+    del argv
+    require(_PARALLEL.value >= 1, "--parallel", _PARALLEL.value, "must be >= 1")
+    for flag in (_TRAIN_FLAGS, _SAMPLE_FLAGS, _EVALUATE_FLAGS):
+        try:
+            shlex.split(flag.value)
+        except ValueError as error:
+            raise InputError(f"--{flag.name}", flag.value, f"cannot be read: {error}") from None
+    sweep, base, runs = read_sweep()
+    # Elsewhere a path means what it means there.
+    workdir = pathlib.Path(_WORKDIR.value) if _LAUNCHER.value else pathlib.Path(_WORKDIR.value).absolute()
+    if _RESULTS_ONLY.value:
+        require(workdir.is_dir(), "--workdir", str(workdir), "no such folder")
+        write_results(sweep, gather(sweep, runs, workdir, {}), workdir)
+        return
+    if not _DRY_RUN.value:
+        check_can_score(runs)
+    todo = [(run, planned) for run in runs if not is_finished(planned := stages(sweep, run, workdir))]
+    if _LAUNCHER.value:
+        sys.exit(1 if submit(todo, workdir, _LAUNCHER.value, _DRY_RUN.value) else 0)
+    if _DRY_RUN.value:
+        check_workdir(workdir, shared_settings(sweep, base), runs)
+        for _, planned in todo:
+            print("".join(f"python -m {shlex.join(stage.args)}\n" for stage in planned))
+        return
+    sys.exit(run_here(sweep, base, runs, workdir))
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("sweep", "workdir"))

@@ -1,0 +1,354 @@
+"""Sweeps: their algebra, their files, and launch/sweep.py, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, command_env
+
+from causalfusion_jax import experiment, sweeps
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.sweeps import Result, Sweep, chain, grid, product, together
+
+GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.seed"
+FILES = {
+    # file: runs on digits, runs on ImageNet
+    "fixed_steps": (6, 6), "gamma": (5, 5), "order": (4, 5), "ar_weight": (5, 5), "condition_tokens": (3, 3),
+}
+
+
+def expanded(overrides, **kwargs):
+    """The runs of a sweep of the default settings."""
+    sweep = Sweep(config="", overrides=overrides, **kwargs)
+    return sweeps.expand(sweep, experiment.to_dict(experiment.ExperimentConfig()))
+
+
+# --- The algebra ------------------------------------------------------------------
+
+
+def test_algebra():
+    assert grid({GAMMA: [1.0, 0.9], SEED: [0, 1]}) == (
+        {GAMMA: 1.0, SEED: 0}, {GAMMA: 1.0, SEED: 1}, {GAMMA: 0.9, SEED: 0}, {GAMMA: 0.9, SEED: 1},
+    )  # fmt: skip
+    pairs = together({GAMMA: [1.0, 0.9], SEED: range(2)})
+    assert pairs == ({GAMMA: 1.0, SEED: 0}, {GAMMA: 0.9, SEED: 1})
+    assert product(grid({WEIGHT: [1.0, 2.0]}), pairs)[1] == {WEIGHT: 1.0, GAMMA: 0.9, SEED: 1}
+    assert len(product(grid({WEIGHT: [1.0, 2.0]}), pairs)) == 4
+    assert chain(pairs, [{}]) == (*pairs, {})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: grid({GAMMA: 0.9}), "must be a list"),
+        (lambda: grid({GAMMA: []}), "must be a list"),
+        (lambda: grid({"data.path": "ab"}), "must be a list"),
+        (lambda: grid({}), "at least one path"),
+        (lambda: grid({GAMMA: [0.9, 0.9]}), "there twice"),
+        (lambda: together({GAMMA: [0.9], SEED: [0, 1]}), "as many values"),
+        (lambda: chain(grid({GAMMA: [0.9]}), grid({GAMMA: [0.9, 1.0]})), "there twice"),
+        (lambda: product(grid({GAMMA: [0.9]}), grid({GAMMA: [1.0]})), "set twice"),
+        (lambda: Sweep("configs/digits.py", ()), "at least one run"),
+        (lambda: Sweep("configs/digits.py", ({},), ar_steps=(4, 4)), "different numbers"),
+    ],
+)
+def test_wrong_algebra(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_runs_are_named_and_flagged():
+    runs = expanded(
+        chain(grid({SEED: [1], GAMMA: [1]}), [{}], grid({"train.steps": [20]}), grid({"model.norm": ["rms"]})),
+        fixed={"sampling.step_sizes": (4, 12)},
+    )
+    assert [run.name for run in runs] == ["gamma=1.0,seed=1", "base", "train.steps=20", "norm=rms"]
+    flags = ("--config.sampling.step_sizes=(4, 12)", "--config.train.seed=1", "--config.factorization.gamma=1.0")
+    assert runs[0].flags == flags
+    assert runs[0].config.factorization.gamma == 1.0 and runs[0].config.sampling.step_sizes == (4, 12)
+    base = experiment.default_config().to_dict()
+    base["data"] |= dict(source="image_folder", num_classes=2)
+    paths = ("/data/a b", "/data/a-b", "/data/" + 200 * "x")
+    names = [run.name for run in sweeps.expand(Sweep("", grid({"data.path": paths})), base)]
+    assert len(set(names)) == 3 and all("/" not in name and " " not in name and len(name) < 120 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kwargs", "words"),
+    [
+        (grid({"factorization.gama": [0.9]}), {}, "config.factorization.gama=0.9.*did you mean gamma"),
+        (grid({"factorisation.gamma": [0.9]}), {}, "config.factorisation.*did you mean factorization"),
+        (grid({"gamma": [0.9]}), {}, "SECTION.NAME"),
+        (grid({GAMMA: [0.9, "high"]}), {}, "must be of type float"),
+        (grid({SEED: [True]}), {}, "must be of type int"),
+        (grid({GAMMA: [0.9, 2.0]}), {}, "config.factorization.gamma=2.0"),
+        (grid({GAMMA: [1, 1.0]}), {}, "same settings as gamma=1.0"),
+        (chain([{}], grid({GAMMA: [0.9]})), {}, "same settings as base"),
+        (grid({GAMMA: [0.9, 1.0]}), {"fixed": {GAMMA: 0.8}}, "run by run"),
+        (grid({GAMMA: [0.9]}), {"ar_steps": (1, 17)}, "gamma=0.9: sampling.ar_steps=17"),
+    ],
+)
+def test_wrong_runs(overrides, kwargs, words):
+    with pytest.raises(InputError, match=words):
+        expanded(overrides, **kwargs)
+
+
+def test_overrides_are_read_by_type():
+    text = "train.steps=20,sampling.step_sizes=(4,12),data.flip=true,optimizer.learning_rate=1e-3,data.path=/a,b"
+    assert sweeps.parse_overrides("--override", text) == {
+        "train.steps": 20, "sampling.step_sizes": (4, 12), "data.flip": True, "optimizer.learning_rate": 1e-3,
+        "data.path": "/a,b",
+    }  # fmt: skip
+    for wrong in ("train.steps=many", "train.steps=2.5", "data.flip=1", "steps=5", "train.steps", "train.seed=1,"):
+        with pytest.raises(InputError, match="--override"):
+            sweeps.parse_overrides("--override", wrong)
+
+
+# --- The files --------------------------------------------------------------------
+
+
+def read(location):
+    sweep = sweeps.load("--sweep", f"configs/sweeps/{location}", "get_sweep", ROOT)
+    return sweep, sweeps.expand(sweep, sweeps.load("config", sweep.config, "get_config", ROOT).to_dict())
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("data", "column"), [("digits", 0), ("imagenet", 1)])
+def test_papers_ablations(name, data, column):
+    sweep, runs = read(f"{name}.py:{data}")
+    assert len(runs) == FILES[name][column]
+    assert sweep.num_samples == {"digits": 1000, "imagenet": 10_000}[data]
+    # The paper's one ablation of weights found 2; those before it trained with none.
+    weighs = {run.config.factorization.weight for run in runs}
+    assert weighs == {"linear" if name in ("ar_weight", "condition_tokens") else "none"}
+
+
+def test_every_sweep_has_a_case():
+    assert {path.stem for path in (ROOT / "configs" / "sweeps").glob("*.py")} == {*FILES, "digits_ablation"}
+    sweep, runs = read("digits_ablation.py")
+    assert len(runs) == 8 and sweep.ar_steps == (1, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [("nothing.py", "no such file"), ("gamma.py:digit", "did you mean digits"), ("digits_ablation.py:x", "left out")],
+)
+def test_wrong_files(location, words):
+    with pytest.raises(InputError, match=words):
+        read(location)
+
+
+# --- The table --------------------------------------------------------------------
+
+
+def test_results():
+    sweep = Sweep("configs/digits.py", grid({GAMMA: [1.0, 0.9, 0.8]}), ar_steps=(1, 4))
+    one, two, three = expanded(sweep.overrides)
+    scores = {one: {1: (0.5, 2.0), 4: (0.9, 3.0)}, two: {1: (0.75, 1.5)}}
+    named = {run: {s: dict(accuracy=a, fd=fd) for s, (a, fd) in at.items()} for run, at in scores.items()}
+    results = sweeps.sort(sweep, [Result(three, "failed", {}), *(Result(r, "finished", named[r]) for r in named)])
+    assert [result.run.name for result in results] == ["gamma=0.9", "gamma=1.0", "gamma=0.8"]
+    header, *_, first, second, third = sweeps.markdown(sweep, results).splitlines()
+    assert header == "| gamma | fd S=1 | fd S=4 | accuracy S=1 | accuracy S=4 | state |"
+    assert first == "| 0.9 | **1.500** |  | **0.750** |  | finished |"
+    assert second == "| 1.0 | 2.000 | **3.000** | 0.500 | **0.900** | finished |"
+    assert third == "| 0.8 |  |  |  |  | failed |"
+    assert sweeps.csv_text(sweep, results).splitlines()[1] == "gamma=0.9,0.9,1.5,,0.75,,finished"
+    assert sweeps.plot(sweep, results).size == (2 * 460, 320 + 2 * 20 + 16)
+    same = [Result(one, "finished", {1: dict(fd=2.0)})]
+    assert sweeps.plot(Sweep("", grid({GAMMA: [1.0]})), same).size[0] == 460
+
+
+# --- launch/sweep.py --------------------------------------------------------------
+
+STUB = """
+import pathlib, signal, sys, time
+kind, product = sys.argv[1], pathlib.Path(sys.argv[2])
+def save(number, frame):
+    product.with_name("saved").write_text(signal.Signals(number).name)
+    print("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+product.parent.mkdir(exist_ok=True, parents=True)
+if kind == "fail":
+    sys.exit("error: no luck")
+if kind == "slow" and not product.with_name("saved").exists():
+    print("at work", flush=True)
+    product.with_name("started").touch()
+    time.sleep(60)
+product.write_text("{}")
+"""
+
+DRIVER = """
+import pathlib, sys
+sys.path.insert(0, "launch")
+import sweep
+class Run:
+    def __init__(self, name): self.name = name
+folder = pathlib.Path(sys.argv[1])
+(folder / "logs").mkdir(exist_ok=True)
+def stage(run, name, kind):
+    product = folder / run / name / "product.json"
+    return sweep.Stage(name, ("stub", kind, str(product)), product)
+with sweep.held(folder) as lock:
+    jobs = [
+        sweep.Job(Run(f"{i}-{kind}"), (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
+                  folder / "logs" / f"{i}.log")
+        for i, kind in enumerate(sys.argv[3:])
+    ]
+    stopped_by = sweep.run_jobs(jobs, int(sys.argv[2]), lock)
+    print(stopped_by, [job.state for job in jobs])
+"""
+
+
+def drive(folder, parallel, *kinds):
+    """Runs jobs whose stages are stubs."""
+    (folder / "stub.py").write_text(STUB)
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder), str(parallel), *kinds], cwd=ROOT, text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path):
+    output, errors = drive(tmp_path, 2, "ok", "fail", "ok").communicate(timeout=60)
+    assert output.splitlines()[-1] == "None ['finished', 'failed', 'finished']", errors
+    assert "failed    1-fail  training: error: no luck (see" in output
+    assert (tmp_path / "2-ok" / "scoring" / "product.json").is_file()
+    assert not (tmp_path / "1-fail" / "scoring").exists()
+    again, _ = drive(tmp_path, 1, "ok").communicate(timeout=60)
+    assert "finished  0-ok  was there already" in again
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_runs_which_save_and_resume(tmp_path, number):
+    process = drive(tmp_path, 2, "slow", "slow", "ok")
+    wait_for(lambda: len(list(tmp_path.glob("*/training/started"))) == 2)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert output.splitlines()[-1] == f"{number.name} ['stopped', 'stopped', 'waiting']", errors
+    assert {path.read_text() for path in tmp_path.glob("*/training/saved")} == {number.name}
+    output, _ = drive(tmp_path, 2, "slow", "slow", "ok").communicate(timeout=60)
+    assert output.splitlines()[-1] == "None ['finished', 'finished', 'finished']"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the death of a parent is signalled on Linux only")
+def test_runs_save_when_the_sweep_is_killed(tmp_path):
+    process = drive(tmp_path, 1, "slow")
+    wait_for(lambda: list(tmp_path.glob("*/training/started")))
+    # Another sweep stays out meanwhile.
+    _, errors = drive(tmp_path, 1, "ok").communicate(timeout=60)
+    assert "a sweep, or a run that it left to save, is at work there" in errors
+    process.kill()
+    process.communicate()
+    wait_for(lambda: list(tmp_path.glob("*/training/saved")))
+
+
+def test_launcher_quotes_for_its_place():
+    code = (
+        "import sys; sys.path.insert(0, 'launch'); import sweep\n"
+        "values = dict(command=sys.argv[1], name='n'); print(sweep.fill(sys.argv[2], values))"
+    )
+    nasty = "python -m x '--a=(1, 2)' && echo \"$HOME\" `id` \\ it's"
+    template = "printf '%s\\n' {command} '{command}' \"{command}\" \"cd x; {command}\" {name} \\\"{name} ${X}"
+    filled = subprocess.run([sys.executable, "-c", code, nasty, template], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(["bash", "-c", filled.stdout], capture_output=True, text=True, env={"X": "y"})
+    assert shown.stdout.splitlines() == [nasty, nasty, nasty, f"cd x; {nasty}", "n", '"n', "y"], filled
+    for wrong, word in (("echo {name}", "must hold {command}"), ("{command} {nam}", "must be one of command, name")):
+        refused = subprocess.run([sys.executable, "-c", code, "x", wrong], cwd=ROOT, capture_output=True, text=True)
+        assert word in refused.stderr
+
+
+def run_sweep(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "launch/sweep.py", *map(str, args)], cwd=ROOT, env=command_env(), capture_output=True,
+        text=True, timeout=900, **kwargs,
+    )
+
+
+def test_dry_run_prints_commands_and_changes_nothing(tmp_path):
+    args = ("--sweep=configs/sweeps/order.py:imagenet", f"--workdir={tmp_path / 'sweep'}", "--dry_run")
+    done = run_sweep(*args, "--override=data.path=/data/latents", "--sample_flags=--vae=/data/vae")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert [line.split()[2].rpartition(".")[2] for line in lines] == ["train", "sample", "evaluate"] * 5
+    assert "--config=configs/imagenet_causalfusion.py:L,ablation" in lines[3]
+    assert "--config.data.path=/data/latents" in lines[3] and "--config.factorization.order_block=8" in lines[3]
+    assert "--num=10000 --ar_steps=1 --vae=/data/vae" in lines[4]
+    jobs = run_sweep(*args, '--launcher=submit {index} --command="{command}"')
+    assert [line.partition(" --command=")[0] for line in jobs.stdout.splitlines()] == [f"submit {i}" for i in range(5)]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--sweep=configs/sweeps/gamma.py:imagenet"], ["config.data.path=''", "--override=data.path=FOLDER"]),
+        (["--sweep=configs/sweeps/gamma.py", "--override=train.stpes=5"], ["config.train.stpes", "did you mean steps"]),
+        (["--sweep=configs/sweeps/gamma.py", "--parallel=0"], ["--parallel=0", ">= 1"]),
+        (["--sweep=configs/sweeps/gamma.py", "--workdir=configs"], ["--workdir", "exists with other content"]),
+    ],
+)
+def test_wrong_input_touches_nothing(tmp_path, args, words):
+    done = run_sweep(f"--workdir={tmp_path / 'sweep'}", *args)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+TINY = """
+from causalfusion_jax.sweeps import Sweep, grid
+
+def get_sweep(arg="0.9"):
+    return Sweep(
+        config="configs/digits.py",
+        overrides=grid({"factorization.gamma": [float(gamma) for gamma in arg.split("+")]}),
+        fixed={
+            "model.hidden": 32, "model.heads": 2, "model.layers": 2, "train.steps": 60, "optimizer.warmup_steps": 3,
+            "logging.every": 1, "logging.sample_every": 0, "checkpoint.every": 20, "sampling.solver_steps": 2,
+        },
+        ar_steps=(1, 4), num_samples=20,
+    )
+"""
+
+
+@pytest.mark.slow
+def test_sweep_is_interrupted_resumed_extended_and_refused(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    sweep, folder = f"--sweep={tmp_path / 'tiny.py'}:0.9", tmp_path / "sweep"
+    args = (f"--workdir={folder}", "--parallel=2")
+    process = subprocess.Popen(
+        [sys.executable, "launch/sweep.py", sweep, *args], cwd=ROOT, env=command_env(), text=True,
+        stdout=subprocess.PIPE,
+    )
+    log = folder / "logs" / "gamma=0.9.log"
+    wait_for(lambda: log.is_file() and "\nstep " in log.read_text(), 300)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT and "SIGINT: 0 of 1 runs finished" in output
+    assert "SIGINT: saved step" in log.read_text()
+
+    done = run_sweep(sweep + "+0.5", *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming" in log.read_text() and "resuming" not in (folder / "logs" / "gamma=0.5.log").read_text()
+    assert {"results.md", "results.csv", "results.png"} <= {path.name for path in folder.iterdir()}
+    table = (folder / "results.md").read_text()
+    scores = json.loads((folder / "gamma=0.5" / "samples_ar4_n20" / "evaluation.json").read_text())
+    assert f"{scores['accuracy']:.3f}" in table and "| fd S=1 | fd S=4 |" in table
+
+    fewer = run_sweep(sweep, *args)
+    assert "gamma=0.9  was there already" in fewer.stdout and "no longer of this sweep: gamma=0.5" in fewer.stdout
+    other = run_sweep(sweep, *args, "--override=train.batch_size=16")
+    assert other.returncode == 2 and "train.batch_size=16 (it has 48)" in other.stderr

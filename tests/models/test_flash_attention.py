@@ -1,0 +1,260 @@
+"""Tiled attention, the kernel interpreted and in plain JAX, against one dense softmax by the rule."""
+
+import functools
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causalfusion_jax import factorization, sharding
+from causalfusion_jax.factorization import EMPTY_STEP, FactorizationConfig, Role, attends, training_layout
+from causalfusion_jax.models import attention_kernel
+from causalfusion_jax.models.attention_tiles import FULL, SKIP, Layout, tile_plans
+from causalfusion_jax.models.flash_attention import (
+    blockwise_attention,
+    flash_attention,
+    tiles_computed,
+    visible_fraction,
+)
+
+IMPLEMENTATIONS = {
+    "kernel": functools.partial(flash_attention, interpret=True),
+    "blockwise": blockwise_attention,
+    "by_platform": flash_attention,
+}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def normal(seed, shape, dtype="float32"):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def is_counted(layout):
+    """Pairs without padding that the rule makes visible; bool [batch, queries, keys]."""
+    q_role, _, k_role, _ = layout
+    return attends(*layout) & (q_role != Role.PAD)[..., :, None] & (k_role != Role.PAD)[..., None, :]
+
+
+def dense(q, k, v, *layout):
+    """The definition, in float32."""
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    visible = is_counted(layout)[:, None]
+    logits = jnp.where(visible, jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, -1e30)
+    return jnp.einsum("bhqk,bkhd->bqhd", jnp.where(visible, jax.nn.softmax(logits), 0.0), v)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def output_and_gradients(attention, one_by_one, q, k, v, d_out, layout):
+    """Of traced plans. `one_by_one`: interpreting is quick on small arrays only."""
+    def run(q, k, v, d_out, layout):
+        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, *layout), q, k, v)
+        return out, *vjp(d_out.astype(out.dtype))
+
+    if not one_by_one:
+        return run(q, k, v, d_out, layout)
+    args = jax.tree.map(lambda x: x[:, None], (q, k, v, d_out, layout))
+    return jax.tree.map(lambda x: x[:, 0], jax.lax.map(lambda sample: run(*sample), args))
+
+
+def check(attention, layout, heads=2, head_dim=64, dtype="float32", one_by_one=False):
+    """Compares output and gradients with the dense ones on random inputs."""
+    layout = Layout(*(jnp.asarray(a, jnp.int32) for a in layout))
+    q_shape, k_shape = ((*role.shape, heads, head_dim) for role in (layout.q_role, layout.k_role))
+    q, k, v, d_out = (normal(i, shape, dtype) for i, shape in enumerate((q_shape, k_shape, k_shape, q_shape)))
+    expected = output_and_gradients(dense, False, q, k, v, d_out, layout)
+    found = output_and_gradients(attention, one_by_one, q, k, v, d_out, layout)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(
+            a.astype(np.float32), b.astype(np.float32), atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype], err_msg=name
+        )
+    for gradient, role in zip(found, (layout.q_role, layout.q_role, layout.k_role, layout.k_role), strict=True):
+        assert not np.any(np.asarray(gradient)[np.asarray(role) == Role.PAD])
+
+
+def to_itself(role, step):
+    return role, step, role, step
+
+
+@functools.cache
+def random_plans(count, num_tokens, num_condition):
+    """CausalFusion training layouts, each with steps of its own."""
+    draw = functools.partial(factorization.ar_steps, FactorizationConfig(gamma=0.95), num_tokens)
+    step = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), count))
+    return to_itself(*training_layout(num_condition, step))
+
+
+def scam(num_tokens, block):
+    return training_layout(0, np.arange(num_tokens) // block)
+
+
+def text_and_image(num_text, num_image):
+    """A causal text, an image that sees it, and text that sees both, as in training Transfusion."""
+    text = np.arange(num_text)
+    image = np.full(num_image, num_text)
+    parts = [(Role.CLEAN, text), (Role.CLEAN, image), (Role.NOISY, image), (Role.CLEAN, num_text + 1 + text)]
+    return np.repeat([int(r) for r, _ in parts], [len(s) for _, s in parts]), np.concatenate([s for _, s in parts])
+
+
+def several_layouts(length=44):
+    """SCAM, text and image, and padding in several places, as samples of one batch."""
+    def at(role, step, places):
+        filled = np.full(length, Role.PAD), np.full(length, EMPTY_STEP)
+        filled[0][places], filled[1][places] = role, step
+        return filled
+
+    everywhere = np.arange(length)
+    rows = [
+        at(*scam(20, 5), everywhere[:40]),
+        at(*text_and_image(7, 10), everywhere[:34]),
+        at(*text_and_image(7, 10), np.delete(everywhere, np.arange(12, 12 + length - 34))),
+        at(*scam(16, 8), everywhere[-32:]),
+        at(*scam(length // 2, length // 2), everywhere),
+        at([], [], everywhere[:0]),
+    ]
+    return to_itself(*(np.stack(a) for a in zip(*rows, strict=True)))
+
+
+def cached_sampling(batch=2):
+    """Two noisy and a clean query of each step against a cache with empty slots, then the new tokens."""
+    q_role = np.tile([Role.NOISY] * 9 + [Role.CLEAN] * 3, (batch, 1))
+    q_step = np.tile([3] * 12, (batch, 1)) + np.arange(batch)[:, None]
+    cached = np.tile([-1] * 3 + [0] * 6 + [2] * 5 + [3] * 6 + [EMPTY_STEP] * 9, (batch, 1))
+    k_role = np.concatenate([np.full_like(cached, Role.CLEAN), q_role], axis=1)
+    return q_role, q_step, k_role, np.concatenate([cached, q_step], axis=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["kernel", "blockwise"])
+def test_200_random_plans(name, dtype):
+    attention = functools.partial(IMPLEMENTATIONS[name], q_tile=16, k_tile=8)
+    check(attention, random_plans(200, 12, 3), heads=1, dtype=dtype, one_by_one=name == "kernel")
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_layouts_with_padding_anywhere(name):
+    check(functools.partial(IMPLEMENTATIONS[name], q_tile=16, k_tile=8), several_layouts(), head_dim=72)
+
+
+@pytest.mark.parametrize("name", ["kernel", "blockwise"])
+def test_copies_of_queries_share_cached_keys(name, head_dim=128):
+    attention = functools.partial(IMPLEMENTATIONS[name], q_tile=8, k_tile=8)
+    q_role, q_step, k_role, k_step = cached_sampling()
+    q_step = np.concatenate([q_step, q_step, q_step - 1])
+    layout = np.tile(q_role, (3, 1)), q_step, k_role, k_step
+    q, k, v = (normal(i, (batch, n, 2, head_dim)) for i, (batch, n) in enumerate([(6, 12), (2, 41), (2, 41)]))
+
+    def repeated(q, k, v, q_role, q_step, *keys):
+        k, v = (jnp.tile(x, (3, 1, 1, 1)) for x in (k, v))
+        return dense(q, k, v, q_role, q_step, *(jnp.tile(x, (3, 1)) for x in keys))
+
+    expected = output_and_gradients(repeated, False, q, k, v, q, layout)
+    for a, b in zip(output_and_gradients(attention, False, q, k, v, q, layout), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_split_over_devices_with_default_tiles():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        check(IMPLEMENTATIONS["kernel"], random_plans(2, 15, 3), head_dim=88)
+
+
+def test_comparisons_of_codes_are_the_rule():
+    tokens = np.array(list(itertools.product(Role, [-1, 0, 1, 2, 7, EMPTY_STEP - 1, EMPTY_STEP])), np.int32).T
+
+    @jax.jit
+    def both(layout):
+        layout = layout.padded(1, 1)
+        q_codes, k_codes = attention_kernel._codes(layout)
+        return attention_kernel._visible(q_codes[0], k_codes[0]), attends(*layout)[0]
+
+    np.testing.assert_array_equal(*both(Layout(*to_itself(*tokens[:, None]))))
+
+
+@pytest.mark.parametrize("layouts", [several_layouts, functools.partial(random_plans, 200, 12, 3)])
+def test_tiles_without_the_rule_are_visible_and_skipped_tiles_are_not(layouts, q_tile=4, k_tile=8):
+    @jax.jit
+    def plan_and_share(layout):
+        layout = layout.padded(q_tile, k_tile)
+        pairs = attends(*layout)
+        tiled = pairs.reshape(len(pairs), pairs.shape[1] // q_tile, q_tile, pairs.shape[2] // k_tile, k_tile)
+        return tile_plans(layout, q_tile, k_tile)[0], tiled.mean(axis=(2, 4))
+
+    (index, kind), visible = jax.tree.map(np.asarray, plan_and_share(Layout(*layouts())))
+    assert np.any(kind == FULL) and np.all(np.take_along_axis(visible, index, -1)[kind == FULL] == 1.0)
+    visits = np.where(kind != SKIP, index, -1)
+    visited = (visits[..., None] == np.arange(visible.shape[-1])).sum(axis=-2)
+    assert np.all(visited <= 1) and np.all(visible[visited == 0] == 0.0)
+    # A slot that is skipped repeats the tile that was just there.
+    assert np.all((index[..., 1:] == index[..., :-1]) | (kind[..., 1:] != SKIP))
+
+
+def test_few_more_tiles_than_visible_pairs():
+    role, step = scam(4096, 1024)
+    assert tiles_computed(*to_itself(role[None], step[None])) <= 1.15 * 0.3125
+    for layout, share in ((to_itself(*(a[None] for a in scam(16, 4))), 0.3125), (several_layouts(), None)):
+        share = is_counted(layout).mean() if share is None else share
+        np.testing.assert_allclose(visible_fraction(*layout), share, rtol=1e-6)
+
+
+COMPILE = """
+import itertools, sys
+import jax, jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from causalfusion_jax import sharding
+from causalfusion_jax.models.flash_attention import flash_attention
+
+devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+
+def gradients(q, k, v, d_out, role, step):
+    out, vjp = jax.vjp(lambda q, k, v: flash_attention(q, k, v, role, step, role, step), q, k, v)
+    return out, *vjp(d_out)
+
+def compiled(tokens, head_dim, dtype, mesh):
+    heads = sharding.sharding(mesh, ("batch", None, "heads"))
+    x = jax.ShapeDtypeStruct((2, tokens, 4, head_dim), dtype, sharding=heads)
+    place = jax.ShapeDtypeStruct((2, tokens), jnp.int32, sharding=sharding.sharding(mesh, ("batch",)))
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradients).lower(x, x, x, x, place, place).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3, "forward, dq, dkv"
+    assert "all-gather" not in text
+    assert "%d,%d]" % (tokens, tokens) not in text, "an array of [queries, keys]"
+    print("compiled", tokens, head_dim, dtype)
+
+one = sharding.make_mesh(sharding.MeshConfig(), devices[:1])
+four = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2), devices)
+for tokens, head_dim, dtype in itertools.product(*map(eval, sys.argv[1:])):
+    compiled(tokens, head_dim, dtype, one)
+compiled(576, 72, "bfloat16", four)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dims", "dtypes"),
+    [
+        ([], [], []),
+        pytest.param([576, 8192], [64, 72, 88, 128], ["float32", "bfloat16"], marks=pytest.mark.slow),
+    ],
+    ids=["four_devices", "all"],
+)
+def test_compiles_for_tpu(tokens, head_dims, dtypes):
+    pytest.importorskip("libtpu")
+    root = pathlib.Path(__file__).parents[2]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(root),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *map(repr, (tokens, head_dims, dtypes))],
+        env=env, capture_output=True, text=True, timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == len(tokens) * len(head_dims) * len(dtypes) + 1
