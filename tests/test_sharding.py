@@ -97,7 +97,6 @@ MODELS = {
     "model", ["causalfusion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("in tiles", "acdit"))]
 )
 @pytest.mark.parametrize(
-    # More devices than cores wait for one another's threads: slow, and on a busy machine endless.
     "devices", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
 def test_same_losses_under_every_preset(model, devices):
