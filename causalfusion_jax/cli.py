@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
         mallopt(m_top_pad, 2**26)
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception | str) -> None:
     """Prints the error as one line and ends the process with status 2."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)

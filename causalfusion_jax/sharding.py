@@ -137,6 +137,14 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes))
 
 
+def platform() -> str:
+    """Where a computation is to run (`tpu`, `gpu`, `cpu`): the mesh's devices (`jax.set_mesh`), else jax's own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend()
+    return mesh.abstract_device.platform
+
+
 def is_split(mesh_axis: str) -> bool:
     """Whether the mesh that is set (`jax.set_mesh`) has more than one device along an axis."""
     mesh = jax.sharding.get_abstract_mesh()

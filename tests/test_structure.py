@@ -9,10 +9,10 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "files", "distributed", "factorization", "diffusion", "sharding"),
+    ("errors", "files", "hardware", "distributed", "factorization", "diffusion", "sharding"),
     ("models", "data", "released"),
-    ("experiment", "training", "sampling", "evaluation"),
-    ("cli", "train", "sample", "evaluate", "convert", "sweeps"),
+    ("experiment", "training", "sampling", "evaluation", "compile_ahead"),
+    ("cli", "train", "sample", "evaluate", "convert", "preflight", "sweeps"),
 )
 
 

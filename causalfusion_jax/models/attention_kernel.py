@@ -224,9 +224,18 @@ class _Specs:
         return self._spec((None, None, rows, tile), own, lambda b, h, i: (b, h, 0, i))
 
 
-def _pallas_call(kernel, plan: TilePlan, heads: int, in_specs, out_specs, scratch_shapes, out_shape, interpret, inputs):
-    """Runs a kernel on the grid of a plan, whose lists lie in scalar memory."""
+def _pallas_call(
+    kernel, plan: TilePlan, heads: int, in_specs, out_specs, scratch_shapes, out_shape, interpret, inputs,
+    products: int, pairs: int,
+):
+    """Runs a kernel on the grid of a plan, whose lists lie in scalar memory.
+
+    For the compiler's estimate: it takes `products` matrix products of `pairs` of query and
+    key in each sample and head, were no tile skipped.
+    """
     batch, tiles, slots = plan.index.shape
+    width, pairs = scratch_shapes[-1][1], batch * heads * pairs
+    moved = sum(x.size * x.dtype.itemsize for x in (*inputs, *out_shape))
     call = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -235,6 +244,9 @@ def _pallas_call(kernel, plan: TilePlan, heads: int, in_specs, out_specs, scratc
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * pairs * width, transcendentals=pairs, bytes_accessed=moved
+        ),
         interpret=interpret,
     )
     # Flat, since scalar memory pads the last axis of an array to 128.
@@ -272,7 +284,7 @@ def _forward(q, k, v, layout, q_tile, k_tile, interpret):
             jax.ShapeDtypeStruct(flat[0].shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, flat[0].shape[1]), jnp.float32),
         ],
-        interpret=interpret, inputs=[*_codes(layout), *flat],
+        interpret=interpret, inputs=[*_codes(layout), *flat], products=2, pairs=flat[0].shape[1] * flat[1].shape[1],
     )
     return _unflat(out, q), lse[:, :, 0, :queries]
 
@@ -284,7 +296,7 @@ def _backward(q, k, v, layout, lse, dot, d_out, q_tile, k_tile, interpret):
     width = flat[0].shape[-1] // heads
     sums = pad(jnp.stack([lse, dot], axis=2), q_tile, 3)
 
-    def run(kernel, plan, of_queries, num_outputs):
+    def run(kernel, plan, of_queries, num_outputs, products):
         specs, tile = _Specs(plan, width), q_tile if of_queries else k_tile
         queries, keys = specs.tokens(q_tile, of_queries), specs.tokens(k_tile, not of_queries)
         out = jax.ShapeDtypeStruct(flat[0 if of_queries else 1].shape, (q if of_queries else k).dtype)
@@ -298,9 +310,10 @@ def _backward(q, k, v, layout, lse, dot, d_out, q_tile, k_tile, interpret):
             scratch_shapes=[(tile, width)] * num_outputs,
             out_shape=[out] * num_outputs,
             interpret=interpret, inputs=[*_codes(layout), *flat, sums],
+            products=products, pairs=flat[0].shape[1] * flat[1].shape[1],
         )
 
-    (dq,), (dk, dv) = run(_dq_kernel, q_plan, True, 1), run(_dkv_kernel, k_plan, False, 2)
+    (dq,), (dk, dv) = run(_dq_kernel, q_plan, True, 1, 3), run(_dkv_kernel, k_plan, False, 2, 4)
     return _unflat(dq, q), _unflat(dk, k), _unflat(dv, v)
 
 

@@ -34,13 +34,14 @@ from causalfusion_jax.models.positions import (
     sincos_table,
     timestep_features,
 )
-from causalfusion_jax.sharding import constrain, is_split
+from causalfusion_jax.sharding import constrain, is_split, platform
 
 CONDITIONINGS = ("in_context", "adaln")
 POSITIONS = ("learned", "sincos", "rope")
 ATTENTIONS = ("auto", "dense", "flash")
 FLASH_FROM = 1024
-"""Keys from which `auto` computes attention in tiles."""
+FLASH_FROM_IN_TPU_TRAINING = 512
+"""Keys from which `auto` computes attention in tiles (launch/bench/RESULTS.md)."""
 DTYPES = ("float32", "bfloat16")
 REMATS = {
     "none": None,
@@ -68,7 +69,8 @@ class TransformerConfig:
       qk_norm: normalize queries and keys per head.
       qkv_bias, token_bias: biases of the query-key-value and the token projection.
       attention: `dense`, `flash` (in tiles, without an array of [tokens, tokens]), or
-        `auto`: flash from FLASH_FROM keys on.
+        `auto`: flash from FLASH_FROM keys on; without a cache on a TPU from
+        FLASH_FROM_IN_TPU_TRAINING.
       dtype: compute type; parameters are float32.
       remat: what the backward pass recomputes: `none`, all but the matrix products
         (`dots`), or all of a block (`full`).
@@ -372,7 +374,8 @@ class Transformer(nnx.Module):
         """
         cached_step = None if cache is None else jnp.tile(cache.step, (h.shape[0] // cache.step.shape[0], 1))
         keys = h.shape[1] + (0 if cache is None else cached_step.shape[1])
-        flash = self.config.attention == "flash" or (self.config.attention == "auto" and keys >= FLASH_FROM)
+        long = FLASH_FROM_IN_TPU_TRAINING if cache is None and platform() == "tpu" else FLASH_FROM
+        flash = self.config.attention == "flash" or (self.config.attention == "auto" and keys >= long)
         visibility = Visibility.of(role, step, cached_step, flash)
         cached_kv = () if cache is None else (cache.k, cache.v)
         context = Context(visibility, self._rope(ids), condition)

@@ -20,6 +20,7 @@ from causalfusion_jax import factorization
 from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.errors import InputError, require, require_number, require_one_of
 from causalfusion_jax.factorization import CONDITION_STEP, EMPTY_STEP, FactorizationConfig, Role
+from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.sampling.solvers import SolverConfig, solver_table
@@ -127,6 +128,27 @@ def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, s
     low, high = sampler.cfg_interval
     scales = np.where((low <= t) & (t < high), 1.0 + (sampler.cfg_scale - 1.0) * rise, 1.0)
     return np.broadcast_to(scales, (len(sizes), len(t))).astype(np.float32)
+
+
+def sampling_flops(model: TransformerConfig, diffusion: DiffusionConfig, sampler: SamplerConfig) -> int:
+    """Model FLOPs of generating one image.
+
+    Prefill of the condition, every solver row of every AR step against the cache as it then
+    stands (twice where guided), and the commits of all AR steps but the last.
+    """
+    sizes = sampler.sizes(model.num_tokens)
+    table = solver_table(sampler.solver_config, diffusion)
+    scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
+    prefixes = 2 if (scales != 1.0).any() and model.clean_depends_on_class else 1
+    seen = model.num_condition_tokens
+    total = prefixes * forward_flops(model, seen, noise_levels=0) if seen else 0
+    for index, size in enumerate(sizes):
+        seen += size
+        passes = int(np.where(scales[index] != 1.0, 2, 1).sum())
+        total += passes * forward_flops(model, size, seen)
+        if index < len(sizes) - 1:
+            total += prefixes * forward_flops(model, size, seen, noise_levels=0)
+    return total
 
 
 def image_keys(seed: int, indices) -> jax.Array:

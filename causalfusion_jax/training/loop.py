@@ -6,6 +6,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -49,12 +50,17 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def train(config: ExperimentConfig, workdir: str) -> TrainState:
+Watch = Callable[[int, dict[str, float]], None]
+
+
+def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) -> TrainState:
     """Trains, or goes on training, until `config.train.steps` or a stop signal.
 
     Args:
       config: all settings.
       workdir: the run's folder: config, checkpoints, metrics, sample grids.
+      watch: called with (step, metrics) whenever metrics are written, and once more after
+        each sample grid with (step, {}).
 
     Returns:
       The state at the end.
@@ -86,7 +92,7 @@ def train(config: ExperimentConfig, workdir: str) -> TrainState:
     )
     threads = 0 if config.data.source == "digits" else 16
     iterator = BatchIterator(batches, position, config.data.workers, threads)
-    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key)
+    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch)
     try:
         return run.steps(state, start)
     finally:
@@ -124,9 +130,10 @@ def _say(line: str) -> None:
 class _Run:
     """What stays the same from step to step of a run."""
 
-    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key):
+    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch):
         self.config, self.workdir, self.mesh = config, pathlib.Path(workdir), mesh
         self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
+        self.watch = watch or (lambda step, metrics: None)
         self.log = metrics_lib.MetricsLog(workdir, config.train.steps)
         self.batch_shapes = config.batch_shapes
         self.length_of = LengthOfStep(config.step.objective, config.train.length_buckets, step_key)
@@ -163,7 +170,10 @@ class _Run:
                 if last or step % config.logging.every == 0:
                     scalars = metrics_lib.summarize(totals, step - since)
                     seconds = time.perf_counter() - clock
-                    self.log.write(step, scalars | self._speed(step - since, seconds, waited, flops))
+                    scalars |= self._speed(step - since, seconds, waited, flops)
+                    self.log.write(step, scalars)
+                    with jax.transfer_guard("allow"):
+                        self.watch(step, scalars)
                     self._check_finite(state, step)
                     totals, since, waited, flops = None, step, 0.0, 0
                 # Read once: a signal during the grid below stops at the next step, saved.
@@ -226,6 +236,8 @@ class _Run:
             folder.mkdir(exist_ok=True)
             save_png(folder / f"{step:08d}.png", grid)
             self.log.write_grid(step, grid)
+            with jax.transfer_guard("allow"):
+                self.watch(step, {})
 
 
 @contextlib.contextmanager

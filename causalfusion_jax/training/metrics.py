@@ -10,23 +10,7 @@ import numpy as np
 from clu import metric_writers
 
 from causalfusion_jax import distributed
-
-PEAK_FLOPS = {
-    # bfloat16 FLOP/s of one device, by jax's device_kind (vendors' figures).
-    "TPU v2": 45e12,
-    "TPU v3": 123e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from causalfusion_jax.hardware import by_device_kind
 
 
 def peak_flops(device: jax.Device) -> float:
@@ -35,8 +19,9 @@ def peak_flops(device: jax.Device) -> float:
     The vendor's bfloat16 figure where it is known; else (a CPU) the rate of a float32
     matrix product, measured now.
     """
-    if device.device_kind in PEAK_FLOPS:
-        return PEAK_FLOPS[device.device_kind]
+    known = by_device_kind(device.device_kind)
+    if known is not None:
+        return known.peak_flops
     n = 1024
     x = jax.device_put(jnp.ones((n, n)), device)
     product = jax.jit(lambda x: x @ x).lower(x).compile()

@@ -155,15 +155,23 @@ def _gradients(config: StepConfig, params, batch, keys, shared_key):
 def compile_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Array):
     """Compiles `train_step` ahead of time: one program for a run, by construction.
 
+    Takes what `lower_train_step` takes.
+
+    Returns:
+      The compiled function (state, batch, key) -> (state, metrics), which donates the
+      state and refuses arguments of any other shape, type or placement.
+    """
+    return lower_train_step(config, mesh, batch_shapes, key).compile()
+
+
+def lower_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Array) -> jax.stages.Lowered:
+    """`train_step` traced for a mesh, to be compiled.
+
     Args:
       config: static settings.
       mesh: where it runs.
       batch_shapes: (shape, dtype) of each array of a global batch, by name.
       key: the run's base key (its shape and type).
-
-    Returns:
-      The compiled function (state, batch, key) -> (state, metrics), which donates the
-      state and refuses arguments of any other shape, type or placement.
     """
     state = abstract_state(config, mesh)
     where = sharding.batch_sharding(mesh)
@@ -179,4 +187,4 @@ def compile_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Ar
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
-        return step.lower(state, batch, key).compile()
+        return step.lower(state, batch, key)

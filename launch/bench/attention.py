@@ -8,14 +8,11 @@ implementation computes. Prints a Markdown table, and one JSON line at the end.
 """
 
 import functools
-import json
-import statistics
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from common import MatmulRate, interleaved, report, seconds
 
 from causalfusion_jax.factorization import FactorizationConfig, attends, draw_plan, training_layout
 from causalfusion_jax.models.attention import Keys, attend, visibility_bias
@@ -74,49 +71,36 @@ def compile_gradient(attention, q, k, v, d_out, places):
     return jax.jit(run).lower(q, k, v, d_out, places).compile()
 
 
-def seconds(compiled, *args) -> float:
-    """Of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    return time.perf_counter() - start
-
-
 def main(argv):
     """Runs the benchmark."""
     del argv
     places = layout()
     shape = (*places[0].shape, _HEADS.value, _HEAD_DIM.value)
     args = *(jax.random.normal(jax.random.key(i), shape, _DTYPE.value) for i in range(4)), places
-    x = jnp.ones((2048, 2048), _DTYPE.value)
-    product = jax.jit(lambda x: x @ x).lower(x).compile()
     compiled = {name: compile_gradient(attention, *args) for name, attention in implementations().items()}
-    spent = {name: [] for name in ("product", *compiled)}
-    for i in range(_ROUNDS.value + 1):
-        times = {"product": seconds(product, x)} | {name: seconds(run, *args) for name, run in compiled.items()}
-        for name, time_spent in times.items() if i else ():
-            spent[name].append(time_spent)
-    median = {name: statistics.median(times) for name, times in spent.items()}
-    visible, rate = float(visible_fraction(*places)), 2 * len(x) ** 3 / median.pop("product")
-    tiles = (_TILE.value, _TILE.value)
+    runs = {name: functools.partial(seconds, functools.partial(run, *args)) for name, run in compiled.items()}
+    found = interleaved(_ROUNDS.value, **runs, matmul=MatmulRate(_DTYPE.value))
+    visible, tiles = float(visible_fraction(*places)), (_TILE.value, _TILE.value)
+    computed = {"pallas": float(tiles_computed(*places, *tiles)), "dense": 1.0}
     # Two products forward, four backward, each of head_dim multiply-adds a visible pair and head.
     flops = 12 * visible * shape[0] * shape[1] ** 2 * shape[2] * shape[3]
-    print("| attention | ms | model GFLOP/s | share of the matrix product | temporaries, MB |\n|---|---|---|---|---|")
-    rows = {}
-    for name, time_spent in median.items():
-        memory = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
-        rows[name] = {
-            "ms": round(time_spent * 1e3, 2), "best_ms": round(min(spent[name]) * 1e3, 2),
-            "model_gflops_per_second": round(flops / time_spent / 1e9, 1),
-            "share_of_matmul_rate": round(flops / time_spent / rate, 3), "temporaries_mb": round(memory, 1),
+    report([
+        {
+            "attention": name,
+            "layout": _LAYOUT.value,
+            "shape": "x".join(map(str, shape)),
+            "dtype": _DTYPE.value,
+            "visible": round(visible, 4),
+            "computed": round(computed[name], 4) if name in computed else "",
+            "model GFLOPs": round(flops / 1e9, 2),
+            "ms": round(found[name] * 1e3, 2),
+            "GFLOP/s": round(flops / found[name] / 1e9, 1),
+            "matrix product GFLOP/s": round(found["matmul"] / 1e9, 1),
+            "share": round(flops / found[name] / found["matmul"], 3),
+            "temporaries MB": round(run.memory_analysis().temp_size_in_bytes / 1e6, 1),
         }
-        ms, _, speed, share, memory = rows[name].values()
-        print(f"| {name} | {ms} | {speed} | {share:.1%} | {memory} |")
-    print(json.dumps({
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "layout": _LAYOUT.value, "shape": shape,
-        "dtype": _DTYPE.value, "visible": round(visible, 4), "model_gflops": round(flops / 1e9, 2),
-        "pallas_tiles_computed": round(float(tiles_computed(*places, *tiles)), 4),
-        "matmul_gflops_per_second": round(rate / 1e9, 1), **rows,
-    }))
+        for name, run in compiled.items()
+    ])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the matrix-product rate of the same run, and their output."""
+"""What the benchmarks share: the machine's own rates in the same run, and their output."""
 
 import json
 import statistics
@@ -26,6 +26,25 @@ class MatmulRate:
         start = time.perf_counter()
         self._product(self._x).block_until_ready()
         return 2 * self.size**3 / (time.perf_counter() - start)
+
+
+class CopyRate:
+    """Bytes/s of reading and writing one large array in device memory.
+
+    Args:
+      size: bytes of the array.
+    """
+
+    def __init__(self, size: int = 2**30):
+        self.size = size
+        self._x = jnp.ones(size // 4, "float32")
+        self._add = jax.jit(lambda x: x + 1.0).lower(self._x).compile()
+
+    def __call__(self) -> float:
+        """Measures once."""
+        start = time.perf_counter()
+        self._add(self._x).block_until_ready()
+        return 2 * self.size / (time.perf_counter() - start)
 
 
 def interleaved(rounds: int, **runs) -> dict[str, float]:

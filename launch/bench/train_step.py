@@ -1,42 +1,51 @@
-"""Times the training step of a config, and says where the time goes.
+"""Times the training step of a config on random data, and says where the time goes.
 
     python launch/bench/train_step.py --config=configs/digits.py [--rounds=10] [--profile] [--nokeep_freed_memory]
+    python launch/bench/train_step.py --config=configs/imagenet_causalfusion.py:XL --config.train.batch_size=64 \\
+        --attention=auto,dense
 
-Prints the median over interleaved rounds of training steps and of a float32 matrix product
-of the same run, the step's share of that rate, and page faults a step; with --profile, the
-time of the step's operations by kind. One JSON line ends the output.
+Median over interleaved rounds of training steps (with each way of attention, on one state)
+and of a matrix product in the model's type; model FLOPs, their share of that rate, and on
+accelerators the bytes moved to and from device memory as a share of the rate of a copy.
+With --profile, the time of the step's operations by kind. A Markdown table and one JSON line.
 """
 
 import collections
-import json
+import dataclasses
+import functools
 import pathlib
 import re
 import resource
-import statistics
 import tempfile
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from common import CopyRate, MatmulRate, interleaved, report, seconds
 from ml_collections import config_flags
 
 from causalfusion_jax import cli, experiment, sharding
-from causalfusion_jax.models.transformer import count_params
+from causalfusion_jax.compile_ahead import costs, hlo
+from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.training.state import compile_train_step, create_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
+_ATTENTION = flags.DEFINE_list("attention", [], "Ways of model.attention to compare; default: the config's.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Interleaved rounds.")
 _STEPS = flags.DEFINE_integer("steps", 4, "Training steps in a round.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Also time the operations of a step.")
 _KEEP = flags.DEFINE_bool("keep_freed_memory", True, "As the commands do: let glibc reuse freed memory.")
 
 
-class Step:
-    """The compiled step of a config on random data, and the state it carries."""
+class Steps:
+    """Compiled training steps of a config, one for each way of attention, and the state they carry.
 
-    def __init__(self, config):
+    Args:
+      config: all settings.
+      attention: values of `model.attention`.
+    """
+
+    def __init__(self, config: ExperimentConfig, attention: list[str]):
         mesh = sharding.make_mesh(config.mesh)
         rng, shapes = np.random.default_rng(0), config.batch_shapes
         arrays = {
@@ -45,43 +54,46 @@ class Step:
         }
         self.key = jax.device_put(jax.random.key(1), sharding.replicated(mesh))
         self.batch = jax.device_put(arrays, sharding.batch_sharding(mesh))
+        self.compiled = {}
+        for way in attention:
+            model = dataclasses.replace(config.model, attention=way)
+            step = dataclasses.replace(config, model=model).step
+            self.compiled[way] = compile_train_step(step, mesh, shapes, self.key)
         self.state = create_state(config.step, mesh, jax.random.key(0))
-        self.compiled = compile_train_step(config.step, mesh, shapes, self.key)
 
-    def run(self, steps: int) -> float:
+    def run(self, way: str, steps: int) -> float:
         """Seconds a step."""
+
+        def several():
+            for _ in range(steps):
+                self.state, _ = self.compiled[way](self.state, self.batch, self.key)
+            return self.state
+
         jax.block_until_ready(self.state)
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.state, _ = self.compiled(self.state, self.batch, self.key)
-        jax.block_until_ready(self.state)
-        return (time.perf_counter() - start) / steps
+        return seconds(several) / steps
+
+    def bytes_moved(self, way: str) -> float:
+        """Bytes to and from device memory, a step and device, counted from the program."""
+        return costs.program_costs(hlo.parse(self.compiled[way].as_text())).hbm_bytes
 
 
-def matmul_rate(x, product) -> float:
-    """FLOP/s of one product of square matrices."""
-    start = time.perf_counter()
-    product(x).block_until_ready()
-    return 2 * len(x) ** 3 / (time.perf_counter() - start)
-
-
-def profile(step: Step, steps: int = 5) -> dict[str, float]:
+def profile(steps: Steps, way: str, num: int = 5) -> dict[str, float]:
     """Milliseconds a step by kind of operation, added over threads, largest first."""
     kinds = {}
-    for line in step.compiled.as_text().splitlines():
+    for line in steps.compiled[way].as_text().splitlines():
         found = re.match(r'\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', line)
         if found:
             backward = "backward" if "transpose(jvp" in found.group(2) else "forward"
             kinds[found.group(1)] = f"{backward} {re.sub('[0-9]+$', '', found.group(2).split('/')[-1])}"
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            step.run(steps)
+            steps.run(way, num)
         data = jax.profiler.ProfileData.from_file(str(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
         spent = collections.Counter()
         for event in (event for plane in data.planes for line in plane.lines for event in line.events):
             name = dict(pair for pair in event.stats if pair[0]).get("hlo_op")
             if name:
-                spent[kinds.get(name, "other")] += event.duration_ns / steps / 1e6
+                spent[kinds.get(name, "other")] += event.duration_ns / num / 1e6
     return dict(spent.most_common(12))
 
 
@@ -91,29 +103,44 @@ def main(argv):
     if _KEEP.value:
         cli.keep_freed_memory()
     config = experiment.from_dict(_CONFIG.value.to_dict())
-    step = Step(config)
-    x = jnp.ones((1024, 1024))
-    product = jax.jit(lambda x: x @ x).lower(x).compile()
-    step.run(2), matmul_rate(x, product)
+    ways = _ATTENTION.value or [config.model.attention]
+    steps = Steps(config, ways)
+    runs = {way: functools.partial(steps.run, way, _STEPS.value) for way in ways}
+    rates = {"matmul": MatmulRate(config.model.dtype)}
+    on_cpu = jax.default_backend() == "cpu"
+    if not on_cpu:
+        rates["copy"] = CopyRate()
+    interleaved(1, **runs)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    seconds, rates = [], []
-    for _ in range(_ROUNDS.value):
-        seconds.append(step.run(_STEPS.value))
-        rates.append(matmul_rate(x, product))
-    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / (_ROUNDS.value * _STEPS.value)
-    median, rate = statistics.median(seconds), statistics.median(rates)
-    flops = config.step.objective.flops * config.train.batch_size
-    for kind, spent in (profile(step) if _PROFILE.value else {}).items():
-        print(f"{spent:8.1f} ms  {kind}")
-    print(json.dumps({
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "parameters": count_params(config.transformer),
-        "batch": config.train.batch_size, "model_gflops_per_step": round(flops / 1e9, 2),
-        "ms_per_step": round(median * 1e3, 1), "best_ms_per_step": round(min(seconds) * 1e3, 1),
-        "images_per_second": round(config.train.batch_size / median, 1),
-        "matmul_gflops_per_second": round(rate / 1e9, 1), "share_of_matmul_rate": round(flops / median / rate, 3),
-        "page_faults_per_step": round(faults),
-        "temporaries_mb": round(step.compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
-    }))
+    found = interleaved(_ROUNDS.value, **runs, **rates)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    batch, devices = config.train.batch_size, len(jax.devices())
+    flops = config.step.objective.flops * batch
+    rows = []
+    for way in ways:
+        row = {
+            "attention": way,
+            "batch": batch,
+            "model GFLOPs a step": round(flops / 1e9, 2),
+            "ms a step": round(found[way] * 1e3, 1),
+            "images/s": round(batch / found[way], 1),
+            "GFLOP/s a device": round(flops / found[way] / devices / 1e9, 1),
+            "matrix product GFLOP/s": round(found["matmul"] / 1e9, 1),
+            "share": round(flops / found[way] / devices / found["matmul"], 3),
+            "temporaries MB": round(steps.compiled[way].memory_analysis().temp_size_in_bytes / 1e6, 1),
+        }
+        if on_cpu:
+            row["page faults a step"] = round(faults / ((_ROUNDS.value + 1) * _STEPS.value * len(ways)))
+        else:
+            moved = steps.bytes_moved(way)
+            row["GB moved a device"] = round(moved / 1e9, 2)
+            row["copy GB/s"] = round(found["copy"] / 1e9, 1)
+            row["share of copy"] = round(moved / found[way] / found["copy"], 3)
+        rows.append(row)
+    report(rows)
+    for way in ways if _PROFILE.value else ():
+        for kind, spent in profile(steps, way).items():
+            print(f"{way}: {spent:8.1f} ms  {kind}")
 
 
 if __name__ == "__main__":

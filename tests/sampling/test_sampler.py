@@ -13,9 +13,10 @@ from helpers import random_params
 from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.factorization import CONDITION_STEP, FactorizationConfig, Role
+from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
-from causalfusion_jax.sampling.sampler import SamplerConfig, guidance_scales, image_keys, sample_tokens
+from causalfusion_jax.sampling.sampler import SamplerConfig, guidance_scales, image_keys, sample_tokens, sampling_flops
 from causalfusion_jax.sampling.solvers import solver_table
 
 MODEL = TransformerConfig(hidden=32, heads=2, layers=2, grid=(4, 4), token_dim=4, num_classes=5)
@@ -256,3 +257,20 @@ def test_bad_settings_are_refused(bad, field):
     with pytest.raises(InputError) as error:
         dataclasses.replace(SamplerConfig(), **bad).check(MODEL, LINEAR)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize("config", [MODEL, ADALN], ids=["in_context", "adaln"])
+def test_model_flops(config):
+    def flops(**changes):
+        return sampling_flops(config, LINEAR, SamplerConfig(**dict(solver_steps=4) | changes))
+
+    c = config.num_condition_tokens
+    prefix = forward_flops(config, c, noise_levels=0) if c else 0
+    copies = 2 if config.clean_depends_on_class else 1
+    commit = forward_flops(config, 8, c + 8, noise_levels=0)
+    assert flops() == prefix + 4 * forward_flops(config, 16, c + 16)
+    assert flops(cfg_scale=2.0) == copies * prefix + 8 * forward_flops(config, 16, c + 16)
+    levels = 4 * (forward_flops(config, 8, c + 8) + forward_flops(config, 8, c + 16))
+    assert flops(ar_steps=2) == prefix + commit + levels
+    assert flops(ar_steps=2, cfg_scale=2.0) == copies * (prefix + commit) + 2 * levels
+    assert flops() < flops(cfg_scale=2.0, cfg_interval=(500.0, 1000.0)) < flops(cfg_scale=2.0)

@@ -1,0 +1,94 @@
+"""Compiles a run for a TPU slice that is not there, and says whether and how fast it runs.
+
+    python -m causalfusion_jax.preflight --config=configs/imagenet_causalfusion.py:XL --topology=v5e:16x16
+    python -m causalfusion_jax.preflight --config=configs/imagenet_causalfusion.py:XL --topology=v5e:16x16,v5p:4x4x4
+    python -m causalfusion_jax.preflight --config=... --topology=v5e:2x2 --job=sample --num=64
+
+The real program (the training step, or the sampler of `config.sampling`) goes through the
+real TPU compiler, `libtpu`: pip install 'causalfusion_jax[preflight]'. Printed are memory,
+FLOPs, collectives, bounds on the time, and the largest batch that fits; where the program
+does not fit, the cheapest change of settings that does, compiled too. Machine code, which
+takes most of a compiler's time, is not made. The last line is one JSON object. Settings are
+changed as for train: --config.train.batch_size=1024.
+
+Topologies are GENERATION:SHAPE: v5e:16x16, v6e:4x4, v4:2x2x4, v5p:2x2x4. Exit status: 0 it
+fits (every one of several topologies), 1 it does not, 2 wrong input or no program.
+
+Bounds take the vendor's peak figures, so they are what no run exceeds, not a forecast.
+"""
+
+import json
+import os
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from causalfusion_jax import cli
+from causalfusion_jax.errors import require
+
+# Before jax starts: no look for a TPU or the metadata of one, several of us at a time, no remarks of libtpu.
+os.environ.update(
+    TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu",
+    TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3", TPU_ACCELERATOR_TYPE="v5litepod-4",
+)
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
+_TOPOLOGY = flags.DEFINE_list("topology", None, "Slices: v5e:16x16, or several separated by commas.")
+_JOB = flags.DEFINE_enum("job", "train", ["train", "sample"], "The training step, or the sampler.")
+_NUM = flags.DEFINE_integer("num", None, "Images of a batch that is sampled [8 for each device].")
+_SEARCH = flags.DEFINE_bool("search", True, "Search the largest batch that fits.")
+_MACHINE_CODE = flags.DEFINE_bool("machine_code", False, "Compile to the end: minutes more, no more is learned.")
+_SECONDS = flags.DEFINE_float("seconds", 100.0, "Begin to compile no more than fits in so many, for each topology.")
+
+
+def _specs():
+    """The programs to compile, checked."""
+    from causalfusion_jax import experiment, hardware
+    from causalfusion_jax.compile_ahead import program
+
+    config = experiment.from_dict(_CONFIG.value.to_dict())
+    require(_SECONDS.value >= 0, "--seconds", _SECONDS.value, "must be >= 0")
+    require(_NUM.value is None or _NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
+    require(_NUM.value is None or _JOB.value == "sample", "--num", _NUM.value, "belongs to --job=sample")
+    specs = []
+    for topology in [hardware.topology(name) for name in _TOPOLOGY.value]:
+        spec = program.Spec(config, topology, _JOB.value)
+        if _JOB.value == "sample":
+            spec = spec.with_batch(_NUM.value or 8 * spec.batch_devices)
+        program.check(spec)
+        specs.append(spec)
+    return specs
+
+
+def _compile(spec):
+    """Compiles one program, and says so."""
+    from causalfusion_jax.compile_ahead import compiler, report
+
+    print(f"compiling for {spec.topology.name}: {report.settings_words(spec)} ...", end=" ", flush=True)
+    try:
+        compiled = compiler.compile_program(spec, _MACHINE_CODE.value)
+    except compiler.CompilerError as error:
+        print()
+        cli.fail(f"the TPU compiler fails: {error}")
+    print(f"{report.memory_words(compiled)}, {compiled.seconds:.1f} s", flush=True)
+    return compiled
+
+
+def main(argv):
+    """Runs the command."""
+    del argv
+    specs = _specs()
+    from causalfusion_jax.compile_ahead import report
+
+    results = [report.preflight(spec, _SECONDS.value, _SEARCH.value, _compile) for spec in specs]
+    print(report.table(results))
+    for result in results:
+        print(report.verdict(result))
+    fits = all(result.compiled.fits for result in results)
+    print(json.dumps({"fits": fits, "results": [report.record(result) for result in results]}))
+    sys.exit(0 if fits else 1)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "topology"))

@@ -1,0 +1,244 @@
+"""Search and verdict, with a compiler that only adds up memory."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+
+import jax
+import pytest
+from helpers import tiny_config
+
+from causalfusion_jax import experiment, hardware
+from causalfusion_jax.compile_ahead import compiler, fit, program, report
+from causalfusion_jax.compile_ahead.costs import Costs
+from causalfusion_jax.compile_ahead.fit import Clock, changes, estimated_bytes, find_change, find_largest_batch
+from causalfusion_jax.compile_ahead.program import Spec
+from causalfusion_jax.compile_ahead.compiler import Compiled, Memory
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.hardware import GIB
+
+LIMIT = 16 * GIB
+
+
+@pytest.fixture(autouse=True)
+def no_tpu(monkeypatch):
+    """Slices of the devices there are."""
+    monkeypatch.setattr(program, "devices", lambda topology: jax.devices()[: topology.devices])
+
+
+def spec_of(batch=16, job="train", **sections):
+    config = tiny_config(**sections)
+    config["train"]["batch_size"] = batch
+    return Spec(experiment.from_dict(config), hardware.topology("v5e:2x2"), job, batch if job == "sample" else 0)
+
+
+class Compiler:
+    """Needs `fixed` GiB, and `each` for an image on a device at a time; remembers what it was asked."""
+
+    def __init__(self, fixed, each, saved=None, seconds=1.0):
+        self.fixed, self.each, self.saved, self.seconds = fixed, each, saved or {}, seconds
+        self.specs = []
+
+    def __call__(self, spec):
+        self.specs.append(spec)
+        images = spec.batch / spec.quantum
+        share = self.saved.get(spec.config.model.remat, 1.0)
+        state = self.fixed * GIB / spec.mesh().shape["fsdp"]
+        total = int(state + share * self.each * GIB * images)
+        if total > LIMIT:
+            return Compiled(self.seconds / 4, total, LIMIT)
+        memory = Memory(int(state), 0, total - int(state))
+        return Compiled(self.seconds, total, LIMIT, memory, Costs(flops=1e12, hbm_bytes=1e9))
+
+    def estimate(self, spec):
+        """As good as shapes tell: 20% off in what grows with the batch."""
+        share = self.saved.get(spec.config.model.remat, 1.0)
+        return self.fixed * GIB / spec.mesh().shape["fsdp"], 0.8 * share * self.each * GIB * spec.batch / spec.quantum
+
+
+def forever():
+    return Clock(math.inf)
+
+
+@pytest.mark.parametrize("each", [0.37, 1.0, 3.1, 20.0])
+@pytest.mark.parametrize("batch", [4, 16, 400])
+def test_the_largest_batch_is_found_and_checked(each, batch):
+    compiler = Compiler(4.0, each)
+    spec = spec_of(batch)
+    largest = find_largest_batch(spec, compiler(spec), compiler, forever())
+    n = math.floor((16 - 4) / each)
+    assert (largest.batch, largest.per_device, largest.exact) == (4 * n, n, True)
+    assert len(compiler.specs) <= 5, "a line is known after two points"
+
+
+def test_memory_that_is_no_line_takes_steps_back():
+    def bent(spec):
+        images = spec.batch / spec.quantum
+        total = int((2 + images + (3 if images > 9 else 0)) * GIB)
+        return Compiled(1.0, total, LIMIT, Memory(total, 0, 0) if total <= LIMIT else None, Costs())
+
+    largest = find_largest_batch(spec_of(16), bent(spec_of(16)), bent, forever())
+    assert (largest.batch, largest.exact) == (44, True)
+
+
+def test_no_time_says_at_least():
+    compiler, ticks = Compiler(4.0, 1.0), iter(range(100))
+    spec = spec_of(16)
+    largest = find_largest_batch(spec, compiler(spec), compiler, Clock(2.6, now=lambda: next(ticks)))
+    assert (largest.batch, largest.exact, largest.predicted) == (16, False, 48)
+    assert "at least 16 (4/device), predicted 48" == report.largest_batch_words(largest)
+    none = find_largest_batch(spec, Compiler(99.0, 1.0)(spec), compiler, Clock(-1.0))
+    assert (none.batch, none.exact) == (0, False) and report.largest_batch_words(none) == "unknown"
+
+
+def test_changes_come_cheapest_first():
+    found = [change.flags for change in changes(spec_of(32))]
+    assert found[:6] == [
+        ("--config.model.remat=dots",), ("--config.model.remat=full",), ("--config.train.grad_accum_steps=2",),
+        ("--config.train.grad_accum_steps=4",), ("--config.train.grad_accum_steps=8",), ("--config.mesh.preset=fsdp",),
+    ]  # fmt: skip
+    assert len(set(found)) == len(found)
+    assert found.index(("--config.train.batch_size=16",)) > max(
+        i for i, flags in enumerate(found) if not any("batch_size" in flag for flag in flags)
+    )
+    assert all(change.spec != spec_of(32) for change in changes(spec_of(32)))
+    fsdp = [c.flags for c in changes(spec_of(32, mesh=dict(preset="fsdp"), model=dict(remat="full")))]
+    assert fsdp[0] == ("--config.train.grad_accum_steps=2",) and not any("mesh" in f for flags in fsdp for f in flags)
+    assert [c.flags for c in changes(spec_of(16, "sample"))] == [("--num=8",), ("--num=4",)]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "flags"),
+    [
+        (4.0, 2.0, ("--config.model.remat=dots",)),
+        (4.0, 5.0, ("--config.model.remat=full",)),
+        (4.0, 11.0, ("--config.train.grad_accum_steps=8",)),
+        (40.0, 0.5, ("--config.mesh.preset=fsdp",)),
+        (40.0, 4.0, ("--config.train.grad_accum_steps=8", "--config.mesh.preset=fsdp")),
+        (40.0, 11.0, ("--config.model.remat=dots", "--config.train.grad_accum_steps=8", "--config.mesh.preset=fsdp")),
+        (4.0, 30.0, ("--config.model.remat=full", "--config.train.grad_accum_steps=8")),
+        (600.0, 1.0, None),
+    ],
+)  # fmt: skip
+def test_the_cheapest_change_is_compiled(fixed, each, flags):
+    compiler = Compiler(fixed, each, saved={"dots": 0.5, "full": 0.25})
+    spec = spec_of(32)
+    failed = compiler(spec)
+    change = find_change(spec, failed, compiler, forever(), compiler.estimate)
+    if flags is None:
+        assert change is None and len(compiler.specs) == 1, "what is predicted not to fit is not compiled"
+        assert "use more chips" in report.verdict(report.Preflight(spec, failed))
+        return
+    assert change.flags == flags and change.compiled.fits
+    result = report.Preflight(spec, failed, change=change)
+    assert " ".join(flags) in report.verdict(result) and "(compiled)" in report.verdict(result)
+    assert json.loads(json.dumps(report.record(result)))["change"]["verified"]
+    assert "with the change" in report.table([result])
+
+
+def test_a_wrong_prediction_is_corrected_and_no_time_is_said():
+    compiler = Compiler(4.0, 5.0, saved={"dots": 0.5, "full": 0.25})
+    spec = spec_of(32)
+    hopeful = Compiler(4.0, 5.0, saved={"dots": 0.2, "full": 0.2}).estimate
+    change = find_change(spec, compiler(spec), compiler, forever(), hopeful)
+    assert change.flags != ("--config.model.remat=dots",) and change.compiled.fits
+    change = find_change(spec, compiler(spec), compiler, Clock(-1.0), compiler.estimate)
+    assert change.compiled is None and change.flags == ("--config.model.remat=full",)
+    assert "not compiled" in report.verdict(report.Preflight(spec, compiler(spec), change=change))
+
+
+def test_a_smaller_batch_when_nothing_else_helps():
+    compiler = Compiler(0.4, 11.0)
+    spec = spec_of(32, mesh=dict(preset="fsdp"), model=dict(remat="full"), train=dict(grad_accum_steps=4))
+    change = find_change(spec, compiler(spec), compiler, forever(), compiler.estimate)
+    assert change.flags == ("--config.train.grad_accum_steps=8",)
+    spec = spec_of(32, "sample")
+    change = find_change(spec, compiler(spec), compiler, forever(), compiler.estimate)
+    assert change.flags == ("--num=4",) and change.spec.num == 4
+
+
+def test_what_shapes_say_of_memory():
+    spec = spec_of(16, model=dict(layers=4))
+    fixed, none = estimated_bytes(spec)
+    params = 4 * sum(math.prod(s.shape) for s in jax.tree.leaves(fit.abstract_model(spec.config.transformer)[1]))
+    assert 5.5 * params <= fixed <= 5.5 * params + 100, "parameters, average, two moments, gradient, compute copy"
+    dots, full = (estimated_bytes(spec_of(16, model=dict(layers=4, remat=r)))[1] for r in ("dots", "full"))
+    assert full < dots < none
+    assert estimated_bytes(spec_of(16, model=dict(layers=4), train=dict(grad_accum_steps=2)))[1] == none / 2
+    split, _ = estimated_bytes(spec_of(16, model=dict(layers=4), mesh=dict(preset="fsdp")))
+    assert split < 0.3 * fixed
+
+
+# --- The report -------------------------------------------------------------------
+
+
+def test_roofline_by_hand():
+    slice_of_16 = hardware.topology("v5e:4x4")
+    sent = Counter({"all-gather": 5e9, "all-reduce": 5e9})
+    times = report.roofline(Costs(flops=197e12, hbm_bytes=0.819e12 / 4, sent=sent), slice_of_16)
+    assert dataclasses.astuple(times) == pytest.approx((1.0, 0.25, 0.1))
+    assert (times.seconds, times.bound) == (1.0, "compute")
+    assert report.roofline(Costs(flops=1.0, sent=sent), slice_of_16).bound == "network"
+    assert report.roofline(Costs(flops=1.0, sent=sent), hardware.topology("v5e:1x1")).network == 0
+
+
+def test_the_record_holds_what_the_table_shows():
+    spec, compiler = spec_of(16), Compiler(1.0, 0.1)
+    result = report.preflight(spec, 1e9, compiler=compiler)
+    record = json.loads(json.dumps(report.record(result)))
+    flops = spec.config.step.objective.flops
+    assert record["model_flops"] == 16 * flops and record["hardware_flops"] == 4e12
+    assert record["hardware_over_model_flops"] == pytest.approx(4e12 / (16 * flops))
+    assert record["largest_batch"] == {"batch": 600, "per_device": 150, "predicted": 600, "exact": True}
+    assert record["images_per_second_at_most"] == pytest.approx(16 * 197)
+    text = report.table([result, result])
+    assert text.count("v5e:2x2") == 2 and "600 (150/device)" in text
+    assert report.verdict(result).startswith("v5e:2x2: fits")
+    assert report.preflight(spec, 0.0, search=False, compiler=compiler).largest is None
+
+
+# --- Inputs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (spec_of(14), "multiple of 4, the 4 devices of the batch on v5e:2x2: give 12 or 16"),
+        (spec_of(12, train=dict(grad_accum_steps=2)), "times grad_accum_steps=2: give 8 or 16"),
+        (spec_of(3, "sample"), "give 4"),
+        (spec_of(16, mesh=dict(tensor=4)), "heads=2"),
+        (spec_of(16, mesh=dict(data=3)), "must fit the 4 devices"),
+    ],
+    ids=["batch", "accumulation", "sample", "heads", "mesh"],
+)  # fmt: skip
+def test_what_does_not_split_is_refused(spec, words):
+    with pytest.raises(InputError) as error:
+        program.check(spec)
+    assert words in str(error.value)
+
+
+def test_the_compilers_complaints_are_read():
+    parse = compiler.parse_out_of_memory
+    assert parse(
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (283.50G) exceeds available HBM (15.75G). HLO module: jit_train_step."
+    ) == (283.5 * GIB, 15.75 * GIB)
+    old = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
+    assert parse(old) == (20.5 * GIB, 15.75 * GIB)
+    assert parse("INVALID_ARGUMENT: vmem") is None
+
+
+def test_memory_by_purpose():
+    allocations = """\
+BufferAssignment:
+allocation 0: size 4096, page 0, thread-local:
+ value: <608 add.5679 @0> (size=4096,offset=0): s32[]
+allocation 1: size 1000, page 0, parameter 15, shape |f32[250]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 500, page 0, parameter 3, shape |f32[125]| at ShapeIndex {}:
+allocation 3: size 24, page 0, output shape is |f32[6]|, maybe-live-out:
+allocation 4: size 9000, page 0, preallocated-temp:
+allocation 5: size 512, color 6, page 0, parameter 7, shape |f32[1]| at ShapeIndex {}:
+"""
+    report = "Memory Space: default (color=0)\nTotal bytes: 9524 (9.3KiB)\nMemory Space: vmem (color=1)\nTotal bytes: 7"
+    assert compiler.parse_memory(allocations, report) == Memory(arguments=1500, outputs=24, temporaries=8000)

@@ -1,0 +1,154 @@
+"""The real TPU compiler: what is read from its programs against what their shapes ask for."""
+
+import dataclasses
+import json
+import math
+import os
+
+os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+from helpers import command, tiny_config  # noqa: E402
+from jax.sharding import PartitionSpec  # noqa: E402
+
+from causalfusion_jax import experiment, hardware, sharding  # noqa: E402
+from causalfusion_jax.compile_ahead import compiler, hlo, program  # noqa: E402
+from causalfusion_jax.compile_ahead.costs import program_costs  # noqa: E402
+from causalfusion_jax.errors import InputError  # noqa: E402
+from causalfusion_jax.hardware import GIB  # noqa: E402
+from causalfusion_jax.models.transformer import abstract_model  # noqa: E402
+from causalfusion_jax.sharding import MeshConfig  # noqa: E402
+
+pytest.importorskip("libtpu")
+V5E = hardware.topology("v5e:2x2")
+LAYERS, WIDTH, ROWS = 6, 512, 1024
+
+
+def small_spec(batch=16, job="train", **model):
+    config = tiny_config(model=dict(hidden=256, heads=4, layers=3, dtype="bfloat16") | model, mesh=dict(preset="fsdp"))
+    config["train"]["batch_size"] = batch
+    return program.Spec(experiment.from_dict(config), V5E, job, batch if job == "sample" else 0)
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    """Costs of a stack of square layers, its weights split over four chips, and of its gradient."""
+    mesh = sharding.make_mesh(MeshConfig("fsdp"), program.devices(V5E))
+    place = lambda *spec: jax.sharding.NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16, sharding=place(None, "fsdp"))
+    rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16, sharding=place("fsdp"))
+
+    def loss(weights, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)
+        return jnp.sum(x.astype(jnp.float32))
+
+    def costs(f):
+        with jax.set_mesh(mesh):
+            return program_costs(hlo.parse(jax.jit(f).lower(weights, rows).compile().as_text()))
+
+    return costs(loss), costs(jax.grad(loss))
+
+
+def test_flops_of_a_scan_of_layers(scanned):
+    forward, gradient = scanned
+    product = 2 * LAYERS * ROWS / 4 * WIDTH**2
+    assert forward.flops == pytest.approx(product, rel=0.01) and not forward.unknown
+    assert gradient.flops == pytest.approx(3 * product, rel=0.01)
+
+
+def test_collectives_of_split_parameters(scanned):
+    forward, gradient = scanned
+    weights = 2 * LAYERS * WIDTH**2
+    assert forward.bytes["all-gather"] == weights
+    # Again for the backward pass, unless they were kept; gradients are reduced, in bfloat16.
+    assert gradient.bytes["all-gather"] in (weights, 2 * weights)
+    reduced = gradient.bytes["reduce-scatter"] + gradient.bytes["all-reduce"]
+    assert weights <= reduced <= 1.01 * weights
+
+
+def test_what_the_chip_has_is_asked_of_the_compiler():
+    assert 15 * GIB < compiler.hbm_limit(V5E) < 16 * GIB
+    assert compiler.hbm_limit(hardware.topology("v4:2x2x1")) > 30 * GIB, "both cores of a chip are one device"
+    assert len(program.devices(hardware.topology("v5p:2x2x2"))) == 8
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v5e:32x32"])
+def test_slices_that_cannot_be_are_refused(name):
+    with pytest.raises(InputError, match="topology"):
+        program.devices(hardware.topology(name))
+
+
+def test_a_program_that_is_too_big_tells_its_need():
+    spec = small_spec(batch=2**21, layers=2)
+    compiled = compiler.compile_program(spec)
+    assert not compiled.fits and compiled.total_bytes > compiled.limit_bytes and compiled.costs is None
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--topology=v5e-16",), ["--topology", "did you mean v5e:4x4"]),
+        (("--topology=v5e:16x16", "--config.train.batch_size=300"), ["multiple of 256", "give 256 or 512"]),
+        (("--topology=v5e:2x2", "--num=4"), ["--num", "--job=sample"]),
+        (("--topology=v5e:2x2", "--job=sample", "--num=6"), ["--num", "give 4 or 8"]),
+        (("--topology=v5e:2x2", "--config.mesh.tensor=4"), ["config.mesh.tensor", "heads=3"]),
+        ((), ["--topology", "required"]),
+    ],
+)
+def test_wrong_input_is_one_line_before_anything_compiles(args, words):
+    done = command("preflight", "--config=configs/digits.py", *args)
+    assert done.returncode == 2 and "compiling" not in done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+# --- Whole programs ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_step_of_a_small_model():
+    spec = small_spec()
+    compiled = compiler.compile_program(spec)
+    assert compiled.fits and not compiled.costs.unknown
+    costs = compiled.costs
+    executed = costs.flops * 4 / (program.model_flops(spec) * spec.batch)
+    assert 1.0 <= executed < 1.1, "the model's own count, and little beside it"
+    blocks = abstract_model(spec.config.transformer)[1]["blocks"]
+    kernels = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(blocks) if len(leaf.shape) > 2)
+    # Forward all of them are gathered once; backward again, those that were not kept.
+    assert kernels <= costs.bytes["all-gather"] + costs.bytes["all-reduce"]
+    assert costs.bytes["all-gather"] >= 0.9 * kernels
+    to_the_end = compiler.compile_program(spec, machine_code=True)
+    assert (to_the_end.memory, to_the_end.costs) == (compiled.memory, compiled.costs)
+    remat = compiler.compile_program(spec.with_settings("model", remat="full"))
+    assert 1.2 < remat.costs.flops / costs.flops < 1.4, "a third more: the forward pass twice"
+    assert remat.memory.arguments == compiled.memory.arguments
+    longer = compiler.compile_program(spec.with_settings("model", layers=6))
+    others = spec.config.transformer
+    assert longer.costs.flops / costs.flops == pytest.approx(
+        program.model_flops(spec.with_settings("model", layers=2 * others.layers)) / program.model_flops(spec), rel=0.03
+    )
+
+
+@pytest.mark.slow
+def test_sampler_of_a_small_model():
+    spec = small_spec(job="sample", batch=8)
+    sampling = dataclasses.replace(spec.config.sampling, ar_steps=2, solver_steps=5, cfg_scale=2.0)
+    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, sampling=sampling))
+    compiled = compiler.compile_program(spec)
+    executed = compiled.costs.flops * 4 / (program.model_flops(spec) * spec.batch)
+    assert 0.95 < executed < 1.5, "padding and the empty part of the cache come on top"
+
+
+@pytest.mark.slow
+def test_the_command():
+    small = ("--config.model.layers=2", "--config.train.batch_size=16", "--nosearch")
+    done = command("preflight", "--config=configs/digits.py", "--topology=v5e:2x2,v5e:1x1", *small)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["fits"] and [r["devices"] for r in record["results"]] == [4, 1]
+    assert "v5e:1x1: fits" in done.stdout and "hardware / model FLOPs" in done.stdout
