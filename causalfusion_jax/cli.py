@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import glob
+import importlib.util
 import os
 import pathlib
 import sys
@@ -26,6 +28,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
     keep_freed_memory()
+    leave_out_absent_tpu()
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
@@ -57,6 +60,24 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_top_pad, 2**26)
+
+
+def leave_out_absent_tpu() -> None:
+    """Keeps jax from starting a TPU that is not there, where libtpu is installed for its compiler alone.
+
+    Nothing happens where JAX_PLATFORMS is set, or any accelerator can be seen.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    devices = [path for pattern in _ACCELERATOR_FILES for path in glob.glob(pattern)]
+    vendors = [pathlib.Path(path).read_text().strip() for path in glob.glob("/sys/bus/pci/devices/*/vendor")]
+    if not devices and not set(vendors) & _ACCELERATOR_VENDORS:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+_ACCELERATOR_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
+_ACCELERATOR_VENDORS = {"0x1ae0", "0x10de", "0x1002"}
+"""Google, NVIDIA, AMD."""
 
 
 def fail(error: Exception | str) -> None:
