@@ -44,7 +44,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file: configs/sweeps/NAME.py or configs/sweeps/NAME.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs; new, empty, or that of this sweep to continue.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time. A TPU belongs to one process: leave it 1 there.")
-_OVERRIDE = flags.DEFINE_string("override", "", "Settings of all runs: train.steps=200,train.batch_size=32.")
+_OVERRIDE = flags.DEFINE_multi_string("override", [], "Settings of all runs: train.steps=200,train.batch_size=32.")
 _TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "Further flags of causalfusion_jax.train, not of its config.")
 _SAMPLE_FLAGS = flags.DEFINE_string("sample_flags", "", "Further flags of causalfusion_jax.sample.")
 _EVALUATE_FLAGS = flags.DEFINE_string("evaluate_flags", "", "Further flags of causalfusion_jax.evaluate.")
@@ -425,7 +425,7 @@ def read_sweep():
     sweep = sweeps.load("--sweep", _SWEEP.value, "get_sweep", root)
     require(isinstance(sweep, sweeps.Sweep), "--sweep", _SWEEP.value, "its get_sweep must return a Sweep")
     base = sweeps.load("config", sweep.config, "get_config", ROOT).to_dict()
-    overrides = sweeps.parse_overrides("--override", _OVERRIDE.value)
+    overrides = sweeps.parse_overrides("--override", ",".join(_OVERRIDE.value))
     sweep = dataclasses.replace(sweep, fixed={**sweep.fixed, **overrides})
     return sweep, base, sweeps.expand(sweep, base)
 

@@ -280,12 +280,14 @@ def run_sweep(*args, **kwargs):
 
 def test_dry_run_prints_commands_and_changes_nothing(tmp_path):
     args = ("--sweep=configs/sweeps/order.py:imagenet", f"--workdir={tmp_path / 'sweep'}", "--dry_run")
-    done = run_sweep(*args, "--override=data.path=/data/latents", "--sample_flags=--vae=/data/vae")
+    overrides = ("--override=data.path=/data/latents,train.seed=3", "--override=train.steps=7")
+    done = run_sweep(*args, *overrides, "--sample_flags=--vae=/data/vae")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line]
     assert [line.split()[2].rpartition(".")[2] for line in lines] == ["train", "sample", "evaluate"] * 5
     assert "--config=configs/imagenet_causalfusion.py:L,ablation" in lines[3]
     assert "--config.data.path=/data/latents" in lines[3] and "--config.factorization.order_block=8" in lines[3]
+    assert "--config.train.seed=3" in lines[3] and "--config.train.steps=7" in lines[3], "given twice, both hold"
     assert "--num=10000 --ar_steps=1 --vae=/data/vae" in lines[4]
     jobs = run_sweep(*args, '--launcher=submit {index} --command="{command}"')
     assert [line.partition(" --command=")[0] for line in jobs.stdout.splitlines()] == [f"submit {i}" for i in range(5)]
