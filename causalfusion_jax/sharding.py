@@ -131,8 +131,7 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...] | 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Asks XLA to keep an activation so; where no mesh is set (`jax.set_mesh`), nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_split():
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes))
 
@@ -145,10 +144,14 @@ def platform() -> str:
     return mesh.abstract_device.platform
 
 
-def is_split(mesh_axis: str) -> bool:
-    """Whether the mesh that is set (`jax.set_mesh`) has more than one device along an axis."""
+def is_split(mesh_axis: str | None = None) -> bool:
+    """Whether arrays are split for us over the mesh that is set (`jax.set_mesh`), along one axis or any.
+
+    Inside `jax.shard_map` they are not: what each device has is whole there.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape.get(mesh_axis, 1) > 1
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 for name, size, kind in sizes if kind != AxisType.Manual and mesh_axis in (None, name))
 
 
 def check_divides(mesh: Mesh, mesh_axis: str, **sizes: int) -> None:

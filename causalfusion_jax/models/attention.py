@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from causalfusion_jax.factorization import Role, attends
+from causalfusion_jax.models.attention_by_head import attend_by_head
 from causalfusion_jax.models.flash_attention import flash_attention
-from causalfusion_jax.sharding import partition
+from causalfusion_jax.sharding import is_split, partition, platform
+
+BY_HEAD_FROM = 128
+"""New tokens from which a CPU attends head by head (launch/bench/RESULTS.md)."""
 
 
 class Keys(NamedTuple):
@@ -73,8 +77,9 @@ class Visibility(NamedTuple):
     Attributes:
       layout: roles and steps of the new tokens, then of all keys, cached ones first; int32
         [batch, n]. None where the biases are made of them instead.
-      bias: visibility of the new tokens to each other, [batch, 1, n, n], or None.
-      cached_bias: that of the cache to them, [batch, 1, n, slots], or None.
+      bias: visibility of the new tokens to each other, [batch, 1, n, n], or None; or of the
+        cache and them, [batch, 1, n, slots + n], where the keys are joined.
+      cached_bias: visibility of the cache to them, [batch, 1, n, slots], or None.
     """
 
     layout: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None
@@ -92,11 +97,13 @@ class Visibility(NamedTuple):
         """
         # Condition tokens in the cache are before all others, as clean ones of their step.
         cached_role = None if cached_step is None else jnp.full_like(cached_step, Role.CLEAN)
+        joined = role, step
+        if cached_step is not None:
+            joined = jnp.concatenate([cached_role, role], axis=1), jnp.concatenate([cached_step, step], axis=1)
         if flash:
-            keys = (role, step)
-            if cached_step is not None:
-                keys = jnp.concatenate([cached_role, role], axis=1), jnp.concatenate([cached_step, step], axis=1)
-            return Visibility((role, step, *keys), None, None)
+            return Visibility((role, step, *joined), None, None)
+        if by_head(role.shape[1]):
+            return Visibility(None, visibility_bias(attends(role, step, *joined)), None)
         bias = visibility_bias(attends(role, step, role, step))
         cached_bias = None
         if cached_step is not None:
@@ -113,27 +120,33 @@ class Visibility(NamedTuple):
         Returns:
           [batch, n, heads, head_dim].
         """
-        if self.layout is None:
-            new = Keys(k, v, self.bias)
-            return attend(q, [new] if cached is None else [Keys(*cached, self.cached_bias), new])
+        if self.cached_bias is not None:
+            return attend(q, [Keys(*cached, self.cached_bias), Keys(k, v, self.bias)])
         if cached is not None:
             copies = q.shape[0] // cached[0].shape[0]
             k, v = (
                 jnp.concatenate([jnp.tile(old, (copies, 1, 1, 1)).astype(new.dtype), new], axis=1)
                 for old, new in zip(cached, (k, v), strict=True)
             )
-        return _in_tiles(q, k, v, self.layout)
+        queries, keys = (partition(("batch", tokens, "heads", "head_dim")) for tokens in ("sequence", None))
+        if self.layout is not None:
+            q_tokens, k_tokens = (partition(("batch", tokens)) for tokens in ("sequence", None))
+            specs = queries, keys, keys, q_tokens, q_tokens, k_tokens, k_tokens
+            return _each_device(flash_attention, specs, q, k, v, *self.layout)
+        if by_head(q.shape[1]):
+            specs = queries, keys, keys, partition(("batch", None, "sequence", None))
+            return _each_device(attend_by_head, specs, q, k, v, self.bias)
+        return attend(q, [Keys(k, v, self.bias)])
 
 
-def _in_tiles(q, k, v, layout) -> jax.Array:
-    """`flash_attention`; each device computes its share of batch, heads and queries."""
+def by_head(queries: int) -> bool:
+    """Whether dense attention of so many new tokens runs head by head."""
+    return platform() == "cpu" and queries >= BY_HEAD_FROM
+
+
+def _each_device(compute, specs, *arrays) -> jax.Array:
+    """`compute(*arrays)`; each device computes its share of batch, heads and queries."""
+    if not is_split():
+        return compute(*arrays)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return flash_attention(q, k, v, *layout)
-    queries, keys = (partition(("batch", tokens, "heads", "head_dim")) for tokens in ("sequence", None))
-    q_tokens, k_tokens = (partition(("batch", tokens)) for tokens in ("sequence", None))
-    run = jax.shard_map(
-        flash_attention, mesh=mesh, in_specs=(queries, keys, keys, q_tokens, q_tokens, k_tokens, k_tokens),
-        out_specs=queries, check_vma=False,
-    )
-    return run(q, k, v, *layout)
+    return jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -12,7 +12,7 @@ import functools
 import jax
 import numpy as np
 from absl import app, flags
-from common import MatmulRate, interleaved, report, seconds
+from common import interleaved, machine_rates, report, seconds, shares
 
 from causalfusion_jax.factorization import FactorizationConfig, attends, draw_plan, training_layout
 from causalfusion_jax.models.attention import Keys, attend, visibility_bias
@@ -79,7 +79,7 @@ def main(argv):
     args = *(jax.random.normal(jax.random.key(i), shape, _DTYPE.value) for i in range(4)), places
     compiled = {name: compile_gradient(attention, *args) for name, attention in implementations().items()}
     runs = {name: functools.partial(seconds, functools.partial(run, *args)) for name, run in compiled.items()}
-    found = interleaved(_ROUNDS.value, **runs, matmul=MatmulRate(_DTYPE.value))
+    found = interleaved(_ROUNDS.value, **runs, **machine_rates(_DTYPE.value))
     visible, tiles = float(visible_fraction(*places)), (_TILE.value, _TILE.value)
     computed = {"pallas": float(tiles_computed(*places, *tiles)), "dense": 1.0}
     # Two products forward, four backward, each of head_dim multiply-adds a visible pair and head.
@@ -94,9 +94,7 @@ def main(argv):
             "computed": round(computed[name], 4) if name in computed else "",
             "model GFLOPs": round(flops / 1e9, 2),
             "ms": round(found[name] * 1e3, 2),
-            "GFLOP/s": round(flops / found[name] / 1e9, 1),
-            "matrix product GFLOP/s": round(found["matmul"] / 1e9, 1),
-            "share": round(flops / found[name] / found["matmul"], 3),
+            **shares(found, found[name], flops, run),
             "temporaries MB": round(run.memory_analysis().temp_size_in_bytes / 1e6, 1),
         }
         for name, run in compiled.items()

@@ -1,50 +1,91 @@
 """What the benchmarks share: the machine's own rates in the same run, and their output."""
 
+import collections
+import functools
 import json
+import pathlib
+import re
 import statistics
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 
+from causalfusion_jax.compile_ahead import costs, hlo
 
-class MatmulRate:
-    """FLOP/s of square matrix products, to set other work beside.
+RATE_SECONDS = 0.5
+"""A rate is measured for so long at a time, as what is set beside it is not over in a moment either."""
+
+
+def sustained(run, work: float) -> float:
+    """`work` a second, of `run()` repeated for RATE_SECONDS."""
+    repeats = max(1, round(RATE_SECONDS / seconds(run)))
+    return repeats * work / seconds(lambda: [run() for _ in range(repeats)][-1])
+
+
+def matmul_rate(dtype: str = "float32"):
+    """A function that measures the FLOP/s of square matrix products of a type."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x).lower(x).compile()
+    return functools.partial(sustained, lambda: product(x), 2 * size**3)
+
+
+def copy_rate(size: int = 2**30):
+    """A function that measures the bytes/s of reading and writing one array of `size` bytes in device memory."""
+    x = jnp.ones(size // 4, "float32")
+    add = jax.jit(lambda x: x + 1.0).lower(x).compile()
+    return functools.partial(sustained, lambda: add(x), 2 * size)
+
+
+def machine_rates(dtype: str) -> dict:
+    """Both, by name, for `interleaved`; on a CPU the matrix products alone."""
+    rates = {"matmul": matmul_rate(dtype)}
+    return rates if jax.default_backend() == "cpu" else {**rates, "copy": copy_rate()}
+
+
+def shares(found: dict[str, float], time: float, flops: float, compiled) -> dict:
+    """Columns that set `time` beside the rates of the same run.
 
     Args:
-      dtype: of the factors; what the work computes in.
-      size: rows of a factor.
+      found: from `interleaved`, with `machine_rates`.
+      time: seconds of one call.
+      flops: model FLOPs of it, a device.
+      compiled: its program, whose traffic with device memory is counted where that rate was measured.
     """
+    columns = {
+        "GFLOP/s a device": round(flops / time / 1e9, 1),
+        "matrix product GFLOP/s": round(found["matmul"] / 1e9, 1),
+        "share": round(flops / time / found["matmul"], 3),
+    }
+    if "copy" in found:
+        moved = costs.program_costs(hlo.parse(compiled.as_text())).hbm_bytes
+        columns["GB moved a device"] = round(moved / 1e9, 2)
+        columns["copy GB/s"] = round(found["copy"] / 1e9, 1)
+        columns["share of copy"] = round(moved / time / found["copy"], 3)
+    return columns
 
-    def __init__(self, dtype: str = "float32", size: int = 1024):
-        self.size = size if jax.default_backend() == "cpu" else 8192
-        self._x = jnp.ones((self.size, self.size), dtype)
-        self._product = jax.jit(lambda x: x @ x).lower(self._x).compile()
 
-    def __call__(self) -> float:
-        """Measures once."""
-        start = time.perf_counter()
-        self._product(self._x).block_until_ready()
-        return 2 * self.size**3 / (time.perf_counter() - start)
-
-
-class CopyRate:
-    """Bytes/s of reading and writing one large array in device memory.
-
-    Args:
-      size: bytes of the array.
-    """
-
-    def __init__(self, size: int = 2**30):
-        self.size = size
-        self._x = jnp.ones(size // 4, "float32")
-        self._add = jax.jit(lambda x: x + 1.0).lower(self._x).compile()
-
-    def __call__(self) -> float:
-        """Measures once."""
-        start = time.perf_counter()
-        self._add(self._x).block_until_ready()
-        return 2 * self.size / (time.perf_counter() - start)
+def print_profile(name: str, compiled, run) -> None:
+    """Prints the milliseconds of `run()` by kind of operation of `compiled`, added over threads."""
+    kinds = {}
+    for line in compiled.as_text().splitlines():
+        found = re.match(r'\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', line)
+        if found:
+            backward = "backward" if "transpose(jvp" in found.group(2) else "forward"
+            kinds[found.group(1)] = f"{backward} {re.sub('[0-9]+$', '', found.group(2).split('/')[-1])}"
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        data = jax.profiler.ProfileData.from_file(str(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
+        spent = collections.Counter()
+        for event in (event for plane in data.planes for line in plane.lines for event in line.events):
+            operation = dict(pair for pair in event.stats if pair[0]).get("hlo_op")
+            if operation:
+                spent[kinds.get(operation, "other")] += event.duration_ns / 1e6
+    for kind, milliseconds in spent.most_common(12):
+        print(f"{name}: {milliseconds:8.1f} ms  {kind}")
 
 
 def interleaved(rounds: int, **runs) -> dict[str, float]:

@@ -6,7 +6,8 @@ Random weights, labels in turn; everything else is a setting of the config: guid
 (`--config.sampling.cfg_scale=1.5`), `--config.sampling.solver_steps=50`, `--config.model.attention=dense`.
 Model FLOPs count prefill, every solver row of every AR step against the cache as it then
 stands (twice where guided), and the commits; median of interleaved rounds. On accelerators
-also the bytes moved to and from device memory as a share of the rate of a copy.
+also the bytes moved to and from device memory as a share of the rate of a copy. With
+--profile, the time of the sampler's operations by kind.
 """
 
 import dataclasses
@@ -16,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from common import CopyRate, MatmulRate, interleaved, report, seconds
+from common import interleaved, machine_rates, print_profile, report, seconds, shares
 from ml_collections import config_flags
 
 from causalfusion_jax import cli, experiment
-from causalfusion_jax.compile_ahead import costs, hlo
 from causalfusion_jax.models.transformer import init_params
 from causalfusion_jax.sampling.sampler import generate, image_keys, sampling_flops
 
@@ -28,6 +28,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 _NUM = flags.DEFINE_integer("num", 4, "Images at a time.")
 _AR_STEPS = flags.DEFINE_list("ar_steps", ["1", "4"], "Numbers of AR steps.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Interleaved rounds.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Also time the operations.")
 
 
 def main(argv):
@@ -46,15 +47,13 @@ def main(argv):
         .lower(*args).compile()
         for steps, sampler in samplers.items()
     }
-    rates = {"matmul": MatmulRate(model.dtype)}
-    if jax.default_backend() != "cpu":
-        rates["copy"] = CopyRate()
-    runs = {steps: functools.partial(seconds, functools.partial(run, *args)) for steps, run in compiled.items()}
-    found = interleaved(_ROUNDS.value, **runs, **rates)
+    runs = {steps: functools.partial(run, *args) for steps, run in compiled.items()}
+    timed = {steps: functools.partial(seconds, run) for steps, run in runs.items()}
+    found = interleaved(_ROUNDS.value, **timed, **machine_rates(model.dtype))
     rows = []
     for steps, sampler in samplers.items():
         flops = sampling_flops(model, config.diffusion, sampler)
-        row = {
+        rows.append({
             "AR steps": steps,
             "images": num,
             "cfg_scale": sampler.cfg_scale,
@@ -62,17 +61,11 @@ def main(argv):
             "model GFLOPs an image": round(flops / 1e9, 2),
             "seconds": round(found[steps], 3),
             "images/s": round(num / found[steps], 2),
-            "GFLOP/s": round(num * flops / found[steps] / 1e9, 1),
-            "matrix product GFLOP/s": round(found["matmul"] / 1e9, 1),
-            "share": round(num * flops / found[steps] / found["matmul"], 3),
-        }
-        if "copy" in found:
-            moved = costs.program_costs(hlo.parse(compiled[steps].as_text())).hbm_bytes
-            row["GB moved"] = round(moved / 1e9, 2)
-            row["copy GB/s"] = round(found["copy"] / 1e9, 1)
-            row["share of copy"] = round(moved / found[steps] / found["copy"], 3)
-        rows.append(row)
+            **shares(found, found[steps], num * flops, compiled[steps]),
+        })
     report(rows)
+    for steps in runs if _PROFILE.value else ():
+        print_profile(f"S={steps}", compiled[steps], runs[steps])
 
 
 if __name__ == "__main__":

@@ -10,22 +10,17 @@ accelerators the bytes moved to and from device memory as a share of the rate of
 With --profile, the time of the step's operations by kind. A Markdown table and one JSON line.
 """
 
-import collections
 import dataclasses
 import functools
-import pathlib
-import re
 import resource
-import tempfile
 
 import jax
 import numpy as np
 from absl import app, flags
-from common import CopyRate, MatmulRate, interleaved, report, seconds
+from common import interleaved, machine_rates, print_profile, report, seconds, shares
 from ml_collections import config_flags
 
 from causalfusion_jax import cli, experiment, sharding
-from causalfusion_jax.compile_ahead import costs, hlo
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.training.state import compile_train_step, create_state
 
@@ -63,38 +58,14 @@ class Steps:
 
     def run(self, way: str, steps: int) -> float:
         """Seconds a step."""
-
-        def several():
-            for _ in range(steps):
-                self.state, _ = self.compiled[way](self.state, self.batch, self.key)
-            return self.state
-
         jax.block_until_ready(self.state)
-        return seconds(several) / steps
+        return seconds(functools.partial(self.several, way, steps)) / steps
 
-    def bytes_moved(self, way: str) -> float:
-        """Bytes to and from device memory, a step and device, counted from the program."""
-        return costs.program_costs(hlo.parse(self.compiled[way].as_text())).hbm_bytes
-
-
-def profile(steps: Steps, way: str, num: int = 5) -> dict[str, float]:
-    """Milliseconds a step by kind of operation, added over threads, largest first."""
-    kinds = {}
-    for line in steps.compiled[way].as_text().splitlines():
-        found = re.match(r'\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', line)
-        if found:
-            backward = "backward" if "transpose(jvp" in found.group(2) else "forward"
-            kinds[found.group(1)] = f"{backward} {re.sub('[0-9]+$', '', found.group(2).split('/')[-1])}"
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            steps.run(way, num)
-        data = jax.profiler.ProfileData.from_file(str(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
-        spent = collections.Counter()
-        for event in (event for plane in data.planes for line in plane.lines for event in line.events):
-            name = dict(pair for pair in event.stats if pair[0]).get("hlo_op")
-            if name:
-                spent[kinds.get(name, "other")] += event.duration_ns / num / 1e6
-    return dict(spent.most_common(12))
+    def several(self, way: str, steps: int):
+        """The state after so many steps."""
+        for _ in range(steps):
+            self.state, _ = self.compiled[way](self.state, self.batch, self.key)
+        return self.state
 
 
 def main(argv):
@@ -106,13 +77,9 @@ def main(argv):
     ways = _ATTENTION.value or [config.model.attention]
     steps = Steps(config, ways)
     runs = {way: functools.partial(steps.run, way, _STEPS.value) for way in ways}
-    rates = {"matmul": MatmulRate(config.model.dtype)}
-    on_cpu = jax.default_backend() == "cpu"
-    if not on_cpu:
-        rates["copy"] = CopyRate()
     interleaved(1, **runs)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    found = interleaved(_ROUNDS.value, **runs, **rates)
+    found = interleaved(_ROUNDS.value, **runs, **machine_rates(config.model.dtype))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     batch, devices = config.train.batch_size, len(jax.devices())
     flops = config.step.objective.flops * batch
@@ -124,23 +91,15 @@ def main(argv):
             "model GFLOPs a step": round(flops / 1e9, 2),
             "ms a step": round(found[way] * 1e3, 1),
             "images/s": round(batch / found[way], 1),
-            "GFLOP/s a device": round(flops / found[way] / devices / 1e9, 1),
-            "matrix product GFLOP/s": round(found["matmul"] / 1e9, 1),
-            "share": round(flops / found[way] / devices / found["matmul"], 3),
+            **shares(found, found[way], flops / devices, steps.compiled[way]),
             "temporaries MB": round(steps.compiled[way].memory_analysis().temp_size_in_bytes / 1e6, 1),
         }
-        if on_cpu:
+        if jax.default_backend() == "cpu":
             row["page faults a step"] = round(faults / ((_ROUNDS.value + 1) * _STEPS.value * len(ways)))
-        else:
-            moved = steps.bytes_moved(way)
-            row["GB moved a device"] = round(moved / 1e9, 2)
-            row["copy GB/s"] = round(found["copy"] / 1e9, 1)
-            row["share of copy"] = round(moved / found[way] / found["copy"], 3)
         rows.append(row)
     report(rows)
     for way in ways if _PROFILE.value else ():
-        for kind, spent in profile(steps, way).items():
-            print(f"{way}: {spent:8.1f} ms  {kind}")
+        print_profile(way, steps.compiled[way], functools.partial(steps.several, way, 1))
 
 
 if __name__ == "__main__":

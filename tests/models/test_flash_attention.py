@@ -1,4 +1,4 @@
-"""Tiled attention, the kernel interpreted and in plain JAX, against one dense softmax by the rule."""
+"""Tiled attention (the kernel interpreted and in plain JAX) and attention by head against one dense softmax."""
 
 import functools
 import itertools
@@ -14,7 +14,8 @@ import pytest
 
 from causalfusion_jax import factorization, sharding
 from causalfusion_jax.factorization import EMPTY_STEP, FactorizationConfig, Role, attends, training_layout
-from causalfusion_jax.models import attention_kernel
+from causalfusion_jax.models import attention, attention_kernel
+from causalfusion_jax.models.attention_by_head import attend_by_head
 from causalfusion_jax.models.attention_tiles import FULL, SKIP, Layout, tile_plans
 from causalfusion_jax.models.flash_attention import (
     blockwise_attention,
@@ -50,10 +51,10 @@ def dense(q, k, v, *layout):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def output_and_gradients(attention, one_by_one, q, k, v, d_out, layout):
+def output_and_gradients(attend, one_by_one, q, k, v, d_out, layout):
     """Of traced plans. `one_by_one`: interpreting is quick on small arrays only."""
     def run(q, k, v, d_out, layout):
-        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, *layout), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, *layout), q, k, v)
         return out, *vjp(d_out.astype(out.dtype))
 
     if not one_by_one:
@@ -62,13 +63,13 @@ def output_and_gradients(attention, one_by_one, q, k, v, d_out, layout):
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(lambda sample: run(*sample), args))
 
 
-def check(attention, layout, heads=2, head_dim=64, dtype="float32", one_by_one=False):
+def check(attend, layout, heads=2, head_dim=64, dtype="float32", one_by_one=False):
     """Compares output and gradients with the dense ones on random inputs."""
     layout = Layout(*(jnp.asarray(a, jnp.int32) for a in layout))
     q_shape, k_shape = ((*role.shape, heads, head_dim) for role in (layout.q_role, layout.k_role))
     q, k, v, d_out = (normal(i, shape, dtype) for i, shape in enumerate((q_shape, k_shape, k_shape, q_shape)))
     expected = output_and_gradients(dense, False, q, k, v, d_out, layout)
-    found = output_and_gradients(attention, one_by_one, q, k, v, d_out, layout)
+    found = output_and_gradients(attend, one_by_one, q, k, v, d_out, layout)
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(
@@ -133,8 +134,8 @@ def cached_sampling(batch=2):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["kernel", "blockwise"])
 def test_200_random_plans(name, dtype):
-    attention = functools.partial(IMPLEMENTATIONS[name], q_tile=16, k_tile=8)
-    check(attention, random_plans(200, 12, 3), heads=1, dtype=dtype, one_by_one=name == "kernel")
+    attend = functools.partial(IMPLEMENTATIONS[name], q_tile=16, k_tile=8)
+    check(attend, random_plans(200, 12, 3), heads=1, dtype=dtype, one_by_one=name == "kernel")
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -144,7 +145,7 @@ def test_layouts_with_padding_anywhere(name):
 
 @pytest.mark.parametrize("name", ["kernel", "blockwise"])
 def test_copies_of_queries_share_cached_keys(name, head_dim=128):
-    attention = functools.partial(IMPLEMENTATIONS[name], q_tile=8, k_tile=8)
+    attend = functools.partial(IMPLEMENTATIONS[name], q_tile=8, k_tile=8)
     q_role, q_step, k_role, k_step = cached_sampling()
     q_step = np.concatenate([q_step, q_step, q_step - 1])
     layout = np.tile(q_role, (3, 1)), q_step, k_role, k_step
@@ -155,8 +156,32 @@ def test_copies_of_queries_share_cached_keys(name, head_dim=128):
         return dense(q, k, v, q_role, q_step, *(jnp.tile(x, (3, 1)) for x in keys))
 
     expected = output_and_gradients(repeated, False, q, k, v, q, layout)
-    for a, b in zip(output_and_gradients(attention, False, q, k, v, q, layout), expected, strict=True):
+    for a, b in zip(output_and_gradients(attend, False, q, k, v, q, layout), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_by_head(dtype):
+    def by_head(q, k, v, *layout):
+        return attend_by_head(q, k, v, attention.visibility_bias(attends(*layout)))
+
+    check(by_head, random_plans(20, 12, 3), heads=3, dtype=dtype)
+
+
+@pytest.mark.parametrize("n", [attention.BY_HEAD_FROM - 1, attention.BY_HEAD_FROM])
+def test_cached_keys_joined_or_not(n, copies=2, slots=9):
+    cached_step = np.tile([-1] * 3 + [0] * 4 + [EMPTY_STEP] * 2, (copies, 1))
+    role, step = np.full((copies, n), Role.NOISY), np.full((copies, n), 1)
+    shapes = [(copies, n, 2, 8)] * 3 + [(1, slots, 2, 8)] * 2
+    q, k, v, *cached = (normal(i, shape) for i, shape in enumerate(shapes))
+    found = attention.Visibility.of(role, step, cached_step, flash=False).attend(q, k, v, cached)
+    keys, values = (
+        jnp.concatenate([jnp.tile(old, (copies, 1, 1, 1)), new], axis=1)
+        for old, new in zip(cached, (k, v), strict=True)
+    )
+    k_role = np.concatenate([np.full_like(cached_step, Role.CLEAN), role], axis=1)
+    expected = dense(q, keys, values, role, step, k_role, np.concatenate([cached_step, step], axis=1))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_split_over_devices_with_default_tiles():
