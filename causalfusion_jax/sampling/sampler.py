@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from causalfusion_jax import factorization
 from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
@@ -24,6 +25,7 @@ from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.sampling.solvers import SolverConfig, solver_table
+from causalfusion_jax.sharding import partition
 
 CFG_SCHEDULES = ("constant", "linear", "ar_linear")
 
@@ -364,3 +366,31 @@ def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shap
 
 sample_tokens = jax.jit(generate, static_argnums=(0, 1, 2, 3))
 """`generate`, compiled."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def sample_tokens_shared(
+    mesh: Mesh,
+    model: TransformerConfig,
+    diffusion: DiffusionConfig,
+    trained: FactorizationConfig,
+    sampler: SamplerConfig,
+    params,
+    of_images: dict[str, jax.Array],
+):
+    """`generate` on a mesh whose devices share the images and have all parameters; none waits for another.
+
+    Args:
+      mesh: its axes `data` and `fsdp` split the batch.
+      model, diffusion, trained, sampler, params: as of `generate`.
+      of_images: those arguments of `generate` that have an entry an image, by name.
+
+    Returns:
+      What `generate` does.
+    """
+    def share(params, of_images):
+        return generate(model, diffusion, trained, sampler, params, **of_images)
+
+    split = partition(("batch",))
+    run = jax.shard_map(share, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False)
+    return run(params, of_images)

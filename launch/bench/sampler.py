@@ -2,7 +2,8 @@
 
     python launch/bench/sampler.py --config=configs/digits.py [--num=4] [--ar_steps=1,4] [--rounds=3]
 
-Random weights, labels in turn; everything else is a setting of the config: guidance
+The devices share the images; with `JAX_NUM_CPU_DEVICES=2` two cores are two of them. Random
+weights, labels in turn; everything else is a setting of the config: guidance
 (`--config.sampling.cfg_scale=1.5`), `--config.sampling.solver_steps=50`, `--config.model.attention=dense`.
 Model FLOPs count prefill, every solver row of every AR step against the cache as it then
 stands (twice where guided), and the commits; median of interleaved rounds. On accelerators
@@ -20,9 +21,9 @@ from absl import app, flags
 from common import interleaved, machine_rates, print_profile, report, seconds, shares
 from ml_collections import config_flags
 
-from causalfusion_jax import cli, experiment
+from causalfusion_jax import cli, experiment, sharding
 from causalfusion_jax.models.transformer import init_params
-from causalfusion_jax.sampling.sampler import generate, image_keys, sampling_flops
+from causalfusion_jax.sampling.sampler import image_keys, sample_tokens_shared, sampling_flops
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 _NUM = flags.DEFINE_integer("num", 4, "Images at a time.")
@@ -37,14 +38,16 @@ def main(argv):
     cli.keep_freed_memory()
     config = experiment.from_dict(_CONFIG.value.to_dict())
     model, num = config.transformer, _NUM.value
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    args = params, image_keys(0, range(num)), jnp.asarray(np.arange(num) % model.num_classes)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    params = jax.jit(init_params, static_argnums=0, out_shardings=sharding.replicated(mesh))(model, jax.random.key(0))
+    labels = jnp.asarray(np.arange(num) % model.num_classes)
+    of_images = {"keys": image_keys(0, range(num)), "labels": labels}
+    args = params, jax.device_put(of_images, sharding.batch_sharding(mesh))
     samplers = {
         steps: dataclasses.replace(config.sampling, ar_steps=int(steps), step_sizes=()) for steps in _AR_STEPS.value
     }
     compiled = {
-        steps: jax.jit(functools.partial(generate, model, config.diffusion, config.factorization, sampler))
-        .lower(*args).compile()
+        steps: sample_tokens_shared.lower(mesh, model, config.diffusion, config.factorization, sampler, *args).compile()
         for steps, sampler in samplers.items()
     }
     runs = {steps: functools.partial(run, *args) for steps, run in compiled.items()}
@@ -61,7 +64,7 @@ def main(argv):
             "model GFLOPs an image": round(flops / 1e9, 2),
             "seconds": round(found[steps], 3),
             "images/s": round(num / found[steps], 2),
-            **shares(found, found[steps], num * flops, compiled[steps]),
+            **shares(found, found[steps], num * flops / mesh.size, compiled[steps]),
         })
     report(rows)
     for steps in runs if _PROFILE.value else ():
