@@ -5,6 +5,7 @@ same whatever the number of hosts or workers, and a position to resume from is o
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -103,6 +104,15 @@ def make_source(config: DataConfig) -> Source:
         f"{config.path} has {source.num_classes} class folders",
     )
     return source
+
+
+def class_names(config: DataConfig) -> tuple[str, ...]:
+    """Names of the classes, in order; empty where the data have none, or are not here."""
+    if config.source == "digits":
+        return digits("train").class_names
+    if config.source == "image_folder" and pathlib.Path(config.path).is_dir():
+        return tuple(sorted(folder.name for folder in pathlib.Path(config.path).iterdir() if folder.is_dir()))
+    return ()
 
 
 def flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from scipy.special import entr, softmax
 
 from causalfusion_jax.errors import require, require_number
@@ -83,8 +84,9 @@ class FeatureStatistics:
 def frechet_from_statistics(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """Fréchet distance of two normal distributions.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), by symmetric
-    eigenvalues alone, so that singular covariances give no complex numbers.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2). The last trace is that
+    of the roots of the eigenvalues of F^T C_b F for any F F^T = C_a: symmetric, so that
+    singular covariances give no complex numbers, and as small as the lower rank of the two.
 
     Args:
       mean_a, mean_b: [dim].
@@ -96,10 +98,19 @@ def frechet_from_statistics(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.nd
     require(mean_b.shape == (dim,), "mean_b", mean_b.shape, f"must be {(dim,)}, as mean_a")
     for name, cov in (("cov_a", cov_a), ("cov_b", cov_b)):
         require(cov.shape == (dim, dim), name, cov.shape, f"must be {(dim, dim)}")
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0.0)).sum()
+    factor, other = _root(cov_a), _root(cov_b)
+    if other.shape[1] < factor.shape[1]:
+        factor, cov_b, cov_a = other, cov_a, cov_b
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(factor.T @ cov_b @ factor), 0.0)).sum()
     return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+    """F [dim, rank] with F F^T = `cov` [dim, dim], by a Cholesky decomposition with pivots."""
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+    rows = np.empty_like(factor[:, :rank])
+    rows[pivots - 1] = np.tril(factor)[:, :rank]
+    return rows
 
 
 class InceptionScore:
