@@ -10,7 +10,7 @@ from causalfusion_jax import experiment
 from causalfusion_jax.errors import require
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode
-from causalfusion_jax.models.store import open_converted
+from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.training.checkpoint import Checkpoints
 
@@ -59,6 +59,13 @@ def from_converted(folder: str) -> Trained:
     return Trained(config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes))
 
 
+def open_autoencoder(folder: str) -> tuple[Converted, AutoencoderConfig]:
+    """A converted autoencoder and its settings. Raises InputError where it is none."""
+    converted = open_converted("--vae", folder, AUTOENCODERS)
+    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
+    return converted, AutoencoderConfig(**listed)
+
+
 def make_decoder(folder: str, config: ExperimentConfig) -> tuple[str, Callable[[jax.Array], jax.Array]]:
     """An autoencoder that makes images of a model's latents.
 
@@ -73,9 +80,7 @@ def make_decoder(folder: str, config: ExperimentConfig) -> tuple[str, Callable[[
     Raises:
       InputError: it is none, or the model's data are not its latents.
     """
-    converted = open_converted("--vae", folder, AUTOENCODERS)
-    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
-    settings = AutoencoderConfig(**listed)
+    converted, settings = open_autoencoder(folder)
     require(config.data.latents, "--vae", folder, "the model was trained on pixels; leave it out")
     require(
         config.data.channels == settings.latent_channels, "--vae", folder,
