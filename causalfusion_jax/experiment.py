@@ -330,7 +330,7 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
 def _check_same(workdir: str, saved: ExperimentConfig, config: ExperimentConfig) -> None:
     """Raises InputError naming what `config` would learn otherwise than `saved`."""
     ours, theirs = to_dict(config), to_dict(saved)
-    free = [("data", "workers"), ("data", "verify")]
+    free = [("data", "workers"), ("data", "verify"), ("data", "max_corrupt")]
     if config.optimizer.schedule == "constant":
         free.append(("train", "steps"))
     changed = [

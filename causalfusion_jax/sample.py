@@ -104,16 +104,13 @@ def _labels(data):
     """The class of each image."""
     from causalfusion_jax.data.pipeline import class_names
     from causalfusion_jax.sampling.images import balanced_labels
-    from causalfusion_jax.sampling.labels import IMAGENET_CLASSES, imagenet_class_names, parse_labels
+    from causalfusion_jax.sampling.labels import parse_labels
 
     if _LABELS.value is None:
         num = 100 if _NUM.value is None else _NUM.value
         require(num >= 1, "--num", num, "must be >= 1")
         return balanced_labels(num, data.num_classes)
-    names = class_names(data)
-    if not names and data.num_classes == IMAGENET_CLASSES:
-        names = imagenet_class_names()
-    labels = parse_labels(_LABELS.value, data.num_classes, names)
+    labels = parse_labels(_LABELS.value, data.num_classes, lambda: class_names(data))
     require(
         _NUM.value in (None, len(labels)), "--num", _NUM.value,
         f"must be {len(labels)}, the number of --labels, or left out",

@@ -435,7 +435,7 @@ def check_can_score(runs) -> None:
     for run in runs:
         data = run.config.data
         require(
-            data.source == "digits" or bool(data.path), "config.data.path", data.path,
+            data.source in ("digits", "tfds") or bool(data.path), "config.data.path", data.path,
             f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
         )
         require(

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
     ("errors", "files", "npz", "hardware", "distributed", "factorization", "diffusion", "sharding"),
     ("models", "data", "released"),
-    ("experiment", "training", "sampling", "evaluation", "compile_ahead"),
-    ("cli", "train", "sample", "evaluate", "convert", "preflight", "sweeps"),
+    ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
+    ("cli", "train", "sample", "evaluate", "encode", "convert", "preflight", "sweeps"),
 )
 
 

@@ -12,7 +12,7 @@ from causalfusion_jax import experiment
 from causalfusion_jax.errors import require
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode
-from causalfusion_jax.models.store import open_converted
+from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.sharding import replicated
 from causalfusion_jax.training.checkpoint import Checkpoints
@@ -69,6 +69,13 @@ def from_converted(folder: str) -> Trained:
     return Trained(config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes))
 
 
+def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, AutoencoderConfig]:
+    """A converted autoencoder and its settings. Raises InputError where it is none."""
+    converted = open_converted(field, folder, AUTOENCODERS)
+    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
+    return converted, AutoencoderConfig(**listed)
+
+
 def make_decoder(
     folder: str, config: ExperimentConfig, field: str = "--vae"
 ) -> tuple[str, Callable[[jax.Array], jax.Array]]:
@@ -86,9 +93,7 @@ def make_decoder(
     Raises:
       InputError: it is none, or the model's data are not its latents.
     """
-    converted = open_converted(field, folder, AUTOENCODERS)
-    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
-    settings = AutoencoderConfig(**listed)
+    converted, settings = open_autoencoder(folder, field)
     require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
     require(
         config.data.channels == settings.latent_channels, field, folder,

@@ -94,7 +94,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )
     threads = 0 if config.data.source == "digits" else 16
-    iterator = BatchIterator(batches, position, config.data.workers, threads)
+    iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
     run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start)
     try:
         return run.steps(state, start)
@@ -175,6 +175,8 @@ class _Run:
                     scalars = metrics_lib.summarize(totals, step - since)
                     seconds = time.perf_counter() - clock
                     scalars |= self._speed(step - since, seconds, waited, flops)
+                    with jax.transfer_guard("allow"):
+                        scalars["corrupt_records"] = distributed.total(len(self.iterator.corrupt))
                     self.log.write(step, scalars)
                     with jax.transfer_guard("allow"):
                         self.watch(step, scalars)
