@@ -114,7 +114,7 @@ def _inception_scores() -> dict[str, float]:
     if not metrics:
         return {}
     inception_metrics.check_counts("--samples", metrics, images.num, reference)
-    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=_BATCH.value)
+    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=min(_BATCH.value, images.num))
     if reference is not None:
         reference.prepare(metrics, inception)
     collected = inception_metrics.Collected(metrics)
@@ -155,7 +155,7 @@ def _make_reference() -> None:
         images = open_images("--samples", _SAMPLES.value)
     else:
         images = of_source("config.data", make_source(experiment.from_dict(_CONFIG.value.to_dict()).data))
-    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=_BATCH.value)
+    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=min(_BATCH.value, images.num))
     out.parent.mkdir(parents=True, exist_ok=True)
     inception_metrics.make_reference(images, inception, out, _NUM_IMAGES.value, progress=_progress(images.num))
     print(f"wrote statistics of {images.num} images, {min(images.num, _NUM_IMAGES.value)} of them kept, to {out}")

@@ -82,9 +82,10 @@ def test_sample_and_evaluate(run, tmp_path):
     line = json.loads(scored.stdout)
     assert 0 <= line["accuracy"] <= 1 and line["fd"] > 0
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text()) == line
-    chosen = command("sample", f"--workdir={workdir}", f"--out={tmp_path / 'c'}", "--labels=3,Three,7", "--solver_steps=3")
+    out = tmp_path / "c"
+    chosen = command("sample", f"--workdir={workdir}", f"--out={out}", "--labels=3,Three,7", "--solver_steps=3")
     assert chosen.returncode == 0, chosen.stderr
-    with np.load(tmp_path / "c" / "samples.npz") as arrays:
+    with np.load(out / "samples.npz") as arrays:
         assert arrays["arr_1"].tolist() == [3, 3, 7]
 
 

@@ -33,6 +33,7 @@ NUM_PUBLISHED = 50_000
 NUM_REFERENCE_IMAGES = 10_000
 """Images that ADM's references hold."""
 NUM_NEIGHBORS = 3
+BATCH_SIZE = 64
 KID_SUBSET_SIZE = 1000
 POOLED, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"
 STATISTICS = {POOLED: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
@@ -54,7 +55,7 @@ class Inception:
       InputError: it is not one.
     """
 
-    def __init__(self, field: str, folder: str, devices=None, batch_size: int = 64):
+    def __init__(self, field: str, folder: str, devices=None, batch_size: int = BATCH_SIZE):
         converted = open_converted(field, folder, ("fid_inception",))
         mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
         self.fingerprint = converted.fingerprint

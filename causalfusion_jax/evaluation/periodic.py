@@ -62,7 +62,8 @@ class Evaluator:
         except InputError as error:
             raise error if error.field.startswith("config") else error.under("config.evaluation") from None
         self._inception = inception_metrics.Inception(
-            "config.evaluation.inception", evaluation.inception, self._mesh.devices.ravel()
+            "config.evaluation.inception", evaluation.inception, self._mesh.devices.ravel(),
+            min(inception_metrics.BATCH_SIZE, evaluation.num_samples),
         )
         if self._reference is not None:
             self._reference.prepare([metric], self._inception)
