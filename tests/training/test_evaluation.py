@@ -74,7 +74,6 @@ def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
     best = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}
     for step, of in best.items():
         checkpoints.save(step, state, position=0, best={"step": of, "value": 0.0, "of": {}})
-    # 3 and 5 are... the newest two are 4 and 5, whose best is 4.
     checkpoints.wait()
     assert checkpoints.steps() == [5, 4]
     checkpoints.close()
