@@ -66,7 +66,7 @@ def _parse_here(args: list[str]) -> None:
     from causalfusion_jax import experiment
 
     def check(main, required=()):
-        rest = cli._parse(args[2:], required)
+        rest = cli._parse(sys.argv, required)
         assert len(rest) == 1, rest
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             experiment.from_dict(flags.FLAGS["config"].value.to_dict())
@@ -75,6 +75,8 @@ def _parse_here(args: list[str]) -> None:
         # Those of the test's own imports.
         if name in ("config", "workdir"):
             delattr(flags.FLAGS, name)
+    # Overrides of a config are read from there.
+    sys.argv = args[2:]
     cli.run = check
     runpy.run_module(args[2], run_name="__main__", alter_sys=True)
 
