@@ -103,7 +103,7 @@ def test_training_draws_from_seed_index_and_epoch(tmp_path):
     drawn = np.stack([epoch["image"] for epoch in epochs]).reshape(50, 20, 64) / 0.5
     place = np.round(drawn.mean(-1) / 50).astype(int)  # bfloat16 keeps the means to 4 in 1,000
     assert all(sorted(epoch) == list(range(20)) for epoch in place // 2)
-    assert 0.45 < (place % 2).mean() < 0.55
+    assert 0.4 < (place % 2).mean() < 0.6
     stored = np.stack([source.record(i)["mean"][:, 0, 0, 0] for i in range(20)]).astype(np.float32).ravel()
     noise = (drawn - stored[place][..., None]) / 2
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
@@ -271,9 +271,9 @@ def test_tfds_trains_as_images_and_as_latents(tfds_folder, vae, tmp_path):
     done = command("encode", *encode_args(tfds_folder, vae, tmp_path / "latents"))
     assert done.returncode == 0 and f"{IMAGES} latents of shape [4, 4, 4]" in done.stdout, done.stderr
     for name, options in {"pixels": images(tfds_folder), "latents": latent_options(tmp_path / "latents")}.items():
-        done = command("train", *TINY, *options, f"--workdir={tmp_path / name}")
+        done = command("train", *TINY, *options, f"--workdir={tmp_path / 'runs' / name}")
         assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == 6 and all(np.isfinite(line["loss"]) for line in lines)
         assert lines[-1]["corrupt_records"] == 0 and 0 <= lines[-1]["data_wait_fraction"] < 1
 
@@ -301,10 +301,10 @@ def test_one_and_two_processes_are_one(tfds_folder, vae, tmp_path):
         out = tmp_path / f"latents_{count}"
         processes("encode", count, *encode_args(tfds_folder, vae, out))
         for name, options in {"pixels": images(tfds_folder), "latents": latent_options(out)}.items():
-            processes("train", count, *TINY, *options, f"--workdir={tmp_path / f'{name}_{count}'}")
+            processes("train", count, *TINY, *options, f"--workdir={tmp_path / 'runs' / f'{name}_{count}'}")
     assert files.describe(tmp_path / "latents_1") == files.describe(tmp_path / "latents_2")
     for name in ("pixels", "latents"):
-        one, two = losses(tmp_path / f"{name}_1"), losses(tmp_path / f"{name}_2")
+        one, two = (losses(tmp_path / "runs" / f"{name}_{count}") for count in (1, 2))
         assert len(one) == 6
         np.testing.assert_allclose(one, two, rtol=1e-4)
 
