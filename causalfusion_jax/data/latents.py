@@ -32,7 +32,7 @@ def shard_name(number: int, shards: int) -> str:
 
 def pack(record: dict[str, np.ndarray]) -> bytes:
     """A record as bytes."""
-    return safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in record.items()})
+    return safetensors.numpy.save({name: np.asarray(values, order="C") for name, values in record.items()})
 
 
 _TYPES = {"BF16": ml_dtypes.bfloat16, "I32": np.int32, "I64": np.int64, "U8": np.uint8}

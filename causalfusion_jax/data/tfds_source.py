@@ -62,20 +62,19 @@ def builder_info(name: str, path: str) -> Any:
 
 def _builder(name: str, path: str):
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import load
+    from tensorflow_datasets.core import read_only_builder, registered
 
     if path and (pathlib.Path(path).expanduser() / "dataset_info.json").is_file():
         return tfds.builder_from_directory(str(pathlib.Path(path).expanduser()))
     require(bool(name), "data.name", name, "source tfds needs the data set's name, for example imagenet2012")
     # Found by its files alone: the code of a data set would ask the network about it.
     try:
-        folder = load.find_builder_dir(name, data_dir=path or None)
+        return read_only_builder.builder_from_files(name, data_dir=path or None)
+    except registered.DatasetNotFoundError:
+        why = f"{name} is not prepared in {path or 'the default folder'}{_suggestion(name)}"
+        raise InputError("data.path", path, f"{why}: {prepare(name, path)}") from None
     except ValueError as error:
         raise InputError("data.name", name, f"not the name of a data set ({error})") from None
-    if folder is None:
-        why = f"{name} is not prepared in {path or 'the default folder'}{_suggestion(name)}"
-        raise InputError("data.path", path, f"{why}: {prepare(name, path)}")
-    return tfds.builder_from_directory(folder)
 
 
 def _suggestion(name: str) -> str:
