@@ -81,7 +81,7 @@ def _parse_here(args: list[str]) -> None:
     runpy.run_module(args[2], run_name="__main__", alter_sys=True)
 
 
-PYTHON = [args for args in commands() if args[:2] == ["python", "-m"]]
+PYTHON = [args for args in commands() if args[:2] == ["python", "-m"] and args[2].startswith("causalfusion_jax")]
 
 
 @pytest.mark.parametrize("args", PYTHON, ids=lambda args: f"{args[2].split('.')[1]}-{len(args)}")
@@ -96,16 +96,25 @@ def test_the_parser_notices():
 
 
 def test_the_other_commands_are_valid():
-    others = [args for args in commands() if args[:2] != ["python", "-m"]]
-    assert [args[0] for args in others] == ["export", "bash", "tfds"]
+    others = [args for args in commands() if args not in PYTHON]
+    names = ["export", "bash", "python", "tfds_env/bin/pip", "tfds_env/bin/tfds"]
+    assert [args[0] for args in others] == names and others[2][1:] == ["-m", "venv", "tfds_env"]
     shown = subprocess.run([*others[1], "--dry_run"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "causalfusion_jax.encode --multihost" in shown.stdout, shown.stderr
     (inner,) = [arg.removeprefix("--command=") for arg in others[1] if arg.startswith("--command=")]
     parse(shlex.split(inner))
-    tfds = pytest.importorskip("tensorflow_datasets.scripts.cli.main")
-    parsed = tfds._parse_flags(others[2])
-    assert parsed.datasets == ["imagenet2012"] or parsed.positional_datasets == ["imagenet2012"]
-    assert str(parsed.data_dir) == "/store/tfds" and str(parsed.manual_dir) == "/store/archives"
+
+
+def test_tfds_has_the_flags():
+    """The parser of `tfds build`, without the rest of its command line, which needs Beam."""
+    simple_parsing = pytest.importorskip("simple_parsing")
+    build = pytest.importorskip("tensorflow_datasets.scripts.cli.build")
+    (args,) = (args for args in commands() if args[0] == "tfds_env/bin/tfds")
+    assert args[1] == "build"
+    parsed = simple_parsing.parse(build.Args, args=args[2:])
+    assert parsed.positional_datasets == ["imagenet2012"] and str(parsed.paths.data_dir) == "/store/tfds"
+    assert str(parsed.paths.manual_dir) == "/store/archives"
+    assert parsed.generation.file_format == "array_record"
 
 
 # --- The miniature ----------------------------------------------------------------
