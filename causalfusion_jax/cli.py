@@ -44,6 +44,27 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 
 
+def define_processes() -> Callable[[], None]:
+    """Defines the flags of a job of several processes.
+
+    Returns:
+      What joins the processes as those flags say, to be called before anything touches a device.
+    """
+    address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where there are several.")
+    count = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+    number = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
+    multihost = flags.DEFINE_bool(
+        "multihost", False, "Find the other processes by the cluster's metadata (TPU pod, GKE)."
+    )
+
+    def join() -> None:
+        from causalfusion_jax import distributed
+
+        distributed.initialize(address.value, count.value, number.value, multihost.value)
+
+    return join
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to reuse freed memory rather than give it back to the system.
 

@@ -86,6 +86,20 @@ def on_primary(run: Callable[[], T], default: T) -> T:
     return int(number) if has_result else None
 
 
+def from_primary(values: dict[str, float]) -> dict[str, float]:
+    """Process 0's numbers, to single precision, on all: what they decide by is then alike."""
+    if jax.process_count() == 1:
+        return values
+    numbers = multihost_utils.broadcast_one_to_all(np.array(list(values.values()), np.float32))
+    return dict(zip(values, map(float, numbers), strict=True))
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def should_stop(step: int, received: bool) -> bool:
     """Whether all processes stop after this step.
 
@@ -104,3 +118,10 @@ def everywhere(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(jax.device_get(x))
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def total(number: int) -> int:
+    """The sum of a number of every process."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.array(number)).sum())

@@ -15,6 +15,10 @@ class InputError(ValueError):
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(f"{field}={value!r}: {allowed}")
 
+    def __reduce__(self):
+        # Raised in a worker process too.
+        return type(self), (self.field, self.value, self.allowed)
+
     def under(self, prefix: str) -> "InputError":
         """The same error, its field placed below `prefix`."""
         return InputError(f"{prefix}.{self.field}", self.value, self.allowed)

@@ -1,24 +1,49 @@
 """Scores generated images.
 
     python -m causalfusion_jax.evaluate --workdir=runs/digits --samples=runs/digits/samples_4/samples.npz
+    python -m causalfusion_jax.evaluate --samples=samples/xl --reference=VIRTUAL_imagenet256_labeled.npz \
+        --inception=converted/inception
 
-Prints one JSON line and writes it as evaluation.json beside the samples. For source
-digits: `accuracy`, how many of the images an SVC fitted on the held-out half reads as
-the class they were asked for, and `fd`, the Fréchet distance of their 64 pixels, scaled
-to [-1, 1], to the held-out half (real training digits: 0.29). For an image folder: `fd`
-of pixels, averaged down to at most 16x16, to the training images.
+Prints one JSON line and writes it as evaluation.json beside the samples, which are an .npz
+with uint8 images as arr_0, the OUT of causalfusion_jax.sample, or a folder of image files.
+
+With --inception (converted by causalfusion_jax.convert, kind fid_inception) and --reference:
+`fid`, `sfid`, `inception_score`, `precision`, `recall`, `kid`, or those of --metrics, as ADM
+defines them, in one pass over all local devices. A reference without images (arr_0) has no
+precision, recall and kid; without a reference there is the Inception Score alone.
+
+With --workdir, against the training data of a run of pixels. For source digits: `accuracy`,
+how many of the images an SVC fitted on the held-out half reads as the class they were asked
+for, and `fd`, the Fréchet distance of their 64 pixels, scaled to [-1, 1], to the held-out half
+(real training digits: 0.29). For other images: `fd` of pixels, averaged down to at most 16x16,
+to the training images.
+
+References are made of images, or of the data set of a config:
+
+    python -m causalfusion_jax.evaluate --make_reference --samples=IMAGES --inception=converted/inception --out=ref.npz
+    python -m causalfusion_jax.evaluate --make_reference --config=CONFIG --inception=converted/inception --out=ref.npz
 """
 
 import json
 import pathlib
+import sys
 
 from absl import flags
+from ml_collections import config_flags
 
 from causalfusion_jax import cli
 from causalfusion_jax.errors import InputError, require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from.")
-_SAMPLES = flags.DEFINE_string("samples", None, "samples.npz, as written by causalfusion_jax.sample.")
+_SAMPLES = flags.DEFINE_string("samples", None, "Images: .npz, OUT of causalfusion_jax.sample, or folder of files.")
+_REFERENCE = flags.DEFINE_string("reference", None, "Reference statistics: .npz in ADM's layout.")
+_INCEPTION = flags.DEFINE_string("inception", None, "Folder of the converted Inception (kind fid_inception).")
+_METRICS = flags.DEFINE_list("metrics", None, "Some of the metrics: fid,kid [all that there are].")
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Images in the Inception at a time, over all devices.")
+_MAKE_REFERENCE = flags.DEFINE_bool("make_reference", False, "Write reference statistics of images to --out.")
+_OUT = flags.DEFINE_string("out", None, "With --make_reference: the new .npz.")
+_NUM_IMAGES = flags.DEFINE_integer("num_reference_images", 10_000, "With --make_reference: images kept in it.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "With --make_reference: config whose data it is made of.")
 
 
 def _read(path: pathlib.Path):
@@ -40,19 +65,133 @@ def _read(path: pathlib.Path):
     return images, labels
 
 
+def _chosen(known) -> tuple[str, ...]:
+    """Those of --metrics that are of the kind `known`; all of them by default."""
+    return tuple(name for name in known if _METRICS.value is None or name in _METRICS.value)
+
+
+def _pixel_scores() -> dict[str, float]:
+    """Scores against the training data of --workdir."""
+    from causalfusion_jax import experiment
+    from causalfusion_jax.evaluation.scores import score
+    from causalfusion_jax.evaluation.settings import PIXEL_METRICS
+
+    data = experiment.load(_WORKDIR.value).data
+    wanted = _chosen(PIXEL_METRICS)
+    if data.latents:
+        require(
+            _INCEPTION.value is not None, "--inception", None,
+            f"{_WORKDIR.value} was trained on latents, so its images are scored by --inception and --reference",
+        )
+    if data.latents or not wanted:
+        return {}
+    path = pathlib.Path(_SAMPLES.value)
+    images, labels = _read(path / "samples.npz" if path.is_dir() else path)
+    scores = score(data, images, labels)
+    for name in _METRICS.value or ():
+        require(name in scores or name not in wanted, "--metrics", name, f"is not of source {data.source}")
+    kept = {name: value for name, value in scores.items() if name in wanted or name not in PIXEL_METRICS}
+    return {"num": len(images), **kept}
+
+
+def _inception_scores() -> dict[str, float]:
+    """Scores by Inception's features."""
+    from causalfusion_jax.evaluation import inception_metrics
+    from causalfusion_jax.evaluation.images import open_images
+    from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, WITHOUT_REFERENCE
+
+    images = open_images("--samples", _SAMPLES.value)
+    reference = None
+    if _REFERENCE.value is None:
+        metrics = _chosen(INCEPTION_METRICS if _METRICS.value else WITHOUT_REFERENCE)
+        for name in set(metrics) - set(WITHOUT_REFERENCE):
+            raise InputError("--reference", None, f"is needed for {name}")
+    else:
+        reference = inception_metrics.Reference("--reference", _REFERENCE.value)
+        metrics = _chosen(INCEPTION_METRICS)
+        if _METRICS.value is None:
+            metrics = tuple(name for name in metrics if reference.supports(name))
+    if not metrics:
+        return {}
+    inception_metrics.check_counts("--samples", metrics, images.num, reference)
+    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=min(_BATCH.value, images.num))
+    if reference is not None:
+        reference.prepare(metrics, inception)
+    collected = inception_metrics.Collected(metrics)
+    collected.add_all(inception.features(images.batches, collected.names), _progress(images.num))
+    warning = inception_metrics.bias_warning(metrics, images.num)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    scores = inception_metrics.compute(metrics, collected, reference)
+    return {"num": images.num, "reference": _REFERENCE.value, **scores}
+
+
+def _progress(num: int):
+    """Prints to stderr, which the result is not on, where a person watches."""
+    def show(done: int) -> None:
+        print(f"\r{done}/{num} images", end="\n" if done == num else "", file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else lambda done: None
+
+
+def _make_reference() -> None:
+    """Writes --out."""
+    from causalfusion_jax import experiment
+    from causalfusion_jax.data.pipeline import make_source
+    from causalfusion_jax.evaluation import inception_metrics
+    from causalfusion_jax.evaluation.images import of_source, open_images
+
+    for name, flag in {"workdir": _WORKDIR, "reference": _REFERENCE, "metrics": _METRICS}.items():
+        require(flag.value is None, f"--{name}", flag.value, "has no meaning with --make_reference; leave it out")
+    given = (_SAMPLES.value is None) + (_CONFIG.value is None)
+    require(given == 1, "--samples", _SAMPLES.value, "give --samples, or --config, and not both")
+    for name, flag in {"inception": _INCEPTION, "out": _OUT}.items():
+        require(flag.value is not None, f"--{name}", None, "is required with --make_reference")
+    require(_NUM_IMAGES.value >= 2, "--num_reference_images", _NUM_IMAGES.value, "must be >= 2")
+    out = pathlib.Path(_OUT.value)
+    require(out.suffix == ".npz", "--out", str(out), "must be an .npz file")
+    require(not out.exists(), "--out", str(out), "exists; give a new file")
+    if _SAMPLES.value is not None:
+        images = open_images("--samples", _SAMPLES.value)
+    else:
+        images = of_source("config.data", make_source(experiment.from_dict(_CONFIG.value.to_dict()).data))
+    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=min(_BATCH.value, images.num))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    inception_metrics.make_reference(images, inception, out, _NUM_IMAGES.value, progress=_progress(images.num))
+    print(f"wrote statistics of {images.num} images, {min(images.num, _NUM_IMAGES.value)} of them kept, to {out}")
+
+
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax import experiment
-    from causalfusion_jax.evaluation.scores import score
+    from causalfusion_jax.evaluation.settings import METRICS, PIXEL_METRICS, check_metrics
 
-    config = experiment.load(_WORKDIR.value)
+    require(_BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
+    check_metrics("--metrics", _METRICS.value or (), METRICS)
+    if _MAKE_REFERENCE.value:
+        _make_reference()
+        return
+    for name, flag in {"out": _OUT, "config": _CONFIG}.items():
+        require(flag.value is None, f"--{name}", str(flag.value), "needs --make_reference")
+    require(_SAMPLES.value is not None, "--samples", None, "is required; see --help")
+    require(
+        _WORKDIR.value is not None or _INCEPTION.value is not None, "--workdir", None,
+        "is required, or --inception with --reference; see --help",
+    )
+    for name in _METRICS.value or ():
+        needed, flag = ("workdir", _WORKDIR) if name in PIXEL_METRICS else ("inception", _INCEPTION)
+        require(flag.value is not None, f"--{needed}", None, f"is needed for {name}")
+    require(
+        _REFERENCE.value is None or _INCEPTION.value is not None, "--inception", None, "is needed with --reference"
+    )
+    scores = _pixel_scores() if _WORKDIR.value is not None else {}
+    if _INCEPTION.value is not None:
+        scores |= _inception_scores()
+    line = json.dumps({"samples": _SAMPLES.value, **scores})
     path = pathlib.Path(_SAMPLES.value)
-    images, labels = _read(path)
-    line = json.dumps({"samples": str(path), "num": len(images), **score(config.data, images, labels)})
-    (path.parent / "evaluation.json").write_text(line + "\n")
+    ((path if path.is_dir() else path.parent) / "evaluation.json").write_text(line + "\n")
     print(line)
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir", "samples"))
+    cli.run(main)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError, nearest, require, require_number
+from causalfusion_jax.evaluation.settings import EvaluationConfig
 from causalfusion_jax.factorization import FactorizationConfig, static_steps
 from causalfusion_jax.models.transformer import TransformerConfig
 from causalfusion_jax.sampling.sampler import SamplerConfig
@@ -129,6 +130,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     sampling: SamplerConfig = SamplerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -292,7 +294,7 @@ def _typed(name: str, value: Any, default: Any):
 
 # --- The run's own copy -----------------------------------------------------------
 
-FREE_SECTIONS = ("checkpoint", "logging", "sampling", "mesh")
+FREE_SECTIONS = ("checkpoint", "logging", "sampling", "evaluation", "mesh")
 """May change between starts of one run: they do not change what is learned."""
 
 
@@ -328,7 +330,7 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
 def _check_same(workdir: str, saved: ExperimentConfig, config: ExperimentConfig) -> None:
     """Raises InputError naming what `config` would learn otherwise than `saved`."""
     ours, theirs = to_dict(config), to_dict(saved)
-    free = [("data", "workers"), ("data", "verify")]
+    free = [("data", "workers"), ("data", "verify"), ("data", "max_corrupt")]
     if config.optimizer.schedule == "constant":
         free.append(("train", "steps"))
     changed = [

@@ -15,14 +15,17 @@ Description = dict[str, dict[str, Any]]
 """Size and SHA-256 of every file of a folder, by relative path."""
 
 
+def describe_file(path: pathlib.Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
 def describe(folder: pathlib.Path) -> Description:
     """Size and SHA-256 of every file below `folder`."""
-    described = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    return described
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
 
 
 def difference(folder: pathlib.Path, expected: Description) -> str | None:

@@ -8,6 +8,12 @@ OUT receives samples.npz (`arr_0`: uint8 images [num, (frames,) height, width, c
 which says how they were made. The same request gives the same bytes; where OUT already
 holds it, nothing is done. Options left out are as in the run's config (`config.sampling`).
 
+Batches go to OUT/parts as they are done: stopped in any way, the same command goes on from
+there to the same bytes. All local devices share a batch (a last digit may depend on how many
+they are). On several hosts, which must all see OUT, run it on each with --multihost (or
+--coordinator_address, --num_processes, --process_id, as in training); or, where they cannot
+reach each other, with --host_index and --num_hosts, and once more without them when all are done.
+
 A model of latents needs the autoencoder that decodes them, --vae, converted by
 causalfusion_jax.convert. Without it `arr_0` is the latents themselves, float32, and the
 grid shows three of their channels in false colour.
@@ -22,7 +28,7 @@ import pathlib
 
 from absl import flags
 
-from causalfusion_jax import cli, files
+from causalfusion_jax import cli
 from causalfusion_jax.errors import InputError, require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run; or give --checkpoint.")
@@ -30,11 +36,11 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a converted che
 _VAE = flags.DEFINE_string("vae", None, "Folder of a converted autoencoder, for a model of latents.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
 _NUM = flags.DEFINE_integer("num", None, "Number of images [100, or one for each of --labels].")
-_LABELS = flags.DEFINE_string("labels", None, "Class numbers, one an image: 3,3,7. Default: all classes in turn.")
+_LABELS = flags.DEFINE_string("labels", None, "Classes, one an image: otter,3,3,7. Default: all classes in turn.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; image i depends on it, i and its label alone.")
 _BATCH = flags.DEFINE_integer("batch_size", 250, "Images sampled at a time.")
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "params"], "Of a run: averaged weights [ema], or the last ones.")
-_STEP = flags.DEFINE_integer("step", None, "Of a run: checkpoint to use [the newest intact one].")
+_STEP = flags.DEFINE_string("step", None, "Of a run: checkpoint to use, a step or `best` [the newest intact one].")
 _AR_STEPS = flags.DEFINE_integer("ar_steps", None, "AR steps of equal size: 1 is diffusion, L token by token.")
 _STEP_SIZES = flags.DEFINE_string("step_sizes", None, "Tokens in each AR step instead: 1,3,12.")
 _ORDER = flags.DEFINE_string("order", None, "raster, block_raster, dilated, random or square_blocks [as trained].")
@@ -49,6 +55,10 @@ _CFG_SCHEDULE = flags.DEFINE_string("cfg_schedule", None, "constant, linear (in 
 _CFG_INTERVAL = flags.DEFINE_string("cfg_interval", None, "Timesteps with guidance: low,high.")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "Scale of the noise a stochastic solver adds.")
 _CLIP_X_0 = flags.DEFINE_float("clip_x_0", None, "Bound on the predicted |x_0|, for data in pixels; 0 is none.")
+_HOST = flags.DEFINE_integer("host_index", None, "Of hosts that do not know of each other: this one's number, 0..")
+_HOSTS = flags.DEFINE_integer("num_hosts", None, "How many such hosts there are; each samples its share.")
+_join_processes = cli.define_processes()
+flags.adopt_module_key_flags(cli)
 
 
 def _numbers(flag, text: str | None, kind):
@@ -90,37 +100,30 @@ def _sampler(default):
     return dataclasses.replace(default, **given)
 
 
-def _labels(num_classes: int):
+def _labels(data):
     """The class of each image."""
-    import numpy as np
-
+    from causalfusion_jax.data.pipeline import class_names
     from causalfusion_jax.sampling.images import balanced_labels
+    from causalfusion_jax.sampling.labels import parse_labels
 
-    labels = _numbers("labels", _LABELS.value, int)
-    if labels is None:
+    if _LABELS.value is None:
         num = 100 if _NUM.value is None else _NUM.value
         require(num >= 1, "--num", num, "must be >= 1")
-        return balanced_labels(num, num_classes)
-    require(len(labels) >= 1, "--labels", _LABELS.value, "must name at least one class")
-    for label in labels:
-        require(0 <= label < num_classes, "--labels", label, f"must be class numbers in 0..{num_classes - 1}")
+        return balanced_labels(num, data.num_classes)
+    labels = parse_labels(_LABELS.value, data.num_classes, lambda: class_names(data))
     require(
         _NUM.value in (None, len(labels)), "--num", _NUM.value,
         f"must be {len(labels)}, the number of --labels, or left out",
     )
-    return np.array(labels, np.int32)
+    return labels
 
 
-def _is_done(out: pathlib.Path, request: dict) -> bool:
-    """Whether OUT already holds this request. Raises InputError where it holds another."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        same = json.loads((out / "request.json").read_text()) == request
-    except (OSError, ValueError):
-        same = False
-    require(same, "--out", str(out), "exists with other content; give a new or empty folder")
-    return (out / "samples.npz").is_file() and (out / "grid.png").is_file()
+def _step() -> int | str | None:
+    """The checkpoint that --step names."""
+    if _STEP.value is None or _STEP.value == "best":
+        return _STEP.value
+    require(_STEP.value.isdigit(), "--step", _STEP.value, "must be a step, or best")
+    return int(_STEP.value)
 
 
 def _trained():
@@ -130,7 +133,7 @@ def _trained():
     given = (_WORKDIR.value is None) + (_CHECKPOINT.value is None)
     require(given == 1, "--workdir", _WORKDIR.value, "give --workdir, or --checkpoint, and not both")
     if _WORKDIR.value is not None:
-        return trained.from_run(_WORKDIR.value, _WEIGHTS.value or "ema", _STEP.value)
+        return trained.from_run(_WORKDIR.value, _WEIGHTS.value or "ema", _step())
     for name, flag in {"weights": _WEIGHTS, "step": _STEP}.items():
         require(flag.value is None, f"--{name}", flag.value, "a converted checkpoint has one; leave it out")
     return trained.from_converted(_CHECKPOINT.value)
@@ -139,14 +142,21 @@ def _trained():
 def main(argv):
     """Runs the command."""
     del argv
+    from causalfusion_jax.sampling.shards import SampleFolder
     from causalfusion_jax.sampling.trained import make_decoder
 
     out = pathlib.Path(_OUT.value)
     require(_BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
     require(0 <= _SEED.value < 2**32, "--seed", _SEED.value, "must be >= 0 and < 2**32")
+    given = (_HOST.value is None) + (_HOSTS.value is None)
+    require(given != 1, "--host_index", _HOST.value, "give --host_index and --num_hosts, or neither")
+    require(
+        given == 2 or 0 <= _HOST.value < _HOSTS.value, "--host_index", _HOST.value, f"must be in 0..{_HOSTS.value}-1"
+    )
+    _join_processes()
     try:
         config, origin, params = _trained()
-        labels = _labels(config.data.num_classes)
+        labels = _labels(config.data)
         sampler = _sampler(config.sampling)
         config.check_sampler(sampler)
     except InputError as error:
@@ -158,33 +168,46 @@ def main(argv):
         **origin, "vae": vae, "seed": _SEED.value, "batch_size": _BATCH.value, "labels": labels.tolist(),
         "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
     }
-    if _is_done(out, request):
+    samples = SampleFolder(out, request, min(_BATCH.value, len(labels)))
+    samples.check()
+    if samples.is_done:
         print(f"{out} already holds these {len(labels)} samples")
         return
-    _sample_to(out, config, sampler, params(), labels, request, decode)
+    _sample_to(samples, config, sampler, params, labels, decode)
 
 
-def _sample_to(out: pathlib.Path, config, sampler, params, labels, request: dict, decode) -> None:
-    """Samples, and makes `out` appear whole."""
-    import numpy as np
+def _sample_to(samples, config, sampler, params, labels, decode) -> None:
+    """Samples what falls to this process, and joins the parts when all are there."""
+    import jax
 
-    from causalfusion_jax.sampling.generation import generate_images
-    from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
+    from causalfusion_jax import distributed
+    from causalfusion_jax.sampling.generation import image_batches, replicate
 
-    def progress(done):
-        print(f"sampled {done}/{len(labels)}", flush=True)
-
-    images = generate_images(config, sampler, params, labels, _SEED.value, _BATCH.value, progress, decode)
+    distributed.on_primary(samples.claim, None)
+    host, hosts = jax.process_index(), jax.process_count()
+    if _HOSTS.value is not None:
+        require(hosts == 1, "--num_hosts", _HOSTS.value, "has no meaning where the processes know of each other")
+        host, hosts = _HOST.value, _HOSTS.value
+    wanted = samples.missing(host, hosts)
+    # Reading the parameters takes all processes, also one that has nothing left to do.
+    if distributed.on_primary(lambda: len(samples.missing()), 0):
+        params = params()
+        if len(jax.local_devices()) > 1:
+            params = replicate(params, jax.local_devices())
+        batches = image_batches(config, sampler, params, labels, _SEED.value, _BATCH.value, decode, wanted)
+        done = samples.num_parts - len(samples.missing())
+        for count, (index, images) in enumerate(zip(wanted, batches, strict=True), done + 1):
+            samples.write(index, images)
+            if distributed.is_primary():
+                print(f"sampled {min(count * _BATCH.value, len(labels))}/{len(labels)}", flush=True)
+    distributed.wait_for_all("sampled")
+    if _HOSTS.value is not None:
+        print(f"host {host} of {hosts} has done its share; when all have, the command without --num_hosts joins them")
+        return
     classes = config.data.num_classes
-
-    def fill(folder):
-        np.savez(folder / "samples.npz", images, labels)
-        grid = make_grid(*frames_in_rows(images[:100], classes if classes <= 20 else 10))
-        save_png(folder / "grid.png", grid)
-        files.write_json(folder / "request.json", request)
-
-    files.write_folder(out, fill)
-    print(f"wrote {len(images)} samples to {out / 'samples.npz'} and {out / 'grid.png'}")
+    distributed.on_primary(lambda: samples.join(classes if classes <= 20 else 10), None)
+    if distributed.is_primary():
+        print(f"wrote {len(labels)} samples to {_OUT.value}/samples.npz and {_OUT.value}/grid.png")
 
 
 if __name__ == "__main__":

@@ -21,21 +21,17 @@ from causalfusion_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; new, empty, or that of a run to continue.")
-
-
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where there are several.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "Find the other processes by the cluster's metadata (TPU pod, GKE).")
+_join_processes = cli.define_processes()
+flags.adopt_module_key_flags(cli)
 
 
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax import distributed, experiment
+    from causalfusion_jax import experiment
 
     config = experiment.from_dict(_CONFIG.value.to_dict())
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value)
+    _join_processes()
     # Imported late: TensorBoard's writer takes seconds, a wrong setting should not.
     from causalfusion_jax.training import loop
 

@@ -7,11 +7,13 @@
 | XL | 1152 | 18 | 28 | 674.9M |
 | H | 1280 | 20 | 32 | 951.0M |
 
-32x32 latents of the SD VAE, patch 1: 4 square blocks of 256 tokens. DATA holds image.npy,
-latents times 0.18215, and label.npy.
+32x32 latents of the SD VAE, patch 1: 4 square blocks of 256 tokens. ImageNet by TFDS (its
+data_dir as data.path, where it is not the default one) is encoded once by the converted VAE:
 
+    python -m causalfusion_jax.encode --config=configs/imagenet_acdit.py:XL \
+        --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS
     python -m causalfusion_jax.train --config=configs/imagenet_acdit.py:XL \
-        --config.data.path=DATA --workdir=runs/imagenet_acdit_xl
+        --config.data.path=LATENTS --workdir=runs/imagenet_acdit_xl
 """
 
 from causalfusion_jax.experiment import choose, default_config
@@ -22,7 +24,9 @@ def get_config(arg: str = "XL"):
     """Settings of the run; `arg` is the size."""
     (size,) = choose(arg, size=("XL", "B", "L", "H"))
     config = default_config()
-    config.data.update(source="arrays", latents=True, num_classes=1000, channels=4, image_size=32)
+    config.data.update(
+        source="latents", name="imagenet2012", latents=True, flip=True, num_classes=1000, channels=4, image_size=32
+    )
     config.model.update(**preset(f"acdit_{size}"), **ACDIT, patch_size=1, dtype="bfloat16")
     config.factorization.update(
         order="square_blocks", order_block=256, steps="block", block_size=256, weight="none"
@@ -32,6 +36,7 @@ def get_config(arg: str = "XL"):
     config.optimizer.update(learning_rate=3e-4, schedule="wsd", decay_fraction=0.15)
     config.checkpoint.update(every=2500, keep_every=100_000)
     config.logging.sample_every = 10_000
+    config.evaluation.update(metric="fid", num_samples=10_000)
     config.sampling.update(solver="dpmpp_2m", solver_steps=25, ar_steps=4, cfg_scale=1.5)
     config.mesh.preset = "fsdp"
     return config

@@ -12,10 +12,16 @@
   and cosines, 240 epochs.
 - `256` (default) or `512`: pixels a side.
 
-DATA holds image.npy, latents times 0.2325 (MAR) or 0.18215 (SD), and label.npy.
+ImageNet by TFDS (its data_dir as data.path, where it is not the default one), encoded once, is
+what it trains on; VAE is the converted autoencoder:
 
+    python -m causalfusion_jax.encode --config=configs/imagenet_causalfusion.py:XL,system,256 \
+        --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS
     python -m causalfusion_jax.train --config=configs/imagenet_causalfusion.py:XL,system,256 \
-        --config.data.path=DATA --workdir=runs/imagenet_xl
+        --config.data.path=LATENTS --workdir=runs/imagenet_xl
+
+`data.source=image_folder` or `tar` encode a folder of images or of tar shards instead;
+`data.source=arrays` with `data.flip=False` trains on image.npy, scaled latents, and label.npy.
 """
 
 from causalfusion_jax.experiment import choose, default_config
@@ -33,8 +39,8 @@ def get_config(arg: str = "L"):
     system = setting == "system"
     config = default_config()
     config.data.update(
-        source="arrays", latents=True, num_classes=1000, channels=16 if system else 4,
-        image_size=int(pixels) // (16 if system else 8),
+        source="latents", name="imagenet2012", latents=True, flip=True, num_classes=1000,
+        channels=16 if system else 4, image_size=int(pixels) // (16 if system else 8),
     )
     config.model.update(
         **preset(size), patch_size=1 if system else 2, num_condition_tokens=64 if system else 4,
@@ -47,6 +53,7 @@ def get_config(arg: str = "L"):
     config.optimizer.warmup_steps = WARMUP_EPOCHS * IMAGES // config.train.batch_size
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.sample_every = 10_000
+    config.evaluation.update(metric="fid", num_samples=10_000)
     config.sampling.update(solver="ddpm", solver_steps=250, variance="large", ar_steps=1)
     config.mesh.preset = "fsdp"
     return config

@@ -11,11 +11,13 @@
 - `in_context`: the in-context DiT that CausalFusion starts from (its Table 1, last row):
   4 condition tokens, the timestep added to the tokens, qk-norm, warm-up, batch 2048.
 
-32x32 latents of the SD VAE, patch 2, fixed sines and cosines. DATA holds image.npy, latents
-times 0.18215, and label.npy.
+32x32 latents of the SD VAE, patch 2, fixed sines and cosines. ImageNet by TFDS (its data_dir as
+data.path, where it is not the default one) is encoded once by the converted VAE:
 
+    python -m causalfusion_jax.encode --config=configs/imagenet_dit.py:L,adaln \
+        --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS
     python -m causalfusion_jax.train --config=configs/imagenet_dit.py:L,adaln \
-        --config.data.path=DATA --workdir=runs/imagenet_dit_l
+        --config.data.path=LATENTS --workdir=runs/imagenet_dit_l
 """
 
 from causalfusion_jax.experiment import choose, default_config
@@ -29,7 +31,9 @@ def get_config(arg: str = "L"):
     """Settings of the run; `arg` is SIZE[,adaln|in_context]."""
     size, conditioning = choose(arg, size=("L", "S", "B", "XL"), conditioning=("adaln", "in_context"))
     config = default_config()
-    config.data.update(source="arrays", latents=True, num_classes=1000, channels=4, image_size=32)
+    config.data.update(
+        source="latents", name="imagenet2012", latents=True, flip=True, num_classes=1000, channels=4, image_size=32
+    )
     config.model.update(**SIZES[size], patch_size=2, dtype="bfloat16")
     # One step: the order of its tokens changes nothing but where they stand.
     config.factorization.update(order="raster", steps="fixed", num_steps=1, weight="none")
@@ -45,6 +49,7 @@ def get_config(arg: str = "L"):
     config.train.steps = 240 * IMAGES // config.train.batch_size
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.sample_every = 10_000
+    config.evaluation.update(metric="fid", num_samples=10_000)
     config.sampling.update(solver="ddpm", solver_steps=250, variance="large", ar_steps=1)
     config.mesh.preset = "fsdp"
     return config

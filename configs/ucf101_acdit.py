@@ -5,11 +5,17 @@
 | XL | 1152 | 18 | 28 | 673.8M |
 | H | 1280 | 20 | 32 | 949.8M |
 
-16 frames of 32x32 latents of the SD VAE, patch 2: 4096 tokens, 4 blocks of 4 frames. DATA
-holds image.npy [clips, 16, 32, 32, 4], latents times 0.18215, and label.npy.
+16 frames of 32x32 latents of the SD VAE, patch 2: 4096 tokens, 4 blocks of 4 frames. UCF-101 by
+TFDS (its data_dir as data.path, where it is not the default one) is encoded once by the
+converted VAE, the middle 16 frames of every video:
 
+    python -m causalfusion_jax.encode --config=configs/ucf101_acdit.py:XL \
+        --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS
     python -m causalfusion_jax.train --config=configs/ucf101_acdit.py:XL \
-        --config.data.path=DATA --workdir=runs/ucf101_acdit_xl
+        --config.data.path=LATENTS --workdir=runs/ucf101_acdit_xl
+
+More clips of a video: `data.source=arrays`, with DATA/image.npy [clips, 16, 32, 32, 4], latents
+times 0.18215, and DATA/label.npy as `data.path`.
 """
 
 from causalfusion_jax.experiment import choose, default_config
@@ -20,7 +26,9 @@ def get_config(arg: str = "XL"):
     """Settings of the run; `arg` is the size."""
     (size,) = choose(arg, size=("XL", "H"))
     config = default_config()
-    config.data.update(source="arrays", latents=True, num_classes=101, channels=4, image_size=32, frames=16)
+    config.data.update(
+        source="latents", name="ucf101", latents=True, num_classes=101, channels=4, image_size=32, frames=16
+    )
     config.model.update(**preset(f"acdit_{size}"), **ACDIT, patch_size=2, dtype="bfloat16")
     config.factorization.update(order="raster", steps="block", block_size=1024, weight="none")
     config.diffusion.t_shared_by = "step"

@@ -16,7 +16,7 @@ the job, {name}, {index} and {workdir} for its run; each is quoted as its place 
     --launcher='sbatch --job-name={name} --gpus=1 --wrap="{command}"'
 
 With --dry_run the commands are printed. Once the jobs are done, --results_only makes the
-table. A model of latents needs --sample_flags=--vae=FOLDER.
+table. A model of latents needs --sample_flags=--vae=FOLDER and --evaluate_flags with --inception.
 """
 
 import contextlib
@@ -435,13 +435,14 @@ def check_can_score(runs) -> None:
     for run in runs:
         data = run.config.data
         require(
-            data.source == "digits" or bool(data.path), "config.data.path", data.path,
+            data.source in ("digits", "tfds") or bool(data.path), "config.data.path", data.path,
             f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
         )
-        require(
-            not data.latents or "--vae" in _SAMPLE_FLAGS.value, "--sample_flags", _SAMPLE_FLAGS.value,
-            "must hold --vae=FOLDER: what a model of latents samples is scored as images",
-        )
+        for name, flag, needed in (("sample", _SAMPLE_FLAGS, "--vae"), ("evaluate", _EVALUATE_FLAGS, "--inception")):
+            require(
+                not data.latents or needed in flag.value, f"--{name}_flags", flag.value,
+                f"must hold {needed}=FOLDER: what a model of latents samples is scored as images",
+            )
 
 
 def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:

@@ -82,9 +82,10 @@ def test_sample_and_evaluate(run, tmp_path):
     line = json.loads(scored.stdout)
     assert 0 <= line["accuracy"] <= 1 and line["fd"] > 0
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text()) == line
-    chosen = command("sample", f"--workdir={workdir}", f"--out={tmp_path / 'c'}", "--labels=3,3,7", "--solver_steps=3")
+    out = tmp_path / "c"
+    chosen = command("sample", f"--workdir={workdir}", f"--out={out}", "--labels=3,Three,7", "--solver_steps=3")
     assert chosen.returncode == 0, chosen.stderr
-    with np.load(tmp_path / "c" / "samples.npz") as arrays:
+    with np.load(out / "samples.npz") as arrays:
         assert arrays["arr_1"].tolist() == [3, 3, 7]
 
 
@@ -236,11 +237,14 @@ def test_another_config_and_another_folder(run, tmp_path):
     [
         (["--ar_steps=17"], ["--ar_steps=17", "<= 16"]),
         (["--labels=3,12"], ["--labels=12", "0..9"]),
-        (["--labels=three"], ["--labels", "three"]),
+        (["--labels=thre"], ["--labels", "thre", "did you mean three?"]),
         (["--step_sizes=4,4"], ["--step_sizes", "sum to the 16 tokens"]),
         (["--solver=rk4"], ["--solver", "rk4", "ddpm"]),
         (["--solver=euler"], ["--solver", "euler", "flow"]),
         (["--step=7"], ["step=7", "must be one of"]),
+        (["--step=newest"], ["--step", "newest", "best"]),
+        (["--step=best"], ["--step", "best", "config.evaluation.eval_every"]),
+        (["--num_hosts=2"], ["--host_index", "--num_hosts"]),
         (["--num=0"], ["--num=0"]),
     ],
 )

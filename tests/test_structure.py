@@ -9,10 +9,10 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "files", "hardware", "distributed", "factorization", "diffusion", "sharding"),
+    ("errors", "files", "npz", "hardware", "distributed", "factorization", "diffusion", "sharding"),
     ("models", "data", "released"),
-    ("experiment", "training", "sampling", "evaluation", "compile_ahead"),
-    ("cli", "train", "sample", "evaluate", "convert", "preflight", "sweeps"),
+    ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
+    ("cli", "train", "sample", "evaluate", "encode", "convert", "preflight", "sweeps"),
 )
 
 

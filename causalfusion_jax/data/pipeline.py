@@ -2,20 +2,32 @@
 
 A Grain MapDataset is random access, so batch k is a pure function of the seed and k: the
 same whatever the number of hosts or workers, and a position to resume from is one number.
+Of an example itself, flips and draws are a function of (seed, index, epoch).
+
+Leaving a corrupt record out would move all that follow it, and who reads what would depend on
+who has met it. So its place, and no other, is given to another record, drawn from (seed, index,
+epoch) too; which records were skipped travels with the batch, is counted and printed by name.
 """
 
 import dataclasses
+import pathlib
+import sys
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
-from causalfusion_jax.data.sources import ArraysSource, ImageFolderSource, digits
-from causalfusion_jax.errors import require, require_number, require_one_of
+from causalfusion_jax.data import tar_shards, tfds_source
+from causalfusion_jax.data.latents import LatentsSource, read_manifest
+from causalfusion_jax.data.sources import ArraysSource, CorruptRecord, ImageFolderSource, class_folders, digits
+from causalfusion_jax.errors import InputError, require, require_number, require_one_of
 
-SOURCES = ("digits", "image_folder", "arrays")
+SOURCES = ("digits", "image_folder", "tfds", "tar", "latents", "arrays")
+ENCODED = ("image_folder", "tfds", "tar")
+"""Sources of image files: with `latents` they are what `encode` makes latents of."""
+
 ENDLESS = 2**31
 """Epochs. Grain's own endless repeat is of length sys.maxsize, which batches of one overflow."""
 
@@ -25,22 +37,37 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      source: `digits` (scikit-learn's, built in), `image_folder`, or `arrays`.
-      path: of image_folder, one folder of images for each class; of arrays, a folder with
-        image.npy and label.npy.
-      image_size: side in pixels (or latents); folder images are scaled and centre-cropped
-        to it.
+      source: `digits` (scikit-learn's, built in), `image_folder`, `tfds` (prepared by TensorFlow
+        Datasets), `tar` (shards in WebDataset's layout), `latents` (written by `encode`), or
+        `arrays`.
+      path: of image_folder, one folder of images for each class; of tfds, its data_dir ("":
+        the default one); of tar, the folder of shards; of latents, that of `encode --out`; of
+        arrays, a folder with image.npy and label.npy.
+      name: the data set as TFDS calls it, `NAME`, `NAME/CONFIG` or `NAME:VERSION`; for
+        latents and arrays, where classes have no names of their own, it names them.
+      split: of tfds, for example `train` or `train[:90%]`.
+      image_key, label_key, caption_key: features of tfds (`outer/inner`); "": those known of
+        imagenet2012, cifar10, ucf101 and coco_captions, else `image` and `label`.
+      image_size: side in pixels (or latents); images are scaled and centre-cropped to it.
       channels: 1 or 3; any number for latents.
       frames: 1 for images, more for videos of so many frames.
-      latents: the arrays are an autoencoder's latents, scaled as models take them.
+      latents: the model takes an autoencoder's latents. Arrays hold them, scaled as models take
+        them; image_folder, tfds and tar are to be encoded first.
       num_classes: classes; must be what the source holds.
-      flip: flip half of the images, drawn anew each epoch.
+      flip: flip half of the images, drawn anew each epoch; of latents, take half of them from
+        the mirrored images that were encoded too.
       workers: processes that read and decode; 0 reads in this one.
-      verify: decode every image of a folder once before training.
+      verify: decode every image of a folder once before training, and refuse one that is corrupt.
+      max_corrupt: different corrupt records that a process may skip; one more ends training.
     """
 
     source: str = "digits"
     path: str = ""
+    name: str = ""
+    split: str = "train"
+    image_key: str = ""
+    label_key: str = ""
+    caption_key: str = ""
     image_size: int = 8
     channels: int = 1
     frames: int = 1
@@ -49,23 +76,33 @@ class DataConfig:
     flip: bool = False
     workers: int = 0
     verify: bool = True
+    max_corrupt: int = 16
 
     def __post_init__(self):
         require_one_of("source", self.source, SOURCES)
         require_number("image_size", self.image_size, 1)
         if self.latents:
             require_number("channels", self.channels, 1)
-            require(not self.flip, "flip", self.flip, "must be False for latents: encode flipped images instead")
+            require(
+                not (self.flip and self.source == "arrays"), "flip", self.flip,
+                "must be False for arrays of latents: encode flipped images instead",
+            )
         else:
             require_one_of("channels", self.channels, (1, 3))
         require_number("frames", self.frames, 1)
         require_number("num_classes", self.num_classes, 1)
         require_number("workers", self.workers, 0)
+        require_number("max_corrupt", self.max_corrupt, 0)
+        if self.source != "tfds":
+            for name, neutral in {"split": "train", "image_key": "", "label_key": "", "caption_key": ""}.items():
+                require(getattr(self, name) == neutral, name, getattr(self, name), "is of source tfds alone")
         if self.source == "image_folder":
             require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
         fixed = {
             "digits": {"image_size": 8, "channels": 1, "num_classes": 10, "path": "", "frames": 1, "latents": False},
-            "image_folder": {"frames": 1, "latents": False},
+            "image_folder": {"frames": 1},
+            "tar": {"frames": 1},
+            "latents": {"latents": True},
         }.get(self.source, {})
         for name, value in fixed.items():
             given = getattr(self, name)
@@ -79,20 +116,55 @@ class DataConfig:
 
 
 class Source(Protocol):
-    """Random access to images; see `data.sources`."""
+    """Random access to images; see `data.sources`.
+
+    A source may have `name(index) -> str`, what a record is called, and `draw(index, rng)`, an
+    example of which something is random; of latents, with `mirrored` too.
+    """
 
     num_classes: int
     class_names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def make_source(config: DataConfig) -> Source:
-    """Opens the training source. Raises InputError where it is not what `config` says."""
+def make_source(config: DataConfig, captions: bool = False) -> Source:
+    """Opens the training source.
+
+    Args:
+      config: which.
+      captions: examples hold "caption" too.
+
+    Raises:
+      InputError: it is not what `config` says, has no captions, or has yet to be encoded.
+    """
+    if config.latents and config.source in ENCODED:
+        raise InputError(
+            "config.data.source", config.source, "gives pixels, and the model takes latents: encode them by"
+            " causalfusion_jax.encode, then give source=latents and as path its --out",
+        )
+    if config.source in ("digits", "arrays", "image_folder"):
+        require(not captions, "config.data.source", config.source, "has no captions")
     if config.source == "digits":
         return digits("train")
+    if config.source == "latents":
+        require(bool(config.path), "config.data.path", config.path, "source latents needs the folder that encode wrote")
+        return LatentsSource(config.path, config.shape, config.num_classes, captions)
+    if config.source == "tar":
+        require(bool(config.path), "config.data.path", config.path, "source tar needs the folder of its shards")
+        return tar_shards.TarSource(config.path, config.image_size, config.channels, config.num_classes, captions)
+    if config.source == "tfds":
+        source = tfds_source.TfdsSource(
+            config.name, config.path, config.split, _keys(config), config.image_size, config.channels, config.frames,
+            captions,
+        )
+        require(
+            source.num_classes == config.num_classes, "num_classes", config.num_classes,
+            f"{source.dataset} has {source.num_classes}",
+        )
+        return source
     if config.source == "arrays":
         # The papers' configs are whole but for where the latents lie.
         require(bool(config.path), "config.data.path", config.path, "source arrays needs the path of its folder")
@@ -105,11 +177,73 @@ def make_source(config: DataConfig) -> Source:
     return source
 
 
-def flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Mirrors half of the images left to right."""
-    if rng.integers(2):
-        example = {**example, "image": example["image"][..., ::-1, :]}
-    return example
+def _keys(config: DataConfig) -> tfds_source.Keys:
+    return tfds_source.keys_of(config.name, config.image_key, config.label_key, config.caption_key)
+
+
+def class_names(config: DataConfig) -> tuple[str, ...]:
+    """What the classes are called, without reading an image; () where nothing says so.
+
+    Raises InputError where the data that say so are not there.
+    """
+    names: tuple[str, ...] = ()
+    if config.source == "digits":
+        names = digits("train").class_names
+    elif config.source == "image_folder":
+        root = pathlib.Path(config.path)
+        require(root.is_dir(), "data.path", config.path, "must be a folder with one folder of images for each class")
+        names = tuple(folder.name for folder in class_folders(root))
+    elif config.source == "tar" and config.path:
+        names = tar_shards.class_names(pathlib.Path(config.path))
+    elif config.source == "latents" and config.path:
+        names = tuple(read_manifest(config.path)["class_names"])
+    if names or not config.name:
+        return names
+    if config.name.partition("/")[0].partition(":")[0] == "imagenet2012":
+        return tfds_source.imagenet_class_names()
+    path = config.path if config.source == "tfds" else ""
+    return tfds_source.class_names_of(tfds_source.builder_info(config.name, path), _keys(config))
+
+
+class _Read:
+    """The example at a place of the endless stream of indices.
+
+    Args:
+      source: the examples.
+      config: flip, max_corrupt.
+      seed: of flips, draws and what takes the place of a corrupt record.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, seed: int):
+        self.source, self.config, self.seed, self.length = source, config, seed, len(source)
+
+    def __call__(self, place: int, index: int) -> dict[str, Any]:
+        """The example, and as "corrupt" (name, reason) of each record skipped for it."""
+        rng = np.random.default_rng((self.seed, place // self.length, index))
+        corrupt: dict[str, str] = {}
+        while True:
+            try:
+                example = self._draw(index, rng)
+                return {**example, "corrupt": tuple(corrupt.items())} if corrupt else example
+            except CorruptRecord as error:
+                corrupt[str(error.value)] = error.allowed
+            check_corrupt(corrupt, min(self.config.max_corrupt, self.length - 1))
+            # A random one, and from there on the next, so that no record comes twice.
+            step = 1 if len(corrupt) > 1 or self.length == 2 else int(rng.integers(1, self.length - 1))
+            index = (index + step) % self.length
+
+    def _draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        mirrored = self.config.flip and bool(rng.integers(2))
+        if self.config.source == "latents":
+            return self.source.draw(index, rng, mirrored)
+        example = self.source.draw(index, rng) if hasattr(self.source, "draw") else self.source[index]
+        return {**example, "image": example["image"][..., ::-1, :]} if mirrored else example
+
+
+def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch, with all that its examples report as corrupt."""
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "corrupt"}
+    return batch | {"corrupt": [record for example in examples for record in example.get("corrupt", ())]}
 
 
 def host_batches(
@@ -122,34 +256,43 @@ def host_batches(
 
     Args:
       source: the examples.
-      config: flip.
+      config: flip, max_corrupt.
       batch_size: of the global batch.
       seed: of shuffling and augmentation.
       host, hosts: this host's number, and how many there are.
 
     Returns:
-      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}.
+      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}, with
+      "corrupt", (name, reason) of records that were skipped, which BatchIterator takes out.
     """
     require(batch_size % hosts == 0, "batch_size", batch_size, f"must be a multiple of the {hosts} hosts")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(ENDLESS)
-    if config.flip:
-        dataset = dataset.random_map(flip)
+    indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(ENDLESS)
+    dataset = indices.map_with_index(_Read(source, config, seed))
     # Batches of one host's size; every hosts-th of them is this host's.
-    return dataset.batch(batch_size // hosts)[host::hosts]
+    return dataset.batch(batch_size // hosts, batch_fn=_stack)[host::hosts]
 
 
 class BatchIterator(Iterator):
     """Batches from a position on. `position` is all there is to save.
+
+    Corrupt records that were skipped are printed, and kept as `corrupt`, reason by name.
 
     Args:
       batches: random access to this host's batches.
       position: the batch to start with.
       workers: processes that read ahead; 0 reads in this process.
       threads: threads that read ahead in each process.
+      max_corrupt: different corrupt records to put up with.
+
+    Raises:
+      InputError: at the batch that has more corrupt records.
     """
 
-    def __init__(self, batches: grain.MapDataset, position: int = 0, workers: int = 0, threads: int = 0):
-        self.position = position
+    def __init__(
+        self, batches: grain.MapDataset, position: int = 0, workers: int = 0, threads: int = 0, max_corrupt: int = 0
+    ):
+        self.position, self.max_corrupt = position, max_corrupt
+        self.corrupt: dict[str, str] = {}
         if workers and not flags.FLAGS.is_parsed():
             # Grain hands parsed absl flags to its workers, also where nobody uses them.
             flags.FLAGS.mark_as_parsed()
@@ -160,11 +303,34 @@ class BatchIterator(Iterator):
         self._iterator = iter(dataset)
 
     def __next__(self) -> dict[str, np.ndarray]:
+        batch = self.next_raw()
+        self.note_corrupt(batch.pop("corrupt", ()))
+        return batch
+
+    def next_raw(self) -> dict[str, Any]:
+        """The next batch with what it reports as corrupt still in it."""
         batch = next(self._iterator)
         self.position += 1
         return batch
+
+    def note_corrupt(self, records: list[tuple[str, str]]) -> None:
+        """Prints and keeps what is new. Raises InputError where there are too many."""
+        for name, reason in records:
+            if name not in self.corrupt:
+                self.corrupt[name] = reason
+                print(f"warning: corrupt record skipped: {name} ({reason})", file=sys.stderr, flush=True)
+        check_corrupt(self.corrupt, self.max_corrupt)
 
     def close(self) -> None:
         """Ends the workers."""
         if hasattr(self._iterator, "close"):
             self._iterator.close()
+
+
+def check_corrupt(corrupt: dict[str, str], limit: int) -> None:
+    """Raises InputError where more than `limit` records, reason by name, are corrupt."""
+    name = next(iter(corrupt), "")
+    require(
+        len(corrupt) <= limit, "config.data.max_corrupt", limit,
+        f"{len(corrupt)} corrupt records, the first {name} ({corrupt.get(name)}); mend them, or allow more",
+    )

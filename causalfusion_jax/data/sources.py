@@ -1,13 +1,16 @@
 """Random-access image sources: `len(source)`, `source[i] -> {"image", "label"}`.
 
 Images are float32 [(frames,) height, width, channels] in [-1, 1] (latents: scaled as the
-model takes them), labels int32.
+model takes them), labels int32. Where captions were asked for, there is "caption" too, a str.
+A record that cannot be read raises CorruptRecord. Further sources: `tfds_source`, `tar_shards`,
+`latents`.
 """
 
 import concurrent.futures
 import functools
 import os
 import pathlib
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,6 +18,46 @@ from PIL import Image
 from causalfusion_jax.errors import InputError, require
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class CorruptRecord(InputError):
+    """A record that is there and cannot be read; `value` is its name, `allowed` the reason."""
+
+
+class ImageFormat(NamedTuple):
+    """What encoded images are decoded to.
+
+    Attributes:
+      size: side in pixels, to which images are scaled and centre-cropped.
+      channels: 1 (grey) or 3 (RGB).
+    """
+
+    size: int
+    channels: int
+
+    def decode(self, name: str, file: BinaryIO | pathlib.Path) -> np.ndarray:
+        """An encoded image as float32 [size, size, channels] in [-1, 1].
+
+        Args:
+          name: of the record, for errors.
+          file: what Pillow opens.
+
+        Raises:
+          CorruptRecord: it cannot be decoded.
+        """
+        pixels = np.asarray(center_crop(self.open(name, file), self.size), np.float32)
+        return pixels.reshape(self.size, self.size, self.channels) / 127.5 - 1.0
+
+    def open(self, name: str, file: BinaryIO | pathlib.Path) -> Image.Image:
+        """The whole image, decoded. Raises CorruptRecord where it cannot be."""
+        try:
+            with Image.open(file) as image:
+                return image.convert("L" if self.channels == 1 else "RGB")
+        except Exception as error:  # Pillow raises whatever damage leads its decoders to
+            reason = str(error).replace(name, pathlib.Path(name).name)
+            raise CorruptRecord(
+                "path", name, f"not a readable image ({type(error).__name__}: {reason}); mend or remove it"
+            ) from None
 
 
 class DigitsSource:
@@ -60,9 +103,9 @@ class ImageFolderSource:
     """
 
     def __init__(self, root: str, image_size: int, channels: int, verify: bool = True):
-        self.root, self.image_size, self.channels = pathlib.Path(root), image_size, channels
+        self.root, self.format = pathlib.Path(root), ImageFormat(image_size, channels)
         require(self.root.is_dir(), "path", root, "must be a folder with one folder of images for each class")
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir())
+        folders = class_folders(self.root)
         found = [
             (path, label)
             for label, folder in enumerate(folders)
@@ -80,23 +123,23 @@ class ImageFolderSource:
         if verify:
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 # Read all, so that the first bad image by name is the one reported.
-                list(pool.map(self._load, self.paths))
+                list(pool.map(lambda path: self.format.open(str(path), path), self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        image = np.asarray(center_crop(self._load(self.paths[index]), self.image_size), np.float32)
-        image = image.reshape(self.image_size, self.image_size, self.channels) / 127.5 - 1.0
-        return {"image": image, "label": self.labels[index]}
+        path = self.paths[index]
+        return {"image": self.format.decode(str(path), path), "label": self.labels[index]}
 
-    def _load(self, path: pathlib.Path) -> Image.Image:
-        try:
-            with Image.open(path) as image:
-                return image.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            reason = str(error).replace(str(path), path.name)
-            raise InputError("path", str(path), f"not a readable image ({reason}); mend or remove it") from None
+    def name(self, index: int) -> str:
+        """The image's path."""
+        return str(self.paths[index])
+
+
+def class_folders(root: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of classes below `root`, in the order of their labels."""
+    return sorted(path for path in root.iterdir() if path.is_dir())
 
 
 class ArraysSource:
@@ -157,7 +200,7 @@ class ArraysSource:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Centre crop to size x size as ADM does: halve with a box, bicubic to size, crop."""
+    """Centre crop to size x size as ADM does: halve with a box while that leaves twice `size`, bicubic, crop."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

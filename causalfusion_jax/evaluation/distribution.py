@@ -9,7 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import rel_entr, softmax
+import scipy.linalg
+from scipy.special import entr, softmax
 
 from causalfusion_jax.errors import require, require_number
 
@@ -83,8 +84,9 @@ class FeatureStatistics:
 def frechet_from_statistics(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """Fréchet distance of two normal distributions.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), by symmetric
-    eigenvalues alone, so that singular covariances give no complex numbers.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2). The last trace is that
+    of the roots of the eigenvalues of F^T C_b F for any F F^T = C_a: symmetric, so that
+    singular covariances give no complex numbers, and as small as the lower rank of the two.
 
     Args:
       mean_a, mean_b: [dim].
@@ -96,34 +98,73 @@ def frechet_from_statistics(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.nd
     require(mean_b.shape == (dim,), "mean_b", mean_b.shape, f"must be {(dim,)}, as mean_a")
     for name, cov in (("cov_a", cov_a), ("cov_b", cov_b)):
         require(cov.shape == (dim, dim), name, cov.shape, f"must be {(dim, dim)}")
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0.0)).sum()
+    factor, other = _root(cov_a), _root(cov_b)
+    if other.shape[1] < factor.shape[1]:
+        factor, cov_b, cov_a = other, cov_a, cov_b
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(factor.T @ cov_b @ factor), 0.0)).sum()
     return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
 
 
-def inception_score(values: np.ndarray, splits: int = 10, *, probabilities: bool = False) -> tuple[float, float]:
-    """Inception Score: exp of the mean divergence of p(class | image) from p(class).
+def _root(cov: np.ndarray) -> np.ndarray:
+    """F [dim, rank] with F F^T = `cov` [dim, dim], by a Cholesky decomposition with pivots."""
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+    rows = np.empty_like(factor[:, :rank])
+    rows[pivots - 1] = np.tril(factor)[:, :rank]
+    return rows
+
+
+class InceptionScore:
+    """Inception Score of values that arrive in batches: exp of the mean divergence of
+    p(class | image) from p(class).
 
     Args:
-      values: [num, classes], logits (`logits_unbiased` by convention).
-      splits: consecutive parts, each scored by itself.
-      probabilities: whether `values` are probabilities instead.
+      sizes: values in each part, which are scored by themselves; or one size for all parts,
+        of which the last may then be shorter (ADM: 5,000).
+      probabilities: whether the values are probabilities; else logits (`logits_unbiased` by
+        convention).
+    """
+
+    def __init__(self, sizes: int | list[int] = 5000, *, probabilities: bool = False):
+        self._sizes, self._probabilities = sizes, probabilities
+        # Of every part: values, sum of p log p, sum of p.
+        self._parts: list[tuple[int, float, np.ndarray | float]] = [(0, 0.0, 0.0)]
+
+    def update(self, values: np.ndarray) -> None:
+        """Adds values [num, classes]."""
+        values = _features("values", values, at_least=1)
+        if self._probabilities:
+            valid = bool((values >= 0).all() and (np.abs(values.sum(axis=1) - 1) < 1e-3).all())
+            require(valid, "values", values.shape, "must be non-negative and sum to 1 in every row")
+        p = values if self._probabilities else softmax(values, axis=1)
+        while len(p):
+            size = self._sizes if isinstance(self._sizes, int) else self._sizes[len(self._parts) - 1]
+            count, negentropy, total = self._parts[-1]
+            if count == size:
+                self._parts.append((0, 0.0, 0.0))
+                continue
+            part, p = p[: size - count], p[size - count:]
+            negentropy = negentropy - float(entr(part).sum())
+            self._parts[-1] = (count + len(part), negentropy, total + part.sum(axis=0))
+
+    def result(self) -> tuple[float, float]:
+        """Mean and standard deviation over the parts."""
+        require(self._parts[0][0] > 0, "values", 0, "need at least 1 sample")
+        scores = [np.exp(negentropy / n + entr(total / n).sum()) for n, negentropy, total in self._parts]
+        return float(np.mean(scores)), float(np.std(scores))
+
+
+def inception_score(values: np.ndarray, splits: int = 10, *, probabilities: bool = False) -> tuple[float, float]:
+    """Inception Score of values [num, classes] in `splits` consecutive parts; see InceptionScore.
 
     Returns:
       Mean and standard deviation over the parts.
     """
     values = _features("values", values)
     require_number("splits", splits, 1, len(values))
-    if probabilities:
-        sums = values.sum(axis=1)
-        valid = bool((values >= 0).all() and (np.abs(sums - 1) < 1e-3).all())
-        require(valid, "values", values.shape, "must be non-negative and sum to 1 in every row")
-    p = values if probabilities else softmax(values, axis=1)
-    bounds = [i * len(p) // splits for i in range(splits + 1)]
-    parts = [p[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-    scores = [np.exp(rel_entr(part, part.mean(axis=0)).sum(axis=1).mean()) for part in parts]
-    return float(np.mean(scores)), float(np.std(scores))
+    bounds = [i * len(values) // splits for i in range(splits + 1)]
+    score = InceptionScore(np.diff(bounds).tolist(), probabilities=probabilities)
+    score.update(values)
+    return score.result()
 
 
 def _squared_distances(a, b):

@@ -1,5 +1,7 @@
 """Scores of generated images against real ones."""
 
+import functools
+
 import numpy as np
 
 from causalfusion_jax.data.pipeline import DataConfig, make_source
@@ -30,18 +32,28 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
       labels: int [num], the class each was asked for.
 
     Raises:
-      InputError: images of another size, or fewer than two.
+      InputError: images of another size, or fewer than two; data that are no images.
     """
+    require(
+        not data.latents and data.frames == 1, "--workdir", data.source,
+        "was not trained on images, which alone are compared pixel by pixel",
+    )
     shape = (data.image_size, data.image_size, data.channels)
     require(images.shape[1:] == shape, "--samples", images.shape, f"images must be {shape}, as the run's")
     require(len(images) >= 2, "--samples", len(images), "need at least two images")
     pixels = images.astype(np.float64) / 127.5 - 1.0
     if data.source == "digits":
         return score_digits(pixels, labels)
-    source = make_source(data)
-    real = np.stack([shrink(source[i]["image"]) for i in range(len(source))])
+    real = training_pixels(data)
     generated = np.stack([shrink(image) for image in pixels])
     return {"fd": frechet_distance(flatten(generated), flatten(real)), "fd_pixels": list(real.shape[1:])}
+
+
+@functools.lru_cache(maxsize=1)
+def training_pixels(data: DataConfig) -> np.ndarray:
+    """All training images, shrunk; read once."""
+    source = make_source(data)
+    return np.stack([shrink(source[i]["image"]) for i in range(len(source))])
 
 
 def score_digits(pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -127,6 +127,10 @@ def _network(shapes: Shapes, kind: str, token_in: str, condition_tokens: int) ->
     )
 
 
+_DATASETS = {(1000, False): "imagenet2012", (101, True): "ucf101"}
+"""What released models of so many classes, of images or videos, were trained on: it names their classes."""
+
+
 def _sections(network: dict[str, Any], patch_size: int, side: int, frames: int) -> dict[str, Any]:
     """`model` and `data` sections of a config; `side` in latents."""
     token_dim, num_classes = network.pop("token_dim"), network.pop("num_classes")
@@ -138,7 +142,7 @@ def _sections(network: dict[str, Any], patch_size: int, side: int, frames: int) 
         "model": network | {"patch_size": patch_size},
         "data": dict(
             source="arrays", latents=True, image_size=side, frames=frames, channels=token_dim // patch_size**2,
-            num_classes=num_classes,
+            num_classes=num_classes, name=_DATASETS.get((num_classes, frames > 1), ""),
         ),
     }
 

@@ -1,6 +1,7 @@
 """Images of a run, in batches, from the run's averaged weights."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -10,6 +11,12 @@ from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.patches import unpatchify
 from causalfusion_jax.sampling.images import to_uint8
 from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens
+
+
+def replicate(params, devices):
+    """Parameters whole on each of `devices`, which then share every batch of images."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
+    return jax.device_put(params, sharding.replicated(mesh))
 
 
 def generate_images(
@@ -25,37 +32,68 @@ def generate_images(
     """Generates one image or video a label. Image i depends on (seed, i, labels[i]) alone.
 
     Args:
-      config: what `params` were trained as.
-      sampler: how to sample.
-      params: the Transformer's parameters.
-      labels: int [num]; num_classes stands for no class.
-      seed: of all noise and orders.
-      batch_size: images sampled at a time; the last batch is filled up, and cut.
+      config, sampler, params, labels, seed, batch_size, decode: as of `image_batches`.
       progress: called with the number of images done.
-      decode: latents [batch, height, width, channels] to pixels in [-1, 1], for a model of
-        latents; without it the latents themselves are returned.
 
     Returns:
       uint8 [num, (frames,) height, width, channels]; float32 for latents not decoded.
     """
+    images = []
+    for batch in image_batches(config, sampler, params, labels, seed, batch_size, decode):
+        images.append(batch)
+        progress(sum(map(len, images)))
+    return np.concatenate(images)
+
+
+def image_batches(
+    config: ExperimentConfig,
+    sampler: SamplerConfig,
+    params,
+    labels: np.ndarray,
+    seed: int,
+    batch_size: int = 250,
+    decode: Callable[[jax.Array], jax.Array] | None = None,
+    wanted: Iterable[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """Generates one image or video a label, batch by batch.
+
+    Args:
+      config: what `params` were trained as.
+      sampler: how to sample.
+      params: the Transformer's parameters. Where they are whole on every device of a mesh
+        (`replicate`), the devices share every batch.
+      labels: int [num]; num_classes stands for no class.
+      seed: of all noise and orders.
+      batch_size: images sampled at a time; the last batch is filled up, and cut.
+      decode: latents [batch, height, width, channels] to pixels in [-1, 1], for a model of
+        latents; without it the latents themselves are returned.
+      wanted: numbers of the batches to generate; batch k begins with image k * batch_size.
+        Default: all.
+
+    Yields:
+      Images of each batch, uint8 [batch, (frames,) height, width, channels]; float32 for
+      latents not decoded.
+    """
     model, num = config.transformer, len(labels)
     # Beside the parameters, which may lie on a mesh of several processes.
     where = jax.tree.leaves(params)[0].sharding
-    where = sharding.replicated(where.mesh) if isinstance(where, jax.sharding.NamedSharding) else where
+    mesh = where.mesh if isinstance(where, jax.sharding.NamedSharding) else None
+    shared = mesh is not None and mesh.shape["data"] == mesh.size
+    where = where if mesh is None else sharding.batch_sharding(mesh) if shared else sharding.replicated(mesh)
     make_keys = jax.jit(image_keys, static_argnums=0, out_shardings=where)
     batch_size = min(batch_size, num)
-    images = []
-    for start in range(0, num, batch_size):
-        indices = np.minimum(np.arange(start, start + batch_size), num - 1)
-        tokens = sample_tokens(
-            model, config.diffusion, config.factorization, sampler, params,
-            make_keys(seed, indices), jax.device_put(labels[indices], where),
-        )
+    computed = -(-batch_size // mesh.size) * mesh.size if shared else batch_size
+    for index in range(-(-num // batch_size)) if wanted is None else wanted:
+        start = index * batch_size
+        indices = np.minimum(np.arange(start, start + computed), num - 1)
+        with jax.set_mesh(mesh) if shared else contextlib.nullcontext():
+            tokens = sample_tokens(
+                model, config.diffusion, config.factorization, sampler, params,
+                make_keys(seed, indices), jax.device_put(labels[indices], where),
+            )
         batch = unpatchify(tokens, model.grid, config.model.patch_size)
         if decode is not None:
             pixels = decode(batch.reshape(-1, *batch.shape[-3:]))
             batch = pixels.reshape(*batch.shape[:-3], *pixels.shape[1:])
-        batch = distributed.everywhere(batch)
-        images.append(batch if config.data.latents and decode is None else to_uint8(batch))
-        progress(min(start + batch_size, num))
-    return np.concatenate(images)[:num]
+        batch = distributed.everywhere(batch)[:min(batch_size, num - start)]
+        yield batch if config.data.latents and decode is None else to_uint8(batch)

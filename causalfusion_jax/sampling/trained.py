@@ -1,21 +1,26 @@
 """What can be sampled from: a training run, or a converted checkpoint; and its autoencoder."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from causalfusion_jax import experiment
 from causalfusion_jax.errors import require
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode
-from causalfusion_jax.models.store import open_converted
+from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
+from causalfusion_jax.sharding import replicated
 from causalfusion_jax.training.checkpoint import Checkpoints
 
 TRANSFORMERS = ("causalfusion", "acdit")
 AUTOENCODERS = ("mar_vae", "sd_vae")
+BEST = "best"
+"""In place of a step: the best checkpoint."""
 
 
 class Trained(NamedTuple):
@@ -32,19 +37,24 @@ class Trained(NamedTuple):
     params: Callable[[], Params]
 
 
-def from_run(workdir: str, weights: str = "ema", step: int | None = None) -> Trained:
+def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) -> Trained:
     """The weights of a run.
 
     Args:
       workdir: the run's folder.
       weights: `ema` or `params`.
-      step: of the checkpoint; default: the newest intact one.
+      step: of the checkpoint, or `best`: the best by the run's evaluations; default: the
+        newest intact one.
 
     Raises:
-      InputError: no run, or no intact checkpoint.
+      InputError: no run, no intact checkpoint, or none that was evaluated.
     """
     config = experiment.load(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, read_only=True)
+    if step == BEST:
+        best = checkpoints.best()
+        require(best is not None, "step", step, "the run was not evaluated; see config.evaluation.eval_every")
+        step = best["step"]
     step = checkpoints.good_step(step)
     require(step is not None, "--workdir", workdir, "holds no checkpoint yet; train first")
     origin = {"step": step, "checkpoint": checkpoints.fingerprint(step), "weights": weights}
@@ -59,27 +69,44 @@ def from_converted(folder: str) -> Trained:
     return Trained(config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes))
 
 
-def make_decoder(folder: str, config: ExperimentConfig) -> tuple[str, Callable[[jax.Array], jax.Array]]:
+def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, AutoencoderConfig]:
+    """A converted autoencoder and its settings. Raises InputError where it is none."""
+    converted = open_converted(field, folder, AUTOENCODERS)
+    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
+    return converted, AutoencoderConfig(**listed)
+
+
+def make_decoder(
+    folder: str, config: ExperimentConfig, field: str = "--vae"
+) -> tuple[str, Callable[[jax.Array], jax.Array]]:
     """An autoencoder that makes images of a model's latents.
 
     Args:
       folder: a converted autoencoder.
       config: the model's settings.
+      field: the option that names it, for errors.
 
     Returns:
       Its fingerprint, and a function of latents [batch, height, width, channels] to pixels
-      in [-1, 1].
+      in [-1, 1], on the devices that the latents are on.
 
     Raises:
       InputError: it is none, or the model's data are not its latents.
     """
-    converted = open_converted("--vae", folder, AUTOENCODERS)
-    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
-    settings = AutoencoderConfig(**listed)
-    require(config.data.latents, "--vae", folder, "the model was trained on pixels; leave it out")
+    converted, settings = open_autoencoder(folder, field)
+    require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
     require(
-        config.data.channels == settings.latent_channels, "--vae", folder,
+        config.data.channels == settings.latent_channels, field, folder,
         f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
     )
-    params = jax.tree.map(jnp.asarray, converted.params(abstract_autoencoder(settings)[1]))
-    return converted.fingerprint, lambda latents: decode(settings, params, latents)
+    params = converted.params(abstract_autoencoder(settings)[1])
+
+    @functools.lru_cache(maxsize=1)
+    def beside(mesh: Mesh | None):
+        return jax.tree.map(jnp.asarray, params) if mesh is None else jax.device_put(params, replicated(mesh))
+
+    def decode_latents(latents: jax.Array) -> jax.Array:
+        where = latents.sharding
+        return decode(settings, beside(where.mesh if isinstance(where, NamedSharding) else None), latents)
+
+    return converted.fingerprint, decode_latents

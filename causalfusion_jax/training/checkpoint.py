@@ -46,6 +46,28 @@ class CheckpointConfig:
         require_number("keep_every", self.keep_every, 0)
 
 
+Best = dict[str, Any]
+"""The best evaluation of a run: `step`, `value`, and `of`, the settings that values are compared under."""
+
+
+@dataclasses.dataclass
+class _WithTheirBest(preservation_policy.PreservationPolicy):
+    """What `kept` preserves, and the best checkpoint of each: going back to one loses nothing.
+
+    Attributes:
+      kept: the policy.
+      best_of: step to the step of the best checkpoint when it was saved.
+    """
+
+    kept: preservation_policy.PreservationPolicy
+    best_of: dict[int, int]
+
+    def should_preserve(self, checkpoints, *, context):
+        kept = self.kept.should_preserve(checkpoints, context=context)
+        best = {self.best_of.get(info.step) for info, keep in zip(checkpoints, kept, strict=True) if keep}
+        return [keep or info.step in best for info, keep in zip(checkpoints, kept, strict=True)]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -64,8 +86,14 @@ class Checkpoints:
         self._pending: tuple[int, threading.Thread] | None = None
         if not read_only:
             self._manifests_dir.mkdir(parents=True, exist_ok=True)
+        self._best_of: dict[int, int] = {}
         self._manager = self._open(config)
         self._config = config
+        if not read_only:
+            for step in self.steps():
+                with contextlib.suppress(Exception):
+                    # A damaged one is told from a good one elsewhere.
+                    self._note_best(step, self._saved_with(step))
 
     def _open(self, config: CheckpointConfig) -> ocp.CheckpointManager:
         policies = [preservation_policy.LatestN(config.keep)]
@@ -77,7 +105,9 @@ class Checkpoints:
             logging.set_verbosity(logging.ERROR)
         try:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                preservation_policy=_WithTheirBest(
+                    preservation_policy.AnyPreservationPolicy(policies), self._best_of
+                ),
                 cleanup_tmp_directories=not self._read_only,
                 create=not self._read_only,
                 read_only=self._read_only,
@@ -89,12 +119,19 @@ class Checkpoints:
 
     # --- Saving -------------------------------------------------------------------
 
-    def save(self, step: int, state: Any, position: int) -> None:
-        """Saves in the background. Raises what the previous save failed with, if it did."""
+    def save(self, step: int, state: Any, position: int, best: Best | None = None) -> None:
+        """Saves in the background. Raises what the previous save failed with, if it did.
+
+        Args:
+          step: of training.
+          state: all arrays.
+          position: of the data.
+          best: the best evaluation up to this step, whose checkpoint is kept.
+        """
         self.wait()
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position})
-        )
+        saved_with = {"position": position, "best": best}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(saved_with))
+        self._note_best(step, saved_with)
         self._manager.save(step, args=args, force=True)
         thread = threading.Thread(target=self._finish, args=(step,), name=f"manifest-{step}")
         self._pending = (step, thread)
@@ -205,6 +242,23 @@ class Checkpoints:
             ),
         )
         return restored["state"], restored["data"]["position"]
+
+    def _saved_with(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
+    def _note_best(self, step: int, saved_with: dict[str, Any]) -> None:
+        if saved_with.get("best") is not None:
+            self._best_of[step] = saved_with["best"]["step"]
+
+    def best(self, step: int | None = None) -> Best | None:
+        """The best evaluation up to a step (default: the newest intact one); None where there was none.
+
+        None too where its checkpoint is gone: what is best starts anew then.
+        """
+        step = self.good_step() if step is None else step
+        best = None if step is None else self._saved_with(step).get("best")
+        return best if best is not None and best["step"] in self.steps() else None
 
     def restore_params(self, step: int, config: StepConfig, weights: str) -> Params:
         """`ema` or `params` of a step, on this process's first device."""

@@ -12,6 +12,8 @@ import jax
 
 from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source
+from causalfusion_jax.evaluation.periodic import Evaluator
+from causalfusion_jax.evaluation.settings import is_better
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.transformer import count_params
 from causalfusion_jax.sampling.generation import generate_images
@@ -73,6 +75,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
     source = make_source(config.data)
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
+    evaluate = Evaluator(config, mesh) if config.evaluation.eval_every else None
     distributed.on_primary(lambda: experiment.claim_workdir(workdir, config), None)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     # Made by one program on all processes, where they are to lie.
@@ -91,8 +94,8 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )
     threads = 0 if config.data.source == "digits" else 16
-    iterator = BatchIterator(batches, position, config.data.workers, threads)
-    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch)
+    iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
+    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start)
     try:
         return run.steps(state, start)
     finally:
@@ -130,10 +133,11 @@ def _say(line: str) -> None:
 class _Run:
     """What stays the same from step to step of a run."""
 
-    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch):
+    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start):
         self.config, self.workdir, self.mesh = config, pathlib.Path(workdir), mesh
         self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
         self.watch = watch or (lambda step, metrics: None)
+        self.evaluate, self.best = evaluate, checkpoints.best(start) if start else None
         self.log = metrics_lib.MetricsLog(workdir, config.train.steps)
         self.batch_shapes = config.batch_shapes
         self.length_of = LengthOfStep(config.step.objective, config.train.length_buckets, step_key)
@@ -171,6 +175,8 @@ class _Run:
                     scalars = metrics_lib.summarize(totals, step - since)
                     seconds = time.perf_counter() - clock
                     scalars |= self._speed(step - since, seconds, waited, flops)
+                    with jax.transfer_guard("allow"):
+                        scalars["corrupt_records"] = distributed.total(len(self.iterator.corrupt))
                     self.log.write(step, scalars)
                     with jax.transfer_guard("allow"):
                         self.watch(step, scalars)
@@ -178,7 +184,12 @@ class _Run:
                     totals, since, waited, flops = None, step, 0.0, 0
                 # Read once: a signal during the grid below stops at the next step, saved.
                 stopping = distributed.should_stop(step, bool(stop.received)) and (stop.received or "SIGTERM")
-                if last or step % config.checkpoint.every == 0 or stopping:
+                is_best = False
+                if self.evaluate is not None and (last or step % config.evaluation.eval_every == 0):
+                    before = time.perf_counter()
+                    is_best = self._evaluate(step, state)
+                    clock += time.perf_counter() - before
+                if last or step % config.checkpoint.every == 0 or stopping or is_best:
                     self._save(step, state)
                 if config.logging.sample_every and (last or step % config.logging.sample_every == 0):
                     self._sample(step, state)
@@ -222,7 +233,19 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, state, self.iterator.position)
+        self.checkpoints.save(step, state, self.iterator.position, self.best)
+
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Scores images from the averaged weights. Whether they are the best so far."""
+        metric, of = self.config.evaluation.metric, self.evaluate.settings
+        with jax.transfer_guard("allow"):
+            scores = distributed.from_primary(self.evaluate(state.ema))
+        value = scores[metric]
+        is_best = self.best is None or self.best["of"] != of or is_better(metric, value, self.best["value"])
+        if is_best:
+            self.best = {"step": step, "value": value, "of": of}
+        self.log.write_scores(step, scores, is_best)
+        return is_best
 
     def _sample(self, step: int, state: TrainState) -> None:
         """A grid of samples from the averaged weights, by the sampler that users call."""

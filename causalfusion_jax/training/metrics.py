@@ -80,6 +80,17 @@ class MetricsLog:
         self._jsonl.flush()
         print(progress_line(step, self._total_steps, scalars), flush=True)
 
+    def write_scores(self, step: int, scores: dict[str, float], is_best: bool) -> None:
+        """Records an evaluation, as a line of its own; on process 0 alone."""
+        if not self._primary:
+            return
+        named = {f"evaluation/{name}": value for name, value in scores.items()}
+        self._writer.write_scalars(step, named)
+        self._jsonl.write(json.dumps({"step": step, **named}) + "\n")
+        self._jsonl.flush()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        print(f"evaluated step {step}: {shown}{'  (best so far)' if is_best else ''}", flush=True)
+
     def write_grid(self, step: int, grid: np.ndarray) -> None:
         """Records a sample grid, uint8 [height, width, channels], in TensorBoard."""
         self._writer.write_images(step, {"samples": grid[None]})

@@ -1,5 +1,7 @@
 """Sources, and batches that depend on (seed, step) alone."""
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -214,3 +216,85 @@ def test_flips_are_drawn_anew_each_epoch(folder):
         flips[k // 12, index] = upright is None
     assert (flips >= 0).all() and 0.3 < flips.mean() < 0.7
     assert (flips != flips[0]).any()
+
+
+class DigitsOfANote:
+    """Digits by index, as a source that no process shares."""
+
+    num_classes, class_names = 10, ()
+
+    def __init__(self, num: int, seconds: float = 0.0):
+        self.num, self.seconds = num, seconds
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return {"image": np.full((8, 8, 1), index, np.float32), "label": np.int32(index % 10)}
+
+
+def test_resume_mid_epoch_under_other_hosts_and_workers(folder):
+    config = folder_config(folder, flip=True)
+    source = make_source(config)
+    straight = labels_of(source, config, 4, 8)
+    for hosts, workers in ((1, 0), (2, 0), (4, 0), (2, 2)):
+        assert_same(labels_of(source, config, 4, 3, hosts, workers, position=5), straight[5:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2, 8])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_times_workers(folder, hosts, workers):
+    config = folder_config(folder, flip=True)
+    source = make_source(config)
+    assert_same(labels_of(source, config, 4, 6, hosts, workers), labels_of(source, config, 4, 6))
+
+
+def test_epochs_that_no_batch_divides_lose_and_repeat_nothing():
+    source, config = DigitsOfANote(11), DataConfig()
+    seen = np.concatenate([b["image"][:, 0, 0, 0] for b in labels_of(source, config, 4, 22, hosts=2)])
+    assert seen.shape == (88,)
+    for epoch in seen.reshape(8, 11):
+        assert sorted(epoch) == list(range(11))
+
+
+def test_flip_is_of_seed_index_and_epoch_alone():
+    """However many are in a batch, and wherever shuffling puts an example, its flip is the same."""
+    ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None], (8, 8, 1))
+
+    class Ramps(DigitsOfANote):
+        def __getitem__(self, index):
+            return {"image": ramp + 10 * index, "label": np.int32(0)}
+
+    source, config = Ramps(12), folder_config("unused", flip=True)
+
+    def flips(batch, seed):
+        found = {}
+        images = np.concatenate([b["image"] for b in labels_of(source, config, batch, 36 // batch, seed=seed)])
+        for place, image in enumerate(images):
+            found[place // 12, int(image[0, 0, 0] // 10)] = image[0, 0, 0] > image[0, 1, 0]
+        return found
+
+    one = flips(3, seed=3)
+    assert one == flips(12, seed=3) != flips(12, seed=4)
+    assert len(one) == 36
+    expected = {(e, i): bool(np.random.default_rng((3, e, i)).integers(2)) for e in range(3) for i in range(12)}
+    assert one == expected
+
+
+def test_a_slow_source_shows_in_the_metrics(tmp_path, monkeypatch):
+    from helpers import tiny_config
+
+    from causalfusion_jax import experiment
+    from causalfusion_jax.training import loop
+
+    config = experiment.from_dict(tiny_config(
+        train=dict(steps=4, batch_size=8), model=dict(layers=1), logging=dict(every=4),
+    ))
+    written = []
+    monkeypatch.setattr(loop, "make_source", lambda data: DigitsOfANote(64, seconds=0.1))
+    loop.train(config, str(tmp_path / "run"), lambda _, metrics: written.append(metrics))
+    # Four steps of eight examples, each of which sleeps a tenth of a second, one after the other.
+    seconds = 4 / written[0]["steps_per_second"]
+    assert written[0]["data_wait_fraction"] * seconds > 3

@@ -281,6 +281,7 @@ def run_sweep(*args, **kwargs):
 def test_dry_run_prints_commands_and_changes_nothing(tmp_path):
     args = ("--sweep=configs/sweeps/order.py:imagenet", f"--workdir={tmp_path / 'sweep'}", "--dry_run")
     overrides = ("--override=data.path=/data/latents,train.seed=3", "--override=train.steps=7")
+    args = (*args, "--evaluate_flags=--inception=/data/inception")
     done = run_sweep(*args, *overrides, "--sample_flags=--vae=/data/vae")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line]

@@ -1,0 +1,156 @@
+"""Latents on disk: sharded ArrayRecord files and a manifest, written by `encode`.
+
+A record is the safetensors of one image: `mean` and `std`, bfloat16 [2, (frames,) height, width,
+channels], of the autoencoder's Gaussian, not scaled, upright and mirrored left to right;
+`label` int32 []; `index` int64 [], its place in the source; `caption` uint8 [bytes], all its
+captions in UTF-8, one a line, where they were encoded too.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.errors import InputError, require
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress"
+VERSION = 1
+WRITER_OPTIONS = "group_size:1,uncompressed"
+"""One record a chunk, for random access; noise in bfloat16 does not compress."""
+
+
+def shard_name(number: int, shards: int) -> str:
+    """File of a shard."""
+    return f"latents-{number:05d}-of-{shards:05d}.array_record"
+
+
+def pack(record: dict[str, np.ndarray]) -> bytes:
+    """A record as bytes."""
+    return safetensors.numpy.save({name: np.asarray(values, order="C") for name, values in record.items()})
+
+
+_TYPES = {"BF16": ml_dtypes.bfloat16, "I32": np.int32, "I64": np.int64, "U8": np.uint8}
+
+
+def unpack(serialized: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a record. Raises ValueError or KeyError where it is none."""
+    try:
+        found = safetensors.deserialize(serialized)
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from None
+    return {name: np.frombuffer(v["data"], _TYPES[v["dtype"]]).reshape(v["shape"]) for name, v in found}
+
+
+def read_manifest(root: str) -> dict[str, Any]:
+    """What a folder of latents says of itself.
+
+    Raises InputError where there is none, `encode` is not finished, or a shard is missing.
+    """
+    folder = pathlib.Path(root)
+    require(
+        not (folder / PROGRESS).is_dir() or (folder / MANIFEST).is_file(), "data.path", root,
+        "is not finished; run causalfusion_jax.encode again to go on with it",
+    )
+    require((folder / MANIFEST).is_file(), "data.path", root, "holds no latents; make them by causalfusion_jax.encode")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version = manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError("data.path", str(folder / MANIFEST), f"cannot be read: {error}") from None
+    require(version == VERSION, "data.path", root, f"holds latents of version {version}; this is version {VERSION}")
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        size = path.stat().st_size if path.is_file() else None
+        require(
+            size == shard["bytes"], "data.path", str(path),
+            f"must have {shard['bytes']} bytes, has {'none' if size is None else size}; encode again",
+        )
+    return manifest
+
+
+class LatentsSource:
+    """Encoded images (or videos), latents times the autoencoder's scaling factor.
+
+    By index, the mean of the upright image; `draw` takes a sample of the Gaussian.
+
+    Args:
+      root: folder that `encode` has written.
+      shape: of one example, [(frames,) height, width, channels].
+      num_classes: what the config says.
+      captions: give "caption" too: the first by index, a random one in `draw`.
+
+    Raises:
+      InputError: they are not there, not finished, or of another shape or other classes.
+    """
+
+    def __init__(self, root: str, shape: tuple[int, ...], num_classes: int, captions: bool = False):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.root, self.captions = root, captions
+        self.manifest = read_manifest(root)
+        found = tuple(self.manifest["shape"])
+        require(found == shape, "data.path", root, f"holds latents of shape {list(found)}; the config's {list(shape)}")
+        self.num_classes, self.class_names = self.manifest["num_classes"], tuple(self.manifest["class_names"])
+        require(
+            self.num_classes == num_classes, "data.num_classes", num_classes, f"{root} has {self.num_classes} classes"
+        )
+        require(not captions or self.manifest["captions"], "data.path", root, "holds no captions; encode them too")
+        self.scaling_factor = np.float32(self.manifest["scaling_factor"])
+        shards = [shard for shard in self.manifest["shards"] if shard["records"]]
+        require(bool(shards), "data.path", root, "holds no records")
+        self._records = ArrayRecordDataSource([
+            f"{pathlib.Path(root) / shard['file']}[0:{shard['records']}]" for shard in shards
+        ])
+        self._names = [(shard["file"], shard["records"]) for shard in shards]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, index: int) -> str:
+        """File of a record, and its place there."""
+        for file, records in self._names:
+            if index < records:
+                return f"{pathlib.Path(self.root) / file}[{index}]"
+            index -= records
+        raise IndexError(index)
+
+    def record(self, index: int) -> dict[str, np.ndarray]:
+        """All that is kept of an image. Raises CorruptRecord."""
+        try:
+            record = unpack(self._records[index])
+            stored = record["mean"].shape[1:]
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            raise CorruptRecord("data", self.name(index), f"not a readable record ({error})") from None
+        if stored != tuple(self.manifest["shape"]):
+            raise CorruptRecord("data", self.name(index), f"is of shape {list(stored)}")
+        return record
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.record(index)
+        return self._example(record, record["mean"][0].astype(np.float32), 0)
+
+    def draw(self, index: int, rng: np.random.Generator, mirrored: bool = False) -> dict[str, Any]:
+        """A sample of the image's Gaussian, and a random one of its captions.
+
+        Args:
+          index: of the image.
+          rng: of the sample.
+          mirrored: of the image mirrored left to right.
+        """
+        record = self.record(index)
+        mean, std = (record[name][int(mirrored)].astype(np.float32) for name in ("mean", "std"))
+        latents = mean + std * rng.standard_normal(mean.shape, np.float32)
+        texts = bytes(record["caption"]).count(b"\n") + 1 if self.captions else 1
+        return self._example(record, latents, int(rng.integers(texts)))
+
+    def _example(self, record, latents: np.ndarray, caption: int) -> dict[str, Any]:
+        example = {"image": latents * self.scaling_factor, "label": np.int32(record["label"])}
+        if self.captions:
+            example["caption"] = bytes(record["caption"]).decode().split("\n")[caption]
+        return example

@@ -1,0 +1,235 @@
+"""Data sets prepared by TensorFlow Datasets, read from ArrayRecord without TensorFlow.
+
+Nothing is ever downloaded or prepared here: what is not on disk is an error that names the
+command which prepares it.
+"""
+
+import functools
+import io
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
+from causalfusion_jax.errors import InputError, nearest, require
+
+
+class Keys(NamedTuple):
+    """Which features of an example are what; nested ones as `outer/inner`, "" for none."""
+
+    image: str = "image"
+    label: str = "label"
+    caption: str = ""
+
+
+WIRED = {
+    "imagenet2012": Keys(),
+    "cifar10": Keys(),
+    "ucf101": Keys(image="video"),
+    "coco_captions": Keys(label="", caption="captions/text"),
+}
+"""Data sets whose features are known; others are given theirs in the config."""
+
+
+def keys_of(name: str, image: str = "", label: str = "", caption: str = "") -> Keys:
+    """The features of a data set: as given, else as known, else `image` and `label`."""
+    known = WIRED.get(name.partition("/")[0].partition(":")[0], Keys())
+    return Keys(image or known.image, label or known.label, caption or known.caption)
+
+
+@functools.cache
+def imagenet_class_names() -> tuple[str, ...]:
+    """English names of ImageNet's 1,000 classes, in the order of their labels, all different."""
+    path = pathlib.Path(__file__).with_name("imagenet_classes.txt")
+    return tuple(path.read_text().splitlines())
+
+
+def builder_info(name: str, path: str) -> Any:
+    """What is known of a prepared data set (tfds.core.DatasetInfo).
+
+    Args:
+      name: as `tfds.load` takes it: `NAME`, `NAME/CONFIG`, `NAME:VERSION`.
+      path: folder of all data sets (`data_dir`), or of this version of this one; "" is the
+        default one, TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Raises:
+      InputError: it is not prepared there.
+    """
+    return _builder(name, path).info
+
+
+def _builder(name: str, path: str):
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    if path and (pathlib.Path(path).expanduser() / "dataset_info.json").is_file():
+        return tfds.builder_from_directory(str(pathlib.Path(path).expanduser()))
+    require(bool(name), "data.name", name, "source tfds needs the data set's name, for example imagenet2012")
+    # Found by its files alone: the code of a data set would ask the network about it.
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=path or None)
+    except registered.DatasetNotFoundError:
+        why = f"{name} is not prepared in {path or 'the default folder'}{_suggestion(name)}"
+        raise InputError("data.path", path, f"{why}: {prepare(name, path)}") from None
+    except ValueError as error:
+        raise InputError("data.name", name, f"not the name of a data set ({error})") from None
+
+
+def _suggestion(name: str) -> str:
+    """A known name close to a mistaken one."""
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    plain = name.partition("/")[0].partition(":")[0]
+    return "" if plain in known else nearest(plain, known)
+
+
+def prepare(name: str, path: str) -> str:
+    """The command that prepares a data set."""
+    where = f", data_dir={path!r}" if path else ""
+    call = f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()"
+    return f'prepare it by python -c "import tensorflow_datasets as tfds; {call}"'
+
+
+class TfdsSource:
+    """A split of a prepared data set.
+
+    Of a video, `frames` consecutive frames: the middle ones by index, from a random first one
+    in `draw`; the last frame is repeated where the video is shorter.
+
+    Args:
+      name, path: as of `builder_info`.
+      split: for example `train`, `train[:1%]`.
+      keys: which features are what; without a label all labels are 0.
+      image_size: side in pixels; images are scaled and cropped at the centre.
+      channels: 1 (grey) or 3 (RGB).
+      frames: 1 for images.
+      captions: give "caption" too: the first by index, a random one in `draw`.
+
+    Raises:
+      InputError: not prepared as ArrayRecord, no such split, or no such features.
+    """
+
+    def __init__(
+        self, name: str, path: str, split: str, keys: Keys, image_size: int, channels: int, frames: int = 1,
+        captions: bool = False,
+    ):
+        import tensorflow_datasets as tfds
+
+        builder = _builder(name, path)
+        info = builder.info
+        self.folder, self.split, self.keys = str(builder.data_path), split, keys
+        self.format, self.frames, self.captions = ImageFormat(image_size, channels), frames, captions
+        self.dataset = info.name
+        features = _flat(info.features)
+        is_image = isinstance(features.get(keys.image), tfds.features.Image if frames == 1 else tfds.features.Sequence)
+        kind = "an image" if frames == 1 else "a sequence of images (data.frames > 1)"
+        require(is_image, "data.image_key", keys.image, f"must be {kind}; {info.name} has {', '.join(features)}")
+        self.class_names, self.num_classes = (), 1
+        if keys.label:
+            label = features.get(keys.label)
+            require(
+                isinstance(label, tfds.features.ClassLabel), "data.label_key", keys.label,
+                f"must be a class label; {info.name} has {', '.join(features)}",
+            )
+            self.num_classes, self.class_names = label.num_classes, class_names_of(info, keys)
+        require(
+            not captions or keys.caption in features, "data.caption_key", keys.caption,
+            f"must be text for captions; {info.name} has {', '.join(features)}",
+        )
+        try:
+            self._length = len(self._records)
+        except NotImplementedError:
+            raise InputError(
+                "data.path", path, f"{info.name} is prepared as {info.file_format.value}, which is not random access:"
+                f" {prepare(name, '')}, with another data_dir"
+            ) from None
+        except (ValueError, KeyError) as error:
+            raise InputError("data.split", split, f"{info.name} has {', '.join(info.splits)} ({error})") from None
+        require(self._length > 0, "data.split", split, "holds no examples")
+
+    @functools.cached_property
+    def _records(self):
+        """Random access to serialized examples; opened anew in every process."""
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.folder)
+        return builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_records"}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, index: int) -> str:
+        """Data set, split and place of a record."""
+        return f"{self.dataset} {self.split}[{index}]"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._example(index, lambda count: (count - 1) // 2)
+
+    def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The example with a random clip of a video, and a random one of its captions."""
+        return self._example(index, lambda count: int(rng.integers(count)), rng)
+
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of an example."""
+        return self._parse(index)[2]
+
+    def _example(
+        self, index: int, pick: Callable[[int], int], rng: np.random.Generator | None = None
+    ) -> dict[str, Any]:
+        """The example; `pick` chooses the first of so many possible frames."""
+        encoded, label, texts = self._parse(index)
+        example = {"image": self._images(self.name(index), encoded, pick), "label": np.int32(label)}
+        if self.captions:
+            example["caption"] = texts[int(rng.integers(len(texts))) if rng is not None else 0]
+        return example
+
+    def _parse(self, index: int) -> tuple[list[bytes], int, list[str]]:
+        """Encoded images, label and captions of a record. Raises CorruptRecord."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        name = self.name(index)
+        try:
+            parsed = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            encoded = list(parsed[self.keys.image].bytes_list.value)
+            label = parsed[self.keys.label].int64_list.value[0] if self.keys.label else 0
+            texts = [text.decode() for text in parsed[self.keys.caption].bytes_list.value] if self.captions else []
+        except Exception as error:  # of ArrayRecord's and the proto's own kinds
+            raise CorruptRecord("data", name, f"not a readable record ({type(error).__name__}: {error})") from None
+        if not encoded or (self.captions and not texts):
+            raise CorruptRecord("data", name, "not a whole record (no image, or no caption)")
+        return encoded, label, texts
+
+    def _images(self, name: str, encoded: list[bytes], pick) -> np.ndarray:
+        """The image, or a clip of the video."""
+        if self.frames == 1:
+            return self.format.decode(name, io.BytesIO(encoded[0]))
+        first = pick(max(len(encoded) - self.frames + 1, 1))
+        chosen = np.minimum(np.arange(first, first + self.frames), len(encoded) - 1)
+        return np.stack([self.format.decode(name, io.BytesIO(encoded[i])) for i in chosen])
+
+
+def class_names_of(info: Any, keys: Keys) -> tuple[str, ...]:
+    """The names of a data set's classes, from its info; of ImageNet, English rather than WordNet's numbers."""
+    label = _flat(info.features).get(keys.label)
+    names = tuple(getattr(label, "names", None) or ())
+    return imagenet_class_names() if names[:1] == ("n01440764",) and len(names) == 1000 else names
+
+
+def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
+    """Features by the names that they have in a record: nested ones as `outer/inner`."""
+    flat = {}
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", None)
+        if hasattr(feature, "items"):
+            flat |= _flat(feature, f"{prefix}{name}/")
+        elif hasattr(inner, "items"):
+            flat |= _flat(inner, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = feature
+    return flat

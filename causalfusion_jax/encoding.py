@@ -1,0 +1,427 @@
+"""Images to latents on disk: shard by shard, resumed at the first shard that is not whole.
+
+Shard k holds the source's examples k * records_per_shard ... in their order. It is written
+under another name, and named only once it is on disk; beside it, in `progress/`, its checksum
+and statistics. So a kill at any point costs the shards that were being written, and the end is
+byte for byte that of a run nobody killed. (Another number of devices may change last bits.)
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+
+from causalfusion_jax import distributed, files, sharding
+from causalfusion_jax.data import latents
+from causalfusion_jax.data.pipeline import ENCODED, BatchIterator, DataConfig, Source, make_source
+from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.errors import InputError, require, require_number
+from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, moments
+from causalfusion_jax.models.store import Converted
+from causalfusion_jax.sharding import MeshConfig
+
+FITTING_STD = (0.7, 1.4)
+"""Standard deviations of scaled latents that the scaling factor is taken to fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """How latents are written.
+
+    Attributes:
+      batch_size: images encoded at a time, over the devices of a host.
+      micro_batch: images in a device's memory at a time.
+      records_per_shard: examples of the source in a file.
+      captions: keep captions too.
+    """
+
+    batch_size: int = 64
+    micro_batch: int = 16
+    records_per_shard: int = 8192
+    captions: bool = False
+
+    def __post_init__(self):
+        for name in ("batch_size", "micro_batch", "records_per_shard"):
+            require_number(name, getattr(self, name), 1)
+
+
+def pixel_data(data: DataConfig, vae: AutoencoderConfig) -> DataConfig:
+    """The images to encode.
+
+    Args:
+      data: of a model of latents (`latents` set), whose images are so many times larger; or
+        of the images themselves.
+      vae: the autoencoder.
+
+    Raises:
+      InputError: its latents are not the model's, or the source holds latents already.
+    """
+    if data.latents:
+        require(
+            data.source in ENCODED, "config.data.source", data.source,
+            f"must be one of images to encode, {', '.join(ENCODED)}",
+        )
+        require(
+            data.channels == vae.latent_channels, "config.data.channels", data.channels,
+            f"must be {vae.latent_channels}, the channels of the autoencoder's latents",
+        )
+        data = dataclasses.replace(
+            data, latents=False, image_size=data.image_size * vae.downsampling, channels=vae.image_channels
+        )
+    require(
+        data.channels == vae.image_channels, "config.data.channels", data.channels,
+        f"must be {vae.image_channels}, which the autoencoder takes",
+    )
+    require(
+        data.image_size % vae.downsampling == 0, "config.data.image_size", data.image_size,
+        f"must be a multiple of {vae.downsampling}, the pixels of a latent",
+    )
+    return data
+
+
+def encode(
+    data: DataConfig, converted: Converted, vae: AutoencoderConfig, out: str, settings: EncodeConfig
+) -> dict[str, Any]:
+    """Encodes a data set into a folder, or goes on with it; shards are dealt out to processes.
+
+    Args:
+      data: as of `pixel_data`.
+      converted, vae: the autoencoder.
+      out: new or empty folder, or one that this very request has begun.
+      settings: how.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      InputError: what is asked for does not fit together, `out` holds something else, or too
+        many records are corrupt; what was encoded stays.
+    """
+    data = pixel_data(data, vae)
+    devices = jax.local_devices()
+    require(
+        settings.batch_size % len(devices) == 0, "--batch_size", settings.batch_size,
+        f"must be a multiple of the {len(devices)} devices",
+    )
+    source = make_source(data, settings.captions)
+    request = describe_request(data, source, converted, settings)
+    folder = pathlib.Path(out)
+    if distributed.on_primary(lambda: int(_claim(folder, request)), 0):
+        print(f"{out} already holds these {len(source)} latents")
+        return latents.read_manifest(out)
+    shards = _Shards(folder, source, data, request, settings)
+    todo = shards.missing(jax.process_index(), jax.process_count())
+    if todo:
+        _encode_shards(shards, todo, _Encoder(converted, vae, data, settings, devices))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("latents encoded")
+    distributed.on_primary(lambda: _finish(shards, request, vae), None)
+    return latents.read_manifest(out)
+
+
+def describe_request(data: DataConfig, source: Source, converted: Converted, settings: EncodeConfig) -> dict[str, Any]:
+    """What identifies the latents that are asked for, as plain values."""
+    named = ("source", "name", "split", "image_key", "label_key", "caption_key", "image_size", "channels", "frames")
+    values = dataclasses.asdict(data)
+    how = {name: value for name, value in dataclasses.asdict(settings).items() if name != "micro_batch"}
+    return {
+        "data": {name: values[name] for name in named} | {"examples": len(source)},
+        "num_classes": source.num_classes, "class_names": list(source.class_names), "crop": "adm_center",
+        "vae": {"kind": converted.kind, "checksum": converted.fingerprint, "settings": converted.settings}, **how,
+    }
+
+
+def _claim(folder: pathlib.Path, request: dict[str, Any]) -> bool:
+    """Makes the folder this request's; True where it is finished. Raises InputError where it is another's."""
+    request = json.loads(json.dumps(request))
+    progress = folder / latents.PROGRESS
+    for path in (folder / latents.MANIFEST, progress / "request.json"):
+        if not path.is_file():
+            continue
+        try:
+            theirs = json.loads(path.read_text())["request"]
+        except (ValueError, KeyError):
+            theirs = None
+        differs = [name for name in request if not theirs or theirs.get(name) != request[name]]
+        require(not differs, "--out", str(folder), f"holds latents of another request ({', '.join(differs)} differ)")
+        if path.name == latents.MANIFEST:
+            shutil.rmtree(progress, ignore_errors=True)
+            latents.read_manifest(str(folder))
+            return True
+        return False
+    others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    # Killed between the folder and its request, nothing is there to lose.
+    require(
+        not (folder.exists() and not folder.is_dir()) and set(others) <= {latents.PROGRESS}, "--out", str(folder),
+        "exists with other content; give a new or empty folder",
+    )
+    progress.mkdir(parents=True, exist_ok=True)
+    files.write_json(progress / "request.json", {"request": request})
+    return False
+
+
+class _Shards:
+    """The shards of a folder: which are whole, and which examples each is to hold."""
+
+    def __init__(self, folder, source, data, request, settings):
+        self.folder, self.source, self.data = folder, source, data
+        self.size, self.batch_size = settings.records_per_shard, settings.batch_size
+        self.count = -(-len(source) // self.size)
+        self.max_corrupt = data.max_corrupt
+
+    def path(self, number: int) -> pathlib.Path:
+        """File of a shard."""
+        return self.folder / latents.shard_name(number, self.count)
+
+    def note(self, number: int) -> pathlib.Path:
+        """What is known of a shard once it is whole."""
+        return self.folder / latents.PROGRESS / f"{number:05d}.json"
+
+    def examples(self, number: int) -> range:
+        """Its part of the source."""
+        return range(number * self.size, min((number + 1) * self.size, len(self.source)))
+
+    def missing(self, process: int, processes: int) -> list[int]:
+        """The shards that this process is to write; what it had begun is removed."""
+        mine = range(process, self.count, processes)
+        todo = [number for number in mine if not (self.note(number).is_file() and self.path(number).is_file())]
+        for number in todo:
+            self.path(number).with_suffix(".part").unlink(missing_ok=True)
+        return todo
+
+    def batches(self, numbers: list[int]) -> list[tuple[int, range]]:
+        """(shard, examples) of each batch; none reaches over the end of a shard."""
+        return [
+            (number, self.examples(number)[start : start + self.batch_size])
+            for number in numbers
+            for start in range(0, len(self.examples(number)), self.batch_size)
+        ]
+
+
+class _ReadBatch:
+    """Reads a batch in a worker: what can be read of it, and what cannot by name."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __call__(self, item: tuple[int, range]) -> dict[str, Any]:
+        number, indices = item
+        examples, corrupt = [], []
+        for index in indices:
+            try:
+                examples.append((index, self.source[index]))
+            except CorruptRecord as error:
+                corrupt.append((str(error.value), error.allowed, index))
+        return {
+            "shard": number, "last": indices[-1], "corrupt": corrupt,
+            "index": np.array([index for index, _ in examples], np.int64),
+            "image": np.stack([example["image"] for _, example in examples]) if examples else None,
+            "label": np.array([example["label"] for _, example in examples], np.int32),
+            "caption": [self.captions(index, example) for index, example in examples],
+        }
+
+    def captions(self, index: int, example: dict[str, Any]) -> str | None:
+        """All captions of an example, one a line; None where they are not kept."""
+        if "caption" not in example:
+            return None
+        every = self.source.captions_of(index) if hasattr(self.source, "captions_of") else [example["caption"]]
+        return "\n".join(" ".join(caption.split()) for caption in every)
+
+
+class _Encoder:
+    """Images to the two Gaussians of each, upright and mirrored, over the devices of this host."""
+
+    def __init__(self, converted: Converted, vae: AutoencoderConfig, data: DataConfig, settings, devices):
+        mesh = sharding.make_mesh(MeshConfig(data=-1), devices)
+        self.batch_size, self.where = settings.batch_size, sharding.batch_sharding(mesh)
+        params = jax.tree.map(np.asarray, converted.params(abstract_autoencoder(vae)[1]))
+        self.params = jax.device_put(params, sharding.replicated(mesh))
+        micro_batch = settings.micro_batch * len(devices)
+
+        def run(params, images):
+            flat = images.reshape(-1, *images.shape[-3:])
+            both = []
+            for view in (flat, flat[:, :, ::-1]):
+                mean, log_variance = moments(vae, params, view, micro_batch)
+                shape = (*images.shape[:-3], *mean.shape[1:])
+                both.append(jnp.stack([mean, jnp.exp(0.5 * log_variance)]).reshape(2, *shape))
+            return jnp.stack(both, 2).swapaxes(0, 1).astype(jnp.bfloat16)
+
+        self._run = jax.jit(run)
+
+    def __call__(self, images: np.ndarray) -> jax.Array:
+        """Mean and std, bfloat16 [batch, 2 (mean, std), 2 (flips), (frames,) h, w, channels], as they get ready."""
+        filled = np.zeros((self.batch_size, *images.shape[1:]), np.float32)
+        filled[: len(images)] = images
+        return self._run(self.params, jax.device_put(filled, self.where))
+
+
+def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
+    """Writes shards. Raises InputError where more records are corrupt than may be."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    done, start = 0, time.perf_counter()
+    writer, corrupt, part = None, [], None
+    for batch, encoded in _ahead(_read(shards, todo), encoder):
+        number = batch["shard"]
+        if writer is None:
+            part = shards.path(number).with_suffix(".part")
+            writer, corrupt, statistics = ArrayRecordWriter(str(part), latents.WRITER_OPTIONS), [], None
+        corrupt += batch["corrupt"]
+        for i, index in enumerate(batch["index"]):
+            record = {"mean": encoded[i, 0], "std": encoded[i, 1], "label": batch["label"][i : i + 1].reshape(())}
+            record |= {"index": np.array(index, np.int64)}
+            if batch["caption"][i] is not None:
+                record["caption"] = np.frombuffer(batch["caption"][i].encode(), np.uint8)
+            writer.write(latents.pack(record))
+        statistics = _add(statistics, _statistics(encoded[: len(batch["index"])]))
+        done += len(batch["index"])
+        if batch["last"] == shards.examples(number)[-1]:
+            writer.close()
+            writer = None
+            _name_shard(shards, number, part, corrupt, statistics)
+            speed = done / (time.perf_counter() - start)
+            print(f"shard {number + 1}/{shards.count}: {speed:.1f} images/s", flush=True)
+
+
+def _read(shards: _Shards, todo: list[int]) -> Iterator[dict[str, Any]]:
+    """Batches of all `todo`, read ahead; ends where too many records are corrupt."""
+    noted = [json.loads(path.read_text()) for path in map(shards.note, range(shards.count)) if path.is_file()]
+    dataset = grain.MapDataset.source(shards.batches(todo)).map(_ReadBatch(shards.source))
+    iterator = BatchIterator(dataset, 0, shards.data.workers, 4, shards.max_corrupt)
+    try:
+        iterator.corrupt |= {name: reason for note in noted for name, reason, _ in note["corrupt"]}
+        for _ in range(len(dataset)):
+            batch = iterator.next_raw()
+            iterator.note_corrupt([(name, reason) for name, reason, _ in batch["corrupt"]])
+            yield batch
+    finally:
+        iterator.close()
+
+
+def _ahead(batches: Iterator[dict[str, Any]], encoder: _Encoder) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Each batch with its latents; the devices are one batch ahead of the disk."""
+    waiting = None
+    for batch in batches:
+        images = batch.pop("image")
+        encoded = encoder(images) if images is not None else np.zeros((0, 1), ml_dtypes.bfloat16)
+        if waiting is not None:
+            yield waiting[0], np.asarray(jax.device_get(waiting[1]))
+        waiting = (batch, encoded)
+    if waiting is not None:
+        yield waiting[0], np.asarray(jax.device_get(waiting[1]))
+
+
+def _statistics(encoded: np.ndarray) -> dict[str, Any] | None:
+    """Count, and sums of mean and of mean^2 + std^2 by channel, over images, flips and places."""
+    if not len(encoded):
+        return None
+    flat = encoded.astype(np.float64)
+    mean, std = (flat[:, i].reshape(-1, flat.shape[-1]) for i in range(2))
+    return {"count": len(mean), "sum": mean.sum(0).tolist(), "sum_of_squares": (mean**2 + std**2).sum(0).tolist()}
+
+
+def _add(a: dict[str, Any] | None, b: dict[str, Any] | None) -> dict[str, Any] | None:
+    if a is None or b is None:
+        return a or b
+    return {name: (np.array(a[name]) + np.array(b[name])).tolist() for name in a}
+
+
+def _name_shard(shards: _Shards, number: int, part: pathlib.Path, corrupt: list, statistics) -> None:
+    """Makes a written shard count: on disk, named, noted."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    described = files.describe_file(part)
+    part.replace(shards.path(number))
+    examples = shards.examples(number)
+    files.write_json(shards.note(number), {
+        "shard": {
+            "file": shards.path(number).name, "first_index": examples[0], "records": len(examples) - len(corrupt),
+            **described,
+        },
+        "corrupt": corrupt, "statistics": statistics,
+    })
+
+
+def _finish(shards: _Shards, request: dict[str, Any], vae: AutoencoderConfig) -> None:
+    """Checks every shard against its note, and writes the manifest."""
+    notes, shape = [], None
+    for number in range(shards.count):
+        note = json.loads(shards.note(number).read_text())
+        expected = sorted(set(shards.examples(number)) - {index for _, _, index in note["corrupt"]})
+        shape = _verify(shards.path(number), note["shard"], expected, shape)
+        notes.append(note)
+    statistics = None
+    for note in notes:
+        statistics = _add(statistics, note["statistics"])
+    require(statistics is not None, "config.data.path", shards.data.path, "holds no readable image")
+    reported = report_statistics(statistics, vae.scaling_factor)
+    manifest = {
+        "version": latents.VERSION, "shape": list(shape), "num_records": sum(n["shard"]["records"] for n in notes),
+        "num_classes": request["num_classes"], "class_names": request["class_names"], "captions": request["captions"],
+        "crop": request["crop"], "scaling_factor": vae.scaling_factor, "statistics": reported, "request": request,
+        "corrupt": [{"name": n, "reason": r, "index": i} for note in notes for n, r, i in note["corrupt"]],
+        "shards": [note["shard"] for note in notes],
+    }
+    files.write_json(shards.folder / latents.MANIFEST, manifest)
+    shutil.rmtree(shards.folder / latents.PROGRESS)
+
+
+def _verify(path: pathlib.Path, described: dict[str, Any], expected: list[int], shape: tuple[int, ...] | None):
+    """Reads a shard whole; its examples' shape. Raises InputError where it is not what was written."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    again = "remove it, and encode again"
+    found = files.describe_file(path)
+    same = all(found[name] == described[name] for name in found)
+    require(same, "--out", str(path), f"is not as it was written (another checksum); {again}")
+    reader = ArrayRecordReader(str(path))
+    try:
+        records = [latents.unpack(record) for record in reader.read_all()] if expected else []
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError("--out", str(path), f"cannot be read ({error}); {again}") from None
+    finally:
+        reader.close()
+    indices = [int(record["index"]) for record in records]
+    require(indices == expected, "--out", str(path), f"does not hold the examples that it should; {again}")
+    shapes = {record[name].shape[1:] for record in records for name in ("mean", "std")} | ({shape} if shape else set())
+    require(len(shapes) <= 1, "--out", str(path), f"holds latents of shapes {sorted(shapes)}; {again}")
+    return next(iter(shapes), shape)
+
+
+def report_statistics(sums: dict[str, Any], scaling_factor: float) -> dict[str, Any]:
+    """Mean and standard deviation of latents, by channel; printed, with a warning where the scaling does not fit.
+
+    Args:
+      sums: count, and by channel sum and sum_of_squares.
+      scaling_factor: the autoencoder's.
+
+    Returns:
+      `mean` and `std` by channel, not scaled; `scaled_std`, of all channels, scaled.
+    """
+    count, total, squares = sums["count"], np.array(sums["sum"]), np.array(sums["sum_of_squares"])
+    mean = total / count
+    std = np.sqrt(squares / count - mean**2)
+    overall = float(np.sqrt(squares.mean() / count - mean.mean() ** 2))
+    scaled = overall * scaling_factor
+    by_channel = f"mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}"
+    print(f"latents, by channel: {by_channel}; of all, scaled: {scaled:.3f}")
+    if not FITTING_STD[0] <= scaled <= FITTING_STD[1]:
+        print(
+            f"warning: latents times the scaling factor {scaling_factor:g} have a standard deviation of {scaled:.3f},"
+            f" not near 1; {1 / overall:.4g} would fit these images. Is it this autoencoder's factor?",
+            file=sys.stderr, flush=True,
+        )
+    return {"mean": mean.tolist(), "std": std.tolist(), "scaled_std": scaled}

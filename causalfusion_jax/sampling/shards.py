@@ -1,0 +1,115 @@
+"""Samples on their way to disk: one file for each batch, joined when all are there.
+
+A folder of samples holds samples.npz, grid.png and request.json, which says how they were
+made and is written last. Until then its `parts` hold the same request and the batches that
+are done, so that any process, now or after an interruption, can make the others.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from causalfusion_jax import files
+from causalfusion_jax.errors import require
+from causalfusion_jax.npz import NpzWriter
+from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
+
+GRID_IMAGES = 100
+
+
+class SampleFolder:
+    """A folder of samples, complete or not.
+
+    Args:
+      folder: where they go.
+      request: how they are made, as plain values; `labels` are those of all images.
+      batch_size: images of a part.
+    """
+
+    def __init__(self, folder: pathlib.Path, request: dict[str, Any], batch_size: int):
+        self._folder, self._request, self._batch_size = folder, request, batch_size
+        self._parts = folder / "parts"
+        self.num = len(request["labels"])
+
+    @property
+    def num_parts(self) -> int:
+        """Batches in all."""
+        return -(-self.num // self._batch_size)
+
+    def check(self) -> None:
+        """Raises InputError where the folder holds samples of another request, or anything else."""
+        if not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir())):
+            return
+        there = [_read(folder / "request.json") for folder in (self._folder, self._parts)]
+        found = next((request for request in there if request is not None), None)
+        allowed = "exists with other content; give a new or empty folder"
+        if found is not None and found != self._request:
+            names = [name for name, value in self._request.items() if found.get(name, self) != value]
+            allowed = f"exists with other content: samples of another request ({', '.join(names) or 'more settings'})"
+            allowed += "; give a new or empty folder"
+        require(found == self._request, "--out", str(self._folder), allowed)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything is there."""
+        files_there = all((self._folder / name).is_file() for name in ("samples.npz", "grid.png"))
+        return files_there and _read(self._folder / "request.json") == self._request
+
+    def claim(self) -> None:
+        """Makes the folder this request's. Raises InputError as `check` does."""
+        self.check()
+        self._parts.mkdir(parents=True, exist_ok=True)
+        if _read(self._parts / "request.json") is None:
+            files.write_json(self._parts / "request.json", self._request)
+
+    def missing(self, host: int = 0, hosts: int = 1) -> list[int]:
+        """Batches that are not there yet, of those that fall to one of several hosts."""
+        return [index for index in range(host, self.num_parts, hosts) if not self._part(index).is_file()]
+
+    def _part(self, index: int) -> pathlib.Path:
+        return self._parts / f"{index:06d}.npy"
+
+    def write(self, index: int, images: np.ndarray) -> None:
+        """Keeps a batch, whole or not at all."""
+        half = self._part(index).with_suffix(".half")
+        with half.open("wb") as file:
+            np.save(file, images)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(self._part(index))
+
+    def join(self, columns: int) -> None:
+        """Writes samples.npz and the grid of all parts, one part in memory at a time, and lets go of the parts.
+
+        Args:
+          columns: images in a row of the grid.
+        """
+        first = np.load(self._part(0), mmap_mode="r")
+        labels = np.array(self._request["labels"], np.int32)
+        shown = []
+        with NpzWriter(self._folder / "samples.npz") as writer:
+            with writer.rows("arr_0", (self.num, *first.shape[1:]), first.dtype) as write:
+                for index in range(self.num_parts):
+                    part = np.load(self._part(index))
+                    write(part)
+                    shown += list(part[:GRID_IMAGES - len(shown)])
+            writer.array("arr_1", labels)
+        save_png(self._folder / "grid.png", make_grid(*frames_in_rows(np.stack(shown), columns)))
+        files.write_json(self._folder / "request.json", self._request)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Removes the parts of a folder that is done."""
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None where there is none, or a broken one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

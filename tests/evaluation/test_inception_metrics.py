@@ -1,0 +1,223 @@
+"""Inception's metrics in one pass, sharded, against the functions on whole arrays; references in ADM's layout."""
+
+import dataclasses
+import json
+import time
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import scipy.linalg
+from helpers import GOLDENS, inception_weights
+from PIL import Image
+
+from causalfusion_jax.data.pipeline import DataConfig, make_source
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.evaluation import distribution
+from causalfusion_jax.evaluation.images import of_source, open_images
+from causalfusion_jax.evaluation.inception_metrics import (
+    Collected,
+    Inception,
+    Reference,
+    bias_warning,
+    check_counts,
+    compute,
+    make_reference,
+)
+from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, METRICS, EvaluationConfig, is_better
+from causalfusion_jax.models.inception import abstract_inception
+from causalfusion_jax.models.store import write_converted
+from causalfusion_jax.released.inception import inception_table
+from causalfusion_jax.released.names import from_released
+
+GOLDEN = np.load(GOLDENS / "inception_fid.npz")
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """The goldens' network on two devices, two images each."""
+    folder = tmp_path_factory.mktemp("inception") / "converted"
+    weights = inception_weights(json.loads(str(GOLDEN["names_json"])))
+    write_converted(folder, "fid_inception", {}, {}, from_released(inception_table(), weights, abstract_inception()[1]))
+    return Inception("--inception", str(folder), jax.devices()[:2], batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Two sets of grey gradients with noise, [num, 16, 16, 3]: `generated` and `real`."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("samples")
+    for name, num in {"generated": 9, "real": 10}.items():
+        slope = rng.uniform(0, 12, (num, 16, 1, 1)) * np.arange(16)[:, None]
+        images = np.clip(slope + rng.normal(0, 30, (num, 16, 16, 3)), 0, 255).astype(np.uint8)
+        np.savez(folder / f"{name}.npz", images, np.zeros(num, np.int32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(samples, inception):
+    make_reference(open_images("--samples", samples / "real.npz"), inception, samples / "reference.npz", 6)
+    return samples / "reference.npz"
+
+
+def features(inception, images, names=("2048", "spatial", "logits_unbiased")):
+    batches = list(inception.of(images, names))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+
+
+def relative_error(ours, golden):
+    return np.linalg.norm(np.asarray(ours, np.float64) - golden) / np.linalg.norm(golden)
+
+
+def test_goldens_on_two_devices(inception):
+    images = np.moveaxis(GOLDEN["noise/images_nchw_uint8"], 1, -1)
+    # Five images in batches of four: what fills up the last one does not show.
+    found = features(inception, images[[0, 1, 0, 1, 0]], ("192", "2048", "logits"))
+    for name, values in found.items():
+        assert relative_error(values, GOLDEN[f"noise/{name}"][[0, 1, 0, 1, 0]]) < 1e-4, name
+
+
+def test_reference_has_adms_layout(samples, inception, reference):
+    real = np.load(samples / "real.npz")["arr_0"]
+    found = features(inception, real)
+    with np.load(reference) as arrays:
+        assert sorted(arrays) == ["arr_0", "mu", "mu_s", "sigma", "sigma_s"]
+        for name, (mean, cov) in {"2048": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}.items():
+            np.testing.assert_allclose(arrays[mean], found[name].mean(axis=0, dtype=np.float64), rtol=1e-5)
+            expected = np.cov(found[name].astype(np.float64), rowvar=False)
+            assert relative_error(arrays[cov], expected) < 1e-6
+        kept = arrays["arr_0"]
+    assert kept.shape == (6, 16, 16, 3) and kept.dtype == np.uint8
+    chosen = [next(i for i in range(10) if (real[i] == image).all()) for image in kept]
+    assert chosen == sorted(set(chosen))
+
+
+def test_metrics_in_one_pass_are_those_of_whole_arrays(samples, inception, reference):
+    images = open_images("--samples", samples / "generated.npz")
+    collected = Collected(INCEPTION_METRICS)
+    seen = []
+    collected.add_all(inception.features(images.batches, collected.names), seen.append)
+    assert seen == [4, 8, 9]
+    opened = Reference("--reference", str(reference))
+    opened.prepare(INCEPTION_METRICS, inception)
+    scores = compute(INCEPTION_METRICS, collected, opened)
+
+    with np.load(reference) as arrays:
+        real = features(inception, arrays["arr_0"], ("2048",))["2048"]
+        statistics = {name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    ours = features(inception, np.load(samples / "generated.npz")["arr_0"])
+    score = distribution.inception_score(ours["logits_unbiased"], splits=1)
+    expected = {"inception_score": score[0], "inception_score_std": 0.0, "kid_subset_size": 6}
+    for metric, name, suffix in (("fid", "2048", ""), ("sfid", "spatial", "_s")):
+        x = ours[name].astype(np.float64)
+        expected[metric] = distribution.frechet_from_statistics(
+            x.mean(axis=0), np.cov(x, rowvar=False), statistics[f"mu{suffix}"], statistics[f"sigma{suffix}"]
+        )
+    expected |= distribution.precision_recall(real, ours["2048"])
+    expected["kid"], expected["kid_std"] = distribution.kernel_inception_distance(ours["2048"], real, subset_size=6)
+    del expected["f_score"]
+    assert set(scores) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(scores[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+    assert scores["fid"] > 1e-3 and scores["sfid"] > 1e-3 and scores["inception_score"] > 1
+
+
+def test_reference_of_images_alone_and_of_statistics_alone(tmp_path, samples, inception, reference):
+    with np.load(samples / "real.npz") as arrays:
+        np.savez(tmp_path / "images.npz", arr_0=arrays["arr_0"])
+    images = Reference("--reference", str(tmp_path / "images.npz"))
+    images.prepare(["fid", "kid"], inception)
+    with np.load(reference) as arrays:
+        assert relative_error(images.statistics("2048")[1], arrays["sigma"]) < 1e-6
+        np.savez(tmp_path / "statistics.npz", **{name: arrays[name] for name in arrays if name != "arr_0"})
+        np.savez(tmp_path / "half.npz", mu=arrays["mu"])
+        np.savez(tmp_path / "wrong.npz", **{name: arrays[name][:5] for name in arrays if name != "arr_0"})
+    assert images.features.shape == (10, 2048)
+    statistics = Reference("--reference", str(tmp_path / "statistics.npz"))
+    assert statistics.supports("sfid") and not statistics.supports("kid")
+    with pytest.raises(InputError, match="has no images .* which kid needs"):
+        statistics.prepare(["kid"], inception)
+    with pytest.raises(InputError, match="has neither sigma nor images"):
+        Reference("--reference", str(tmp_path / "half.npz"))
+    with pytest.raises(InputError, match=r"mu must be finite \[2048\]"):
+        Reference("--reference", str(tmp_path / "wrong.npz")).prepare(["fid"], inception)
+    small = Reference("--reference", str(tmp_path / "images.npz"))
+    with pytest.raises(InputError, match="at least 4 images"):
+        check_counts("--samples", ["precision"], 3, small)
+
+
+def test_images_of_folders_and_data(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (5, 6, 6, 3)).astype(np.uint8)
+    for i, image in enumerate(pixels):
+        (tmp_path / "images" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "images" / f"class{i % 2}" / f"{i}.png")
+    folder = open_images("--samples", str(tmp_path / "images"))
+    assert (folder.num, folder.shape) == (5, (6, 6, 3))
+    in_order = pixels[[0, 2, 4, 1, 3]]
+    for size in (1, 2, 9):
+        np.testing.assert_array_equal(np.concatenate(list(folder.batches(size))), in_order)
+    data = DataConfig(
+        source="image_folder", path=str(tmp_path / "images"), image_size=6, channels=3, num_classes=2
+    )
+    source = of_source("config.data", make_source(data))
+    np.testing.assert_array_equal(np.concatenate(list(source.batches(3))), in_order)
+    Image.fromarray(pixels[0, :3]).save(tmp_path / "images" / "class0" / "other.png")
+    with pytest.raises(InputError, match="other.png.*crop them alike"):
+        list(open_images("--samples", str(tmp_path / "images")).batches(9))
+    np.savez(tmp_path / "latents.npz", np.zeros((3, 4, 4, 4), np.float32))
+    with pytest.raises(InputError, match="latents; sample with --vae"):
+        open_images("--samples", str(tmp_path / "latents.npz"))
+    (tmp_path / "half" / "parts").mkdir(parents=True)
+    with pytest.raises(InputError, match="not complete"):
+        open_images("--samples", str(tmp_path / "half"))
+
+
+def test_small_samples_are_called_biased():
+    assert bias_warning(["kid"], 10) is None and bias_warning(METRICS, 50_000) is None
+    assert "singular" in bias_warning(["fid"], 2048) and "singular" not in bias_warning(["fid"], 2049)
+    assert "singular" not in bias_warning(["precision"], 100)
+
+
+def test_settings():
+    assert is_better("fid", 1.0, 2.0) and not is_better("fid", 2.0, 2.0) and is_better("accuracy", 0.9, 0.8)
+    assert not is_better("fd", float("nan"), 1.0) and not is_better("recall", float("nan"), 0.0)
+    with pytest.raises(InputError, match="did you mean precision"):
+        EvaluationConfig(metric="precison")
+    with pytest.raises(InputError, match="inception"):
+        EvaluationConfig(eval_every=1, metric="fid")
+    settings = EvaluationConfig(eval_every=1, metric="inception_score", inception="x")
+    with pytest.raises(InputError, match="reference"):
+        dataclasses.replace(settings, metric="kid")
+
+
+def test_rank_deficient_covariances_give_real_numbers():
+    """Few samples in many dimensions: the distance is that of the subspace they span."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12)), 1 + rng.normal(size=(150, 12))
+    axes = np.linalg.qr(rng.normal(size=(300, 300)))[0][:12]
+    cross = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+    expected = np.square(a.mean(0) - b.mean(0)).sum()
+    expected += np.trace(np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * cross)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x, y = (distribution.FeatureStatistics.of(z @ axes) for z in (a, b))
+        found = distribution.frechet_from_statistics(x.mean, x.cov, y.mean, y.cov)
+        assert abs(distribution.frechet_from_statistics(x.mean, x.cov, x.mean, x.cov)) < 1e-4
+    assert isinstance(found, float)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2048, 500])
+def test_fid_of_5000_features(rank):
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(rank, 2048)).astype(np.float32)
+    a, b = (rng.normal(size=(5000, rank)).astype(np.float32) @ mix for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start = time.perf_counter()
+        x, y = distribution.FeatureStatistics.of(a), distribution.FeatureStatistics.of(b)
+        distance = distribution.frechet_from_statistics(x.mean, x.cov, y.mean, y.cov)
+        print(f"rank {rank}: {distance:.3f} in {time.perf_counter() - start:.1f} s")
+    assert np.isfinite(distance) and distance > 0

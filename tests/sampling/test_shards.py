@@ -1,0 +1,54 @@
+"""Samples on their way to disk."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.sampling.shards import SampleFolder
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+REQUEST = {"labels": [0, 1, 2, 0, 1, 2, 0], "seed": 3}
+
+
+def sample(folder, indices):
+    for index in indices:
+        folder.write(index, IMAGES[3 * index:3 * index + 3])
+
+
+def test_parts_of_any_order_become_one_file(tmp_path):
+    np.savez(tmp_path / "expected.npz", IMAGES, np.array(REQUEST["labels"], np.int32))
+    folder = SampleFolder(tmp_path / "out", REQUEST, 3)
+    folder.claim()
+    assert folder.missing() == [0, 1, 2] and folder.missing(1, 2) == [1]
+    sample(folder, [2, 1])
+    # Another process goes on; what was being written when the first one ended does not count.
+    (tmp_path / "out" / "parts" / "000000.half").write_bytes(b"half")
+    other = SampleFolder(tmp_path / "out", REQUEST, 3)
+    other.claim()
+    assert other.missing() == [0] and not other.is_done
+    sample(other, [0])
+    other.join(columns=3)
+    assert other.is_done and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "grid.png", "request.json", "samples.npz"
+    ]
+    assert (tmp_path / "out" / "samples.npz").read_bytes() == (tmp_path / "expected.npz").read_bytes()
+    assert Image.open(tmp_path / "out" / "grid.png").size == (3 * 36, 3 * 36)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_another_request_is_refused(tmp_path, joined):
+    folder = SampleFolder(tmp_path / "out", REQUEST, 3)
+    folder.claim()
+    sample(folder, range(3))
+    if joined:
+        folder.join(columns=3)
+    for change in ({"seed": 4}, {"labels": [0]}):
+        other = SampleFolder(tmp_path / "out", REQUEST | change, 3)
+        with pytest.raises(InputError, match=f"samples of another request \\({next(iter(change))}\\)"):
+            other.claim()
+    assert folder.is_done == joined
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(InputError, match="other content"):
+        SampleFolder(tmp_path / "mine", REQUEST, 3).claim()

@@ -1,0 +1,92 @@
+"""Small real data in the forms that sources read, and a small random autoencoder."""
+
+import io
+import json
+import tarfile
+
+import jax
+import numpy as np
+from PIL import Image
+
+from causalfusion_jax.data.sources import digits
+from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
+from causalfusion_jax.models.store import write_converted
+
+TINY_VAE = AutoencoderConfig(
+    channels=8, channel_multipliers=(1, 1, 2), latent_channels=4, scaling_factor=0.5, residual_blocks=1, norm_groups=4,
+    mid_attention=False,
+)
+"""16x16x3 to 4x4x4."""
+
+NAMES = digits("train").class_names
+
+
+def digit_file(index: int, kind: str = "JPEG") -> bytes:
+    """A digit as an encoded RGB image of 20x24 pixels."""
+    pixels = np.uint8((digits("train").images[index, ..., 0] + 1) * 127.5)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((24, 20)).convert("RGB").save(file, kind)
+    return file.getvalue()
+
+
+def write_tfds(folder: str, num: int) -> str:
+    """A TFDS data set `tiny_digits` of `num` digits with captions and short videos; its data_dir."""
+    import tensorflow_datasets as tfds
+
+    class TinyDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "tiny_digits"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features
+            captions = features.Sequence({"id": np.int64, "text": features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict({
+                "image": features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                "label": features.ClassLabel(names=NAMES),
+                "clip": features.Sequence(features.Image(shape=(20, 24, 3), encoding_format="jpeg")),
+                "captions": captions,
+            }))
+
+        def _split_generators(self, manager):
+            del manager
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            labels = digits("train").labels
+            for i in range(num):
+                words = NAMES[labels[i]]
+                yield i, {
+                    "image": io.BytesIO(digit_file(i)), "label": int(labels[i]),
+                    "clip": [io.BytesIO(digit_file(j)) for j in range(i, i + 1 + i % 4)],
+                    "captions": [{"id": 2 * i, "text": f"the digit {words}"}, {"id": 2 * i + 1, "text": f"a {words}"}],
+                }
+
+    TinyDigits(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def write_tars(folder, num: int, per_shard: int = 5, broken: tuple[int, ...] = ()) -> str:
+    """Digits as tar shards, in WebDataset's layout; the images `broken` are cut short."""
+    labels = digits("train").labels
+    for start in range(0, num, per_shard):
+        with tarfile.open(folder / f"digits-{start // per_shard:03d}.tar", "w") as shard:
+            for i in range(start, min(start + per_shard, num)):
+                image = digit_file(i, "PNG")
+                label = {"cls": str(labels[i])} if i % 2 else {"json": json.dumps({"label": int(labels[i])})}
+                members = {"png": image[: len(image) // 2] if i in broken else image, "txt": f" digit {i}\n", **label}
+                for suffix, content in members.items():
+                    content = content if isinstance(content, bytes) else content.encode()
+                    member = tarfile.TarInfo(f"part/{i:04d}.{suffix}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
+    (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    return str(folder)
+
+
+def write_vae(folder, config: AutoencoderConfig = TINY_VAE) -> str:
+    """A random autoencoder, as `convert` would write one."""
+    import dataclasses
+
+    params = jax.device_get(init_autoencoder(config, jax.random.key(0)))
+    write_converted(folder, "sd_vae", dataclasses.asdict(config), {"file": "none"}, params)
+    return str(folder)
