@@ -1,6 +1,5 @@
 """Images of a run, in batches, from the run's averaged weights."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -10,7 +9,7 @@ from causalfusion_jax import distributed, sharding
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.patches import unpatchify
 from causalfusion_jax.sampling.images import to_uint8
-from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens
+from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens, sample_tokens_shared
 
 
 def replicate(params, devices):
@@ -75,6 +74,7 @@ def image_batches(
       latents not decoded.
     """
     model, num = config.transformer, len(labels)
+    static = model, config.diffusion, config.factorization, sampler
     # Beside the parameters, which may lie on a mesh of several processes.
     where = jax.tree.leaves(params)[0].sharding
     mesh = where.mesh if isinstance(where, jax.sharding.NamedSharding) else None
@@ -86,11 +86,11 @@ def image_batches(
     for index in range(-(-num // batch_size)) if wanted is None else wanted:
         start = index * batch_size
         indices = np.minimum(np.arange(start, start + computed), num - 1)
-        with jax.set_mesh(mesh) if shared else contextlib.nullcontext():
-            tokens = sample_tokens(
-                model, config.diffusion, config.factorization, sampler, params,
-                make_keys(seed, indices), jax.device_put(labels[indices], where),
-            )
+        of_images = {"keys": make_keys(seed, indices), "labels": jax.device_put(labels[indices], where)}
+        if shared:
+            tokens = sample_tokens_shared(mesh, *static, params, of_images)
+        else:
+            tokens = sample_tokens(*static, params, **of_images)
         batch = unpatchify(tokens, model.grid, config.model.patch_size)
         if decode is not None:
             pixels = decode(batch.reshape(-1, *batch.shape[-3:]))
