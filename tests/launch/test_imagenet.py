@@ -152,7 +152,7 @@ def write_inputs(store) -> None:
     write_converted(store / "inception", "fid_inception", {}, {}, inception)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.slow
 def test_miniature(tmp_path):
     write_inputs(tmp_path)
     data = dict(config__data__name="", config__data__num_classes=2, config__data__workers=None)
