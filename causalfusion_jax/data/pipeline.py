@@ -12,10 +12,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from causalfusion_jax.data.moving_digits import MovingDigitsSource
 from causalfusion_jax.data.sources import ArraysSource, ImageFolderSource, digits
 from causalfusion_jax.errors import require, require_number, require_one_of
 
-SOURCES = ("digits", "image_folder", "arrays")
+SOURCES = ("digits", "moving_digits", "image_folder", "arrays")
 ENDLESS = 2**31
 """Epochs. Grain's own endless repeat is of length sys.maxsize, which batches of one overflow."""
 
@@ -25,7 +26,7 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      source: `digits` (scikit-learn's, built in), `image_folder`, or `arrays`.
+      source: `digits` (scikit-learn's, built in), `moving_digits` (clips of them), `image_folder`, or `arrays`.
       path: of image_folder, one folder of images for each class; of arrays, a folder with
         image.npy and label.npy.
       image_size: side in pixels (or latents); folder images are scaled and centre-cropped
@@ -65,11 +66,16 @@ class DataConfig:
             require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
         fixed = {
             "digits": {"image_size": 8, "channels": 1, "num_classes": 10, "path": "", "frames": 1, "latents": False},
+            "moving_digits": {"channels": 1, "num_classes": 10, "path": "", "latents": False, "flip": False},
             "image_folder": {"frames": 1, "latents": False},
         }.get(self.source, {})
         for name, value in fixed.items():
             given = getattr(self, name)
             require(given == value, name, given, f"must be {value!r} for source {self.source}")
+
+        if self.source == "moving_digits":
+            require_number("image_size", self.image_size, 9)
+            require_number("frames", self.frames, 2)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,6 +99,8 @@ def make_source(config: DataConfig) -> Source:
     """Opens the training source. Raises InputError where it is not what `config` says."""
     if config.source == "digits":
         return digits("train")
+    if config.source == "moving_digits":
+        return MovingDigitsSource(config.frames, config.image_size)
     if config.source == "arrays":
         # The papers' configs are whole but for where the latents lie.
         require(bool(config.path), "config.data.path", config.path, "source arrays needs the path of its folder")
