@@ -2,11 +2,13 @@
 
     python -m causalfusion_jax.sample --workdir=runs/digits --num=1000 --ar_steps=4 --out=runs/digits/samples_4
     python -m causalfusion_jax.sample --checkpoint=converted/xl --vae=converted/kl16 --num=8 --out=samples/xl
+    python -m causalfusion_jax.sample --workdir=runs/moving_digits --frames=64 --out=runs/moving_digits/samples_64
 
 OUT receives samples.npz (`arr_0`: uint8 images [num, (frames,) height, width, channels];
-`arr_1`: int labels, classes balanced unless --labels is given), grid.png, and request.json,
-which says how they were made. The same request gives the same bytes; where OUT already
-holds it, nothing is done. Options left out are as in the run's config (`config.sampling`).
+`arr_1`: int labels, classes balanced unless --labels is given), grid.png (a video is a row of
+its frames), of videos clips.gif, and request.json, which says how they were made. The same
+request gives the same bytes; where OUT already holds it, nothing is done. Options left out are
+as in the run's config (`config.sampling`).
 
 A model of latents needs the autoencoder that decodes them, --vae, converted by
 causalfusion_jax.convert. Without it `arr_0` is the latents themselves, float32, and the
@@ -14,6 +16,10 @@ grid shows three of their channels in false colour.
 
 --ar_steps is the dial between diffusion (1) and token-by-token autoregression (the number
 of tokens); --order, --step_sizes and --solver are free too, whatever was trained.
+
+--frames makes videos longer than those trained on: a window of a training clip's length rolls
+over them, in the memory of one clip. --condition=clips.npz --keep_frames=4 continues clips
+(or an image); their frames come first, bit for bit.
 """
 
 import dataclasses
@@ -22,81 +28,31 @@ import pathlib
 
 from absl import flags
 
-from causalfusion_jax import cli, files
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax import cli, files, sampling_flags, video_flags
+from causalfusion_jax.errors import require
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run; or give --checkpoint.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a converted checkpoint.")
-_VAE = flags.DEFINE_string("vae", None, "Folder of a converted autoencoder, for a model of latents.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
 _NUM = flags.DEFINE_integer("num", None, "Number of images [100, or one for each of --labels].")
 _LABELS = flags.DEFINE_string("labels", None, "Class numbers, one an image: 3,3,7. Default: all classes in turn.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed; image i depends on it, i and its label alone.")
-_BATCH = flags.DEFINE_integer("batch_size", 250, "Images sampled at a time.")
-_WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "params"], "Of a run: averaged weights [ema], or the last ones.")
-_STEP = flags.DEFINE_integer("step", None, "Of a run: checkpoint to use [the newest intact one].")
-_AR_STEPS = flags.DEFINE_integer("ar_steps", None, "AR steps of equal size: 1 is diffusion, L token by token.")
-_STEP_SIZES = flags.DEFINE_string("step_sizes", None, "Tokens in each AR step instead: 1,3,12.")
-_ORDER = flags.DEFINE_string("order", None, "raster, block_raster, dilated, random or square_blocks [as trained].")
-_ORDER_BLOCK = flags.DEFINE_integer("order_block", None, "Block or stride of that order.")
-_SOLVER = flags.DEFINE_string("solver", None, "ddpm, ddim, dpmpp_2m; for schedule flow also euler, heun.")
-_SOLVER_STEPS = flags.DEFINE_integer("solver_steps", None, "Noise levels visited in each AR step.")
-_SPACING = flags.DEFINE_string("spacing", None, "Timesteps visited: auto, respaced, leading, trailing, linspace.")
-_VARIANCE = flags.DEFINE_string("variance", None, "Noise of ddpm: large or small.")
-_ETA = flags.DEFINE_float("eta", None, "Noise of ddim, 0..1.")
-_CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale; 1 is none.")
-_CFG_SCHEDULE = flags.DEFINE_string("cfg_schedule", None, "constant, linear (in noise level) or ar_linear.")
-_CFG_INTERVAL = flags.DEFINE_string("cfg_interval", None, "Timesteps with guidance: low,high.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "Scale of the noise a stochastic solver adds.")
-_CLIP_X_0 = flags.DEFINE_float("clip_x_0", None, "Bound on the predicted |x_0|, for data in pixels; 0 is none.")
+flags.adopt_module_key_flags(sampling_flags)
+flags.adopt_module_key_flags(video_flags)
 
 
-def _numbers(flag, text: str | None, kind):
-    """A comma-separated flag as a tuple, or None."""
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise InputError(f"--{flag}", text, f"must be {kind.__name__} values separated by commas") from None
-
-
-def _sampler(default):
-    """The run's sampler settings with those of the command line on top."""
-    given = {
-        "ar_steps": _AR_STEPS.value, "step_sizes": _numbers("step_sizes", _STEP_SIZES.value, int),
-        "order": _ORDER.value, "order_block": _ORDER_BLOCK.value, "solver": _SOLVER.value,
-        "solver_steps": _SOLVER_STEPS.value, "spacing": _SPACING.value, "variance": _VARIANCE.value,
-        "eta": _ETA.value, "cfg_scale": _CFG_SCALE.value, "cfg_schedule": _CFG_SCHEDULE.value,
-        "cfg_interval": _numbers("cfg_interval", _CFG_INTERVAL.value, float),
-        "temperature": _TEMPERATURE.value, "clip_x_0": _CLIP_X_0.value,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    require(
-        not {"ar_steps", "step_sizes"} <= set(given), "--step_sizes", _STEP_SIZES.value,
-        "says how many AR steps there are; leave out --ar_steps",
-    )
-    if "cfg_interval" in given:
-        require(len(given["cfg_interval"]) == 2, "--cfg_interval", _CFG_INTERVAL.value, "must be low,high")
-    if "ar_steps" in given:
-        given["step_sizes"] = ()
-    if "order" in given:
-        given.setdefault("order_block", 0)
-    if "solver" in given:
-        # What the config says of another solver does not carry over.
-        for name, neutral in {"spacing": "auto", "variance": "large", "eta": 0.0, "temperature": 1.0}.items():
-            if given["solver"] != default.solver:
-                given.setdefault(name, neutral)
-    return dataclasses.replace(default, **given)
-
-
-def _labels(num_classes: int):
-    """The class of each image."""
+def _labels(num_classes: int, video):
+    """The class of each image; of clips that are continued, their own unless given."""
     import numpy as np
 
     from causalfusion_jax.sampling.images import balanced_labels
 
-    labels = _numbers("labels", _LABELS.value, int)
+    labels = sampling_flags.numbers("labels", _LABELS.value, int)
+    clips = None if video is None else video.before
+    if labels is None and clips is not None:
+        require(video.labels is not None, "--labels", None, "must be given: the clips come without")
+        labels = video.labels.tolist()
+    require(
+        labels is None or clips is None or len(labels) == len(clips), "--labels", _LABELS.value,
+        f"must be {0 if clips is None else len(clips)}, one for each clip",
+    )
     if labels is None:
         num = 100 if _NUM.value is None else _NUM.value
         require(num >= 1, "--num", num, "must be >= 1")
@@ -111,76 +67,59 @@ def _labels(num_classes: int):
     return np.array(labels, np.int32)
 
 
-def _is_done(out: pathlib.Path, request: dict) -> bool:
-    """Whether OUT already holds this request. Raises InputError where it holds another."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        same = json.loads((out / "request.json").read_text()) == request
-    except (OSError, ValueError):
-        same = False
-    require(same, "--out", str(out), "exists with other content; give a new or empty folder")
-    return (out / "samples.npz").is_file() and (out / "grid.png").is_file()
-
-
-def _trained():
-    """The model that --workdir or --checkpoint names."""
-    from causalfusion_jax.sampling import trained
-
-    given = (_WORKDIR.value is None) + (_CHECKPOINT.value is None)
-    require(given == 1, "--workdir", _WORKDIR.value, "give --workdir, or --checkpoint, and not both")
-    if _WORKDIR.value is not None:
-        return trained.from_run(_WORKDIR.value, _WEIGHTS.value or "ema", _STEP.value)
-    for name, flag in {"weights": _WEIGHTS, "step": _STEP}.items():
-        require(flag.value is None, f"--{name}", flag.value, "a converted checkpoint has one; leave it out")
-    return trained.from_converted(_CHECKPOINT.value)
-
-
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax.sampling.trained import make_decoder
+    from causalfusion_jax.sampling.trained import make_autoencoder
 
     out = pathlib.Path(_OUT.value)
-    require(_BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
-    require(0 <= _SEED.value < 2**32, "--seed", _SEED.value, "must be >= 0 and < 2**32")
-    try:
-        config, origin, params = _trained()
-        labels = _labels(config.data.num_classes)
-        sampler = _sampler(config.sampling)
+    sampling_flags.check_seed_and_batch()
+    with sampling_flags.as_flags():
+        config, origin, params = sampling_flags.trained()
+        sampler = sampling_flags.sampler(config.sampling)
         config.check_sampler(sampler)
-    except InputError as error:
-        raise error if error.field.startswith("--") else InputError(
-            f"--{error.field}", error.value, error.allowed
-        ) from None
-    vae, decode = (None, None) if _VAE.value is None else make_decoder(_VAE.value, config)
+        vae = None if sampling_flags.VAE.value is None else make_autoencoder(sampling_flags.VAE.value, config)
+        video = video_flags.read(config, sampler, vae)
+        labels = _labels(config.data.num_classes, video)
     request = {
-        **origin, "vae": vae, "seed": _SEED.value, "batch_size": _BATCH.value, "labels": labels.tolist(),
-        "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
+        **origin, "vae": vae and vae.fingerprint, "seed": sampling_flags.SEED.value,
+        "batch_size": sampling_flags.BATCH.value, "labels": labels.tolist(),
+        "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))), **(video.request if video else {}),
     }
-    if _is_done(out, request):
+    written = ("samples.npz", "grid.png", *(("clips.gif",) if config.data.frames > 1 else ()))
+    if sampling_flags.is_done(out, request, written):
         print(f"{out} already holds these {len(labels)} samples")
         return
-    _sample_to(out, config, sampler, params(), labels, request, decode)
+    _sample_to(out, config, sampler, params(), labels, request, vae and vae.decode, video)
 
 
-def _sample_to(out: pathlib.Path, config, sampler, params, labels, request: dict, decode) -> None:
+def _sample_to(out: pathlib.Path, config, sampler, params, labels, request: dict, decode, video) -> None:
     """Samples, and makes `out` appear whole."""
     import numpy as np
 
     from causalfusion_jax.sampling.generation import generate_images
-    from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
+    from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_gif, save_png
+    from causalfusion_jax.sampling.rolling import generate_videos
 
     def progress(done):
         print(f"sampled {done}/{len(labels)}", flush=True)
 
-    images = generate_images(config, sampler, params, labels, _SEED.value, _BATCH.value, progress, decode)
+    how = (params, labels, request["seed"], request["batch_size"], progress, decode)
+    if video is None:
+        images = generate_images(config, sampler, *how)
+    else:
+        images = generate_videos(config, video.windows, video.rolling, *how, video.clips)
+        if video.before is not None:
+            # With an autoencoder they were decoded.
+            images[:, : video.before.shape[1]] = video.before
     classes = config.data.num_classes
 
     def fill(folder):
         np.savez(folder / "samples.npz", images, labels)
         grid = make_grid(*frames_in_rows(images[:100], classes if classes <= 20 else 10))
         save_png(folder / "grid.png", grid)
+        if images.ndim == 5:
+            save_gif(folder / "clips.gif", images[:100], 10)
         files.write_json(folder / "request.json", request)
 
     files.write_folder(out, fill)

@@ -12,7 +12,7 @@ FLOORS = (
     ("errors", "files", "hardware", "distributed", "factorization", "diffusion", "sharding"),
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation", "compile_ahead"),
-    ("cli", "train", "sample", "evaluate", "convert", "preflight", "sweeps"),
+    ("cli", "sampling_flags", "video_flags", "train", "sample", "edit", "evaluate", "convert", "preflight", "sweeps"),
 )
 
 

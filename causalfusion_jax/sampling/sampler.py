@@ -90,12 +90,12 @@ class SamplerConfig:
         if self.step_sizes:
             require(
                 sum(self.step_sizes) == num_tokens, "step_sizes", self.step_sizes,
-                f"must sum to the {num_tokens} tokens of an image",
+                f"must sum to the {num_tokens} tokens generated",
             )
             return tuple(self.step_sizes)
         require(
             self.ar_steps <= num_tokens, "ar_steps", self.ar_steps,
-            f"must be >= 1 and <= {num_tokens}, the tokens of an image",
+            f"must be >= 1 and <= {num_tokens}, the tokens generated",
         )
         return tuple(np.bincount(factorization.equal_steps(num_tokens, self.ar_steps)).tolist())
 
@@ -167,6 +167,7 @@ def generate(
     labels,
     order=None,
     known=None,
+    known_step=None,
     x_T=None,
 ):
     """Generates images as tokens. Jit with the first four arguments static.
@@ -178,8 +179,9 @@ def generate(
       keys: PRNG keys [batch], one an image (`image_keys`).
       labels: int [batch].
       order: int32 [batch, L]; default: drawn as `sampler.order` says.
-      known: clean tokens [batch, K, token_dim] at the first K places of `order`, all
-        of AR step 0; the remaining L - K places are generated.
+      known: clean tokens [batch, K, token_dim] at the first K places of `order`; the
+        remaining L - K places are generated.
+      known_step: int32 [K], their AR steps, non-decreasing from 0; default: all 0.
       x_T: noise to start from at those L - K places, [batch, L - K, token_dim]; default:
         drawn.
 
@@ -210,13 +212,16 @@ def generate(
     places = np.minimum(starts[:, None] + np.arange(size), sum(sizes) - 1)
     valid = np.arange(size) < np.asarray(sizes)[:, None]
     rows = lambda a: jnp.moveaxis(a[:, places], 1, 0)  # noqa: E731
-    first_step = 1 if num_known else 0
+    first_step = 0
+    if num_known:
+        known_step = jnp.zeros(num_known, jnp.int32) if known_step is None else known_step
+        first_step = known_step[-1] + 1
 
     slots = num_known + (int(starts[-2]) + size if len(sizes) > 1 else 0)
     prefix = _Prefix(transformer, 2 if guided and model.clean_depends_on_class else 1)
     cache = prefix.begin(all_labels[: prefix.copies * labels.shape[0]], slots)
     if num_known:
-        cache = prefix.append(cache, known, order[:, :num_known], Role.CLEAN, 0, num_known)
+        cache = prefix.append(cache, known, order[:, :num_known], Role.CLEAN, known_step, num_known)
 
     def ar_step(cache, scanned):
         index, ids, valid, count, scales_row, x_T = scanned

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from causalfusion_jax import experiment
 from causalfusion_jax.errors import require
 from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode
+from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
 from causalfusion_jax.models.store import open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.training.checkpoint import Checkpoints
@@ -59,16 +59,29 @@ def from_converted(folder: str) -> Trained:
     return Trained(config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes))
 
 
-def make_decoder(folder: str, config: ExperimentConfig) -> tuple[str, Callable[[jax.Array], jax.Array]]:
-    """An autoencoder that makes images of a model's latents.
+class Autoencoder(NamedTuple):
+    """An autoencoder of a model's latents.
+
+    Attributes:
+      fingerprint: one checksum for settings and parameters.
+      downsampling: side of a latent in pixels.
+      encode: pixels in [-1, 1] [batch, H, W, image channels] to latents as the model takes
+        them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a draw.
+      decode: latents to pixels.
+    """
+
+    fingerprint: str
+    downsampling: int
+    encode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
+
+
+def make_autoencoder(folder: str, config: ExperimentConfig) -> Autoencoder:
+    """The autoencoder of a model's latents.
 
     Args:
       folder: a converted autoencoder.
       config: the model's settings.
-
-    Returns:
-      Its fingerprint, and a function of latents [batch, height, width, channels] to pixels
-      in [-1, 1].
 
     Raises:
       InputError: it is none, or the model's data are not its latents.
@@ -82,4 +95,13 @@ def make_decoder(folder: str, config: ExperimentConfig) -> tuple[str, Callable[[
         f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
     )
     params = jax.tree.map(jnp.asarray, converted.params(abstract_autoencoder(settings)[1]))
-    return converted.fingerprint, lambda latents: decode(settings, params, latents)
+    return Autoencoder(
+        converted.fingerprint, settings.downsampling,
+        lambda pixels: encode(settings, params, pixels), lambda latents: decode(settings, params, latents),
+    )
+
+
+def make_decoder(folder: str, config: ExperimentConfig) -> tuple[str, Callable[[jax.Array], jax.Array]]:
+    """Fingerprint and `decode` of `make_autoencoder`."""
+    autoencoder = make_autoencoder(folder, config)
+    return autoencoder.fingerprint, autoencoder.decode
