@@ -194,10 +194,14 @@ def known_tokens(
     order_config, hidden = sampler.order_config(config.factorization), plan.hidden.reshape(-1)
 
     def draw(key):
+        # As `generate` does.
         order_key, _ = jax.random.split(key)
         return factorization.token_order(order_config, plan.model.grid, order_key)
 
-    order = np.asarray(jax.vmap(draw)(keys) if order_config.order == "random" else [draw(key) for key in keys])
+    if order_config.order == "random":
+        order = np.asarray(jax.vmap(draw)(keys))
+    else:
+        order = np.tile(factorization.token_order(order_config, plan.model.grid), (len(images), 1))
     order = np.take_along_axis(order, np.argsort(hidden[order], axis=1, kind="stable"), axis=1)
     tokens = np.asarray(patchify(images, config.model.patch_size))
     kept = np.take_along_axis(tokens, order[:, : len(plan.known_step), None], axis=1)

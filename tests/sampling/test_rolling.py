@@ -127,6 +127,7 @@ def test_strides():
         ({}, dict(frames=16), 3, "keep_frames=3: leaves 3 of 8"),
         ({}, dict(frames=16), 8, "keep_frames=8: must be >= 0 and <= 7"),
         (dict(factorization=dict(steps="fixed", num_steps=1)), dict(frames=16, stride=2), 0, "never seen a clean"),
+        (dict(factorization=dict(steps="fixed", num_steps=1)), dict(frames=16), 0, "frames=16: must be 8"),
         (dict(data=dict(frames=1), model=dict(hidden=32)), dict(frames=16), 0, "makes images"),
     ],
 )  # fmt: skip
