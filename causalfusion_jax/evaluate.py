@@ -15,8 +15,10 @@ precision, recall and kid; without a reference there is the Inception Score alon
 With --workdir, against the training data of a run of pixels. For source digits: `accuracy`,
 how many of the images an SVC fitted on the held-out half reads as the class they were asked
 for, and `fd`, the Fréchet distance of their 64 pixels, scaled to [-1, 1], to the held-out half
-(real training digits: 0.29). For other images: `fd` of pixels, averaged down to at most 16x16,
-to the training images.
+(real training digits: 0.29). For moving_digits: `accuracy`, over all frames, and
+`motion_error`, the distance of the tracked path to a straight line with bounce, in pixels; for
+longer videos both of what lies beyond. For other images: `fd` of pixels, averaged down to at most
+16x16, to the training images.
 
 References are made of images, or of the data set of a config:
 
@@ -59,8 +61,8 @@ def _read(path: pathlib.Path):
             "--samples", str(path), f"not a samples.npz with arr_0 and arr_1 ({type(error).__name__})"
         ) from None
     require(
-        images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(labels), "--samples", str(path),
-        f"arr_0 must be uint8 [num, height, width, channels] with as many labels; it is {images.dtype} {images.shape}",
+        images.dtype == np.uint8 and images.ndim in (4, 5) and len(images) == len(labels), "--samples", str(path),
+        f"arr_0 must be uint8 images or videos with as many labels; it is {images.dtype} {images.shape}",
     )
     return images, labels
 

@@ -105,6 +105,79 @@ def wait_for_step(process, wanted):
     raise AssertionError(process.stderr.read())
 
 
+def edit(workdir, out, image, *args):
+    return command("edit", f"--workdir={workdir}", f"--out={out}", f"--image={image}", "--solver_steps=3", *args)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "digit.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(path)
+    return path
+
+
+def test_edit_keeps_what_is_not_masked(run, picture, tmp_path):
+    workdir, out = run[0], tmp_path / "out"
+    args = ("--mask=1,5,4,8", "--label=3", "--num=3", "--ar_steps=2")
+    done = edit(workdir, out, picture, *args)
+    assert done.returncode == 0, done.stderr
+    assert "rounded outward to whole tokens of 2x2: 16 pixels are regenerated instead of 9" in done.stderr
+    before = np.asarray(Image.open(picture))
+    with np.load(out / "samples.npz") as arrays:
+        images, labels, mask = arrays["arr_0"], arrays["arr_1"], arrays["mask"]
+        np.testing.assert_array_equal(arrays["before"][0, ..., 0], before)
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8 and labels.tolist() == [3] * 3
+    assert mask.sum() == 16 and mask[4:, :4].all()
+    np.testing.assert_array_equal(images[:, ~mask, 0], before[~mask][None].repeat(3, axis=0))
+    assert (images[0] != images[1]).any()
+    np.testing.assert_array_equal(Image.open(out / "002.png"), images[2, ..., 0])
+    assert Image.open(out / "strip.png").size == (5 * 36, 36)
+    again = edit(workdir, out, picture, *args)
+    assert again.returncode == 0 and "already holds" in again.stdout
+    assert_refused(edit(workdir, out, picture, "--mask=top", "--label=3"), "--out", "exists with other content")
+    # Its own results again, each under its own label; its own mask.
+    done = edit(workdir, tmp_path / "more", out / "samples.npz", f"--mask={out / 'mask.png'}")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "more" / "samples.npz") as arrays:
+        assert arrays["arr_1"].tolist() == labels.tolist() and (arrays["mask"] == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--mask=middle", "--label=3"], ["--mask='middle'", "center"]),
+        (["--mask=0,0,8,8", "--label=3"], ["--mask", "nothing to keep"]),
+        (["--mask=0,0,9,8", "--label=3"], ["--mask", "x1 <= 8"]),
+        (["--mask=top"], ["--label", "is required"]),
+        (["--mask=top", "--label=10"], ["--label=10", "0..9"]),
+        (["--mask=top", "--label=1,2"], ["--label", "one class number, or 1"]),
+        (["--mask=top", "--label=3", "--ar_steps=9"], ["--ar_steps=9", "<= 8"]),
+        (["--mask=top", "--label=3", "--num=0"], ["--num=0"]),
+        (["--mask=top", "--label=3", "--nopaste"], ["--paste", "needs --vae"]),
+        (["--mask=top", "--label=3", "--offset=0,0"], ["--offset", "needs --canvas"]),
+        (["--canvas=16,8", "--label=3"], ["--canvas", "positions are learned"]),
+        (["--canvas=6,8", "--label=3"], ["--canvas", "at least 8,8"]),
+        (["--label=3"], ["--mask", "is required"]),
+    ],
+)
+def test_bad_editing_input_touches_nothing(run, picture, tmp_path, args, words):
+    assert_refused(edit(run[0], tmp_path / "out", picture, *args), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_or_mask_of_another_size_is_refused(run, picture, tmp_path):
+    Image.new("L", (8, 10)).save(tmp_path / "tall.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    refused = {
+        (tmp_path / "tall.png", "top"): "must be 8x8x1 (height, width, channels), as the model's; it is 10x8x1",
+        (tmp_path / "notes.txt", "top"): "neither an image nor an npz",
+        (tmp_path / "none.png", "top"): "no such file",
+        (picture, tmp_path / "tall.png"): "a picture of 8x8 pixels; it is 8x10",
+    }
+    for (image, mask), words in refused.items():
+        assert_refused(edit(run[0], tmp_path / "out", image, f"--mask={mask}", "--label=3"), words)
+
+
 @pytest.fixture(scope="module")
 def expected(run, tmp_path_factory):
     return samples(run[0], tmp_path_factory.mktemp("expected") / "out")
@@ -274,7 +347,7 @@ def test_divergence_ends_with_one_line(tmp_path):
     assert "had a non-finite gradient" in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "sample", "edit", "evaluate"])
 def test_help_is_worth_reading(name):
     shown = command(name, "--help")
     assert f"python -m causalfusion_jax.{name}" in shown.stdout and "--workdir" in shown.stdout

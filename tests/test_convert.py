@@ -143,8 +143,30 @@ def test_tiny_checkpoints_convert_sample_and_return(tmp_path):
         assert weights.keys() == expected.keys()
         for key, array in expected.items():
             assert weights[key].tobytes() == array.tobytes(), key
+    edits_with_autoencoder(tmp_path)
     again = command("convert", "--reverse", f"--checkpoint={tmp_path / 'fusion'}", f"--out={file}")
     assert again.returncode == 2 and "exists; give a new file" in again.stderr
+
+
+def edits_with_autoencoder(folder):
+    """Kept pixels come back bit for bit, or as decoded; without the autoencoder, kept latents."""
+    args = (f"--checkpoint={folder / 'fusion'}", "--mask=left", "--label=1", "--solver_steps=3", "--ar_steps=1")
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(image).save(folder / "image.png")
+    latents = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    np.savez(folder / "latents.npz", latents)
+    pixels = (f"--vae={folder / 'vae'}", f"--image={folder / 'image.png'}")
+    for name, more, before in (
+        ("pasted", pixels, image), ("decoded", (*pixels, "--nopaste"), image),
+        ("latents", (f"--image={folder / 'latents.npz'}",), latents),
+    ):  # fmt: skip
+        done = command("edit", *args, *more, f"--out={folder / name}")
+        assert done.returncode == 0, done.stderr
+        with np.load(folder / name / "samples.npz") as arrays:
+            after, mask = arrays["arr_0"], arrays["mask"]
+        assert after.shape[1:] == before.shape[-3:] and mask[:, 0].all() and not mask[:, -1].any()
+        same = (after == before)[:, ~mask]
+        assert same.all() == (name != "decoded") and (after != before)[:, mask].mean() > 0.5
 
 
 def refused(tmp_path, checkpoint, *args, kind="causalfusion"):

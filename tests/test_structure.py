@@ -12,7 +12,10 @@ FLOORS = (
     ("errors", "files", "npz", "hardware", "distributed", "factorization", "diffusion", "sharding"),
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
-    ("cli", "train", "sample", "evaluate", "encode", "convert", "preflight", "sweeps"),
+    (
+        "cli", "sampling_flags", "video_flags", "train", "sample", "edit", "evaluate", "encode", "convert", "preflight",
+        "sweeps",
+    ),
 )
 
 

@@ -21,10 +21,11 @@ from absl import flags
 
 from causalfusion_jax.data import tar_shards, tfds_source
 from causalfusion_jax.data.latents import LatentsSource, read_manifest
+from causalfusion_jax.data.moving_digits import MovingDigitsSource
 from causalfusion_jax.data.sources import ArraysSource, CorruptRecord, ImageFolderSource, class_folders, digits
 from causalfusion_jax.errors import InputError, require, require_number, require_one_of
 
-SOURCES = ("digits", "image_folder", "tfds", "tar", "latents", "arrays")
+SOURCES = ("digits", "moving_digits", "image_folder", "tfds", "tar", "latents", "arrays")
 ENCODED = ("image_folder", "tfds", "tar")
 """Sources of image files: with `latents` they are what `encode` makes latents of."""
 
@@ -37,9 +38,9 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      source: `digits` (scikit-learn's, built in), `image_folder`, `tfds` (prepared by TensorFlow
-        Datasets), `tar` (shards in WebDataset's layout), `latents` (written by `encode`), or
-        `arrays`.
+      source: `digits` (scikit-learn's, built in), `moving_digits` (clips of them), `image_folder`,
+        `tfds` (prepared by TensorFlow Datasets), `tar` (shards in WebDataset's layout),
+        `latents` (written by `encode`), or `arrays`.
       path: of image_folder, one folder of images for each class; of tfds, its data_dir ("":
         the default one); of tar, the folder of shards; of latents, that of `encode --out`; of
         arrays, a folder with image.npy and label.npy.
@@ -100,6 +101,7 @@ class DataConfig:
             require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
         fixed = {
             "digits": {"image_size": 8, "channels": 1, "num_classes": 10, "path": "", "frames": 1, "latents": False},
+            "moving_digits": {"channels": 1, "num_classes": 10, "path": "", "latents": False, "flip": False},
             "image_folder": {"frames": 1},
             "tar": {"frames": 1},
             "latents": {"latents": True},
@@ -107,6 +109,10 @@ class DataConfig:
         for name, value in fixed.items():
             given = getattr(self, name)
             require(given == value, name, given, f"must be {value!r} for source {self.source}")
+
+        if self.source == "moving_digits":
+            require_number("image_size", self.image_size, 9)
+            require_number("frames", self.frames, 2)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,6 +155,8 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
         require(not captions, "config.data.source", config.source, "has no captions")
     if config.source == "digits":
         return digits("train")
+    if config.source == "moving_digits":
+        return MovingDigitsSource(config.frames, config.image_size)
     if config.source == "latents":
         require(bool(config.path), "config.data.path", config.path, "source latents needs the folder that encode wrote")
         return LatentsSource(config.path, config.shape, config.num_classes, captions)

@@ -13,7 +13,7 @@ from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, WITHOUT_REFE
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.sampling.generation import generate_images, image_batches, replicate
 from causalfusion_jax.sampling.images import balanced_labels
-from causalfusion_jax.sampling.trained import make_decoder
+from causalfusion_jax.sampling.trained import make_autoencoder
 
 
 class Evaluator:
@@ -34,7 +34,7 @@ class Evaluator:
         evaluation, data = config.evaluation, config.data
         self._inception = self._reference = self._decode = None
         if evaluation.vae:
-            _, self._decode = make_decoder(evaluation.vae, config, "config.evaluation.vae")
+            self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode
         require(
             self._decode is not None or not data.latents, "config.evaluation.vae", evaluation.vae,
             "a model of latents is evaluated on the images that an autoencoder makes of them",

@@ -8,6 +8,7 @@ from causalfusion_jax.data.pipeline import DataConfig, make_source
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.distribution import FeatureStatistics, frechet_from_statistics
+from causalfusion_jax.evaluation.tracking import digit_reader, score_moving_digits
 
 MAX_SIDE = 16
 """Images are averaged down to this side before their pixels are compared."""
@@ -28,18 +29,22 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
 
     Args:
       data: the training data.
-      images: uint8 [num, height, width, channels].
+      images: uint8 [num, (frames,) height, width, channels]; videos of any length.
       labels: int [num], the class each was asked for.
 
     Raises:
-      InputError: images of another size, or fewer than two; data that are no images.
+      InputError: images of another size, fewer than two, or videos without scores; latents.
     """
     require(
-        not data.latents and data.frames == 1, "--workdir", data.source,
+        not data.latents and (data.frames == 1 or data.source == "moving_digits"), "--workdir", data.source,
         "was not trained on images, which alone are compared pixel by pixel",
     )
     shape = (data.image_size, data.image_size, data.channels)
-    require(images.shape[1:] == shape, "--samples", images.shape, f"images must be {shape}, as the run's")
+    fits = images.shape[-3:] == shape and images.ndim == 4 + (data.frames > 1)
+    kind = "videos" if data.frames > 1 else "images"
+    require(fits, "--samples", images.shape, f"must be {kind} of {shape}, as the run's")
+    if data.source == "moving_digits":
+        return score_moving_digits(images, labels, data.frames)
     require(len(images) >= 2, "--samples", len(images), "need at least two images")
     pixels = images.astype(np.float64) / 127.5 - 1.0
     if data.source == "digits":
@@ -58,12 +63,9 @@ def training_pixels(data: DataConfig) -> np.ndarray:
 
 def score_digits(pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """`accuracy` and `fd` of digits [num, 8, 8, 1] in [-1, 1] against the held-out half."""
-    from sklearn.svm import SVC
-
     real = digits("held_out")
-    reader = SVC(gamma=0.05).fit(flatten(real.images), real.labels)
     return {
-        "accuracy": float(np.mean(reader.predict(flatten(pixels)) == labels)),
+        "accuracy": float(np.mean(digit_reader().predict(flatten(pixels)) == labels)),
         "fd": frechet_distance(flatten(pixels), flatten(real.images)),
     }
 

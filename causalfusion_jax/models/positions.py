@@ -49,7 +49,9 @@ def rope_base(length: int) -> int:
     return (int(8 * length / np.pi) // 100 + 1) * 100
 
 
-def rope_table(grid: tuple[int, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(
+    grid: tuple[int, ...], head_dim: int, base_grid: tuple[int, ...] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Rotary embedding over all axes of a grid, as released with ACDiT.
 
     Axis a has `rope_dims[a]` values, its d/2 frequencies twice. The k-th is
@@ -58,12 +60,13 @@ def rope_table(grid: tuple[int, ...], head_dim: int) -> tuple[np.ndarray, np.nda
     Args:
       grid: token rows and columns, after frames for a video.
       head_dim: a multiple of 4, of 16 for a video.
+      base_grid: the grid whose sides set the frequencies; default: `grid`.
 
     Returns:
       Cosines and sines, float32 [L, head_dim] each, raster order.
     """
     angles = []
-    for axis, length, dim in zip(coordinates(grid), grid, rope_dims(len(grid), head_dim), strict=True):
+    for axis, length, dim in zip(coordinates(grid), base_grid or grid, rope_dims(len(grid), head_dim), strict=True):
         frequencies = float(rope_base(length)) ** -np.linspace(0.0, 1.0, dim // 2)
         angles += 2 * [axis[:, None] * frequencies]
     angles = np.concatenate(angles, axis=1)

@@ -66,6 +66,8 @@ class TransformerConfig:
       norm: `layer`, `rms`, or `plain` (LayerNorm without scale and bias).
       positions: `learned` (initialized with sines and cosines), fixed `sincos`, or `rope`,
         which turns queries and keys by the position on every axis.
+      rope_grid: the grid that rope's frequencies were trained for, where `grid` has been
+        enlarged; empty: `grid`.
       qk_norm: normalize queries and keys per head.
       qkv_bias, token_bias: biases of the query-key-value and the token projection.
       attention: `dense`, `flash` (in tiles, without an array of [tokens, tokens]), or
@@ -88,6 +90,7 @@ class TransformerConfig:
     mlp_ratio: float = 4.0
     norm: str = "layer"
     positions: str = "learned"
+    rope_grid: tuple[int, ...] = ()
     qk_norm: bool = True
     qkv_bias: bool = False
     token_bias: bool = True
@@ -141,6 +144,20 @@ class TransformerConfig:
     def mlp_hidden(self) -> int:
         """Width of the MLP."""
         return int(self.hidden * self.mlp_ratio)
+
+    def on_grid(self, grid: tuple[int, ...]) -> "TransformerConfig":
+        """The same network on another token grid, where its positions can be continued.
+
+        Raises:
+          InputError: positions are learned, one vector for each token of the trained grid.
+        """
+        if grid == self.grid:
+            return self
+        require(
+            self.positions != "learned", "grid", grid,
+            f"must be {self.grid}: positions are learned for that grid alone (sincos and rope continue)",
+        )
+        return dataclasses.replace(self, grid=grid, rope_grid=self.rope_grid or self.grid)
 
     @property
     def clean_depends_on_class(self) -> bool:
@@ -395,7 +412,7 @@ class Transformer(nnx.Module):
         c = self.config
         if c.positions != "rope":
             return None
-        cos, sin = (jnp.asarray(table)[ids] for table in rope_table(c.grid, c.head_dim))
+        cos, sin = (jnp.asarray(table)[ids] for table in rope_table(c.grid, c.head_dim, c.rope_grid))
         on_grid = (ids >= 0)[..., None]
         return jnp.where(on_grid, cos, 1.0), jnp.where(on_grid, sin, 0.0)
 

@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from causalfusion_jax.errors import InputError, require
+
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[-1, 1] to 0..255, rounded as ADM does: clip(127.5 x + 128), truncated."""
@@ -57,6 +59,84 @@ def make_grid(images: np.ndarray, columns: int, min_cell: int = 32, margin: int 
     blank = np.full((rows * columns - num, *cells.shape[1:]), 255, np.uint8)
     cells = np.concatenate([cells, blank]).reshape(rows, columns, *cells.shape[1:])
     return cells.swapaxes(1, 2).reshape(rows * cells.shape[2], columns * cells.shape[3], channels)
+
+
+def read_images(field: str, path: pathlib.Path, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images of one image file, or of an npz as this package writes it.
+
+    Args:
+      field: what to call the path in errors.
+      path: an image file; or an npz with `arr_0` [num, height, width, channels], uint8, or
+        float latents, and perhaps `arr_1`, int labels [num].
+      channels: 1 (grey) or 3 (RGB): what an image file is converted to.
+
+    Returns:
+      `arr_0`, and the labels or None.
+
+    Raises:
+      InputError: no such file, or not one of these.
+    """
+    require(path.is_file(), field, str(path), "no such file")
+    try:
+        if path.suffix.lower() != ".npz":
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            return pixels.reshape(1, *pixels.shape[:2], channels), None
+        with np.load(path) as arrays:
+            images, labels = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else None
+    except Exception as error:
+        raise InputError(
+            field, str(path), f"neither an image nor an npz with arr_0 ({type(error).__name__})"
+        ) from None
+    fits = images.ndim >= 4 and (images.dtype == np.uint8 or images.dtype.kind == "f")
+    require(fits, field, str(path), f"arr_0 must be uint8 or float images; it is {images.dtype} {images.shape}")
+    require(
+        labels is None or (labels.shape == images.shape[:1] and labels.dtype.kind in "iu"), field, str(path),
+        f"arr_1 must be int [{len(images)}], the labels",
+    )
+    return images, labels
+
+
+MASKED = (228, 87, 86)
+"""Colour (red) of what is regenerated."""
+
+
+def edit_strip(before: np.ndarray, mask: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Edited images in rows: the image, the same with the mask in red, the results.
+
+    Args:
+      before: [num, height, width, channels], as of `frames_in_rows`.
+      mask: bool [height, width], what was regenerated.
+      after: [num * results, height, width, channels], the results of each image in turn.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    num, shape = len(before), before.shape[1:]
+    rows = np.concatenate([before[:, None], before[:, None], after.reshape(num, -1, *shape)], axis=1)
+    columns = rows.shape[1]
+    cells, _ = frames_in_rows(rows.reshape(-1, *shape), columns)
+    cells = np.repeat(cells, 3 // cells.shape[-1], axis=-1)
+    cells[1::columns] = np.where(mask[:, :, None], np.uint8(MASKED), cells[1::columns])
+    return make_grid(cells, columns)
+
+
+def save_gif(path: pathlib.Path, clips: np.ndarray, columns: int, frames_per_second: float = 8.0) -> None:
+    """Writes clips side by side as an animation that repeats for ever.
+
+    Args:
+      path: the file.
+      clips: [num, frames, height, width, channels]; uint8, or float latents, as of `frames_in_rows`.
+      columns: clips in a row.
+      frames_per_second: of the animation; GIFs count in hundredths of a second.
+    """
+    num, frames = clips.shape[:2]
+    cells, _ = frames_in_rows(clips, frames)
+    cells = cells.reshape(num, frames, *cells.shape[1:])
+    grids = [make_grid(cells[:, frame], columns) for frame in range(frames)]
+    pictures = [Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid) for grid in grids]
+    duration = round(100.0 / frames_per_second) * 10
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=False)
 
 
 def save_png(path: pathlib.Path, image: np.ndarray) -> None:

@@ -92,12 +92,12 @@ class SamplerConfig:
         if self.step_sizes:
             require(
                 sum(self.step_sizes) == num_tokens, "step_sizes", self.step_sizes,
-                f"must sum to the {num_tokens} tokens of an image",
+                f"must sum to the {num_tokens} tokens generated",
             )
             return tuple(self.step_sizes)
         require(
             self.ar_steps <= num_tokens, "ar_steps", self.ar_steps,
-            f"must be >= 1 and <= {num_tokens}, the tokens of an image",
+            f"must be >= 1 and <= {num_tokens}, the tokens generated",
         )
         return tuple(np.bincount(factorization.equal_steps(num_tokens, self.ar_steps)).tolist())
 
@@ -169,6 +169,7 @@ def generate(
     labels,
     order=None,
     known=None,
+    known_step=None,
     x_T=None,
 ):
     """Generates images as tokens. Jit with the first four arguments static.
@@ -180,8 +181,9 @@ def generate(
       keys: PRNG keys [batch], one an image (`image_keys`).
       labels: int [batch].
       order: int32 [batch, L]; default: drawn as `sampler.order` says.
-      known: clean tokens [batch, K, token_dim] at the first K places of `order`, all
-        of AR step 0; the remaining L - K places are generated.
+      known: clean tokens [batch, K, token_dim] at the first K places of `order`; the
+        remaining L - K places are generated.
+      known_step: int32 [K], their AR steps, non-decreasing from 0; default: all 0.
       x_T: noise to start from at those L - K places, [batch, L - K, token_dim]; default:
         drawn.
 
@@ -212,13 +214,16 @@ def generate(
     places = np.minimum(starts[:, None] + np.arange(size), sum(sizes) - 1)
     valid = np.arange(size) < np.asarray(sizes)[:, None]
     rows = lambda a: jnp.moveaxis(a[:, places], 1, 0)  # noqa: E731
-    first_step = 1 if num_known else 0
+    first_step = 0
+    if num_known:
+        known_step = jnp.zeros(num_known, jnp.int32) if known_step is None else known_step
+        first_step = known_step[-1] + 1
 
     slots = num_known + (int(starts[-2]) + size if len(sizes) > 1 else 0)
     prefix = _Prefix(transformer, 2 if guided and model.clean_depends_on_class else 1)
     cache = prefix.begin(all_labels[: prefix.copies * labels.shape[0]], slots)
     if num_known:
-        cache = prefix.append(cache, known, order[:, :num_known], Role.CLEAN, 0, num_known)
+        cache = prefix.append(cache, known, order[:, :num_known], Role.CLEAN, known_step, num_known)
 
     def ar_step(cache, scanned):
         index, ids, valid, count, scales_row, x_T = scanned
@@ -377,6 +382,7 @@ def sample_tokens_shared(
     sampler: SamplerConfig,
     params,
     of_images: dict[str, jax.Array],
+    of_all: dict[str, jax.Array] | None = None,
 ):
     """`generate` on a mesh whose devices share the images and have all parameters; none waits for another.
 
@@ -384,13 +390,15 @@ def sample_tokens_shared(
       mesh: its axes `data` and `fsdp` split the batch.
       model, diffusion, trained, sampler, params: as of `generate`.
       of_images: those arguments of `generate` that have an entry an image, by name.
+      of_all: the others.
 
     Returns:
       What `generate` does.
     """
-    def share(params, of_images):
-        return generate(model, diffusion, trained, sampler, params, **of_images)
+    def share(params, of_images, of_all):
+        return generate(model, diffusion, trained, sampler, params, **of_images, **of_all)
 
     split = partition(("batch",))
-    run = jax.shard_map(share, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False)
-    return run(params, of_images)
+    whole = PartitionSpec()
+    run = jax.shard_map(share, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, check_vma=False)
+    return run(params, of_images, of_all or {})

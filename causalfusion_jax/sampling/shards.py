@@ -1,6 +1,6 @@
 """Samples on their way to disk: one file for each batch, joined when all are there.
 
-A folder of samples holds samples.npz, grid.png and request.json, which says how they were
+A folder of samples holds samples.npz, grid.png (of videos also clips.gif) and request.json, which says how they were
 made and is written last. Until then its `parts` hold the same request and the batches that
 are done, so that any process, now or after an interruption, can make the others.
 """
@@ -16,9 +16,10 @@ import numpy as np
 from causalfusion_jax import files
 from causalfusion_jax.errors import require
 from causalfusion_jax.npz import NpzWriter
-from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
+from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_gif, save_png
 
 GRID_IMAGES = 100
+GIF_COLUMNS = 10
 
 
 class SampleFolder:
@@ -99,6 +100,8 @@ class SampleFolder:
                     shown += list(part[:GRID_IMAGES - len(shown)])
             writer.array("arr_1", labels)
         save_png(self._folder / "grid.png", make_grid(*frames_in_rows(np.stack(shown), columns)))
+        if first.ndim == 5:
+            save_gif(self._folder / "clips.gif", np.stack(shown), GIF_COLUMNS)
         files.write_json(self._folder / "request.json", self._request)
         self.tidy()
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from causalfusion_jax import experiment
 from causalfusion_jax.errors import require
 from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode
+from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
 from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.sharding import replicated
@@ -76,19 +76,30 @@ def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, Auto
     return converted, AutoencoderConfig(**listed)
 
 
-def make_decoder(
-    folder: str, config: ExperimentConfig, field: str = "--vae"
-) -> tuple[str, Callable[[jax.Array], jax.Array]]:
-    """An autoencoder that makes images of a model's latents.
+class Autoencoder(NamedTuple):
+    """An autoencoder of a model's latents.
+
+    Attributes:
+      fingerprint: one checksum for settings and parameters.
+      downsampling: side of a latent in pixels.
+      encode: pixels in [-1, 1] [batch, H, W, image channels] to latents as the model takes
+        them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a draw.
+      decode: latents to pixels, on the devices that the latents are on.
+    """
+
+    fingerprint: str
+    downsampling: int
+    encode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
+
+
+def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae") -> Autoencoder:
+    """The autoencoder of a model's latents.
 
     Args:
       folder: a converted autoencoder.
       config: the model's settings.
       field: the option that names it, for errors.
-
-    Returns:
-      Its fingerprint, and a function of latents [batch, height, width, channels] to pixels
-      in [-1, 1], on the devices that the latents are on.
 
     Raises:
       InputError: it is none, or the model's data are not its latents.
@@ -109,4 +120,7 @@ def make_decoder(
         where = latents.sharding
         return decode(settings, beside(where.mesh if isinstance(where, NamedSharding) else None), latents)
 
-    return converted.fingerprint, decode_latents
+    return Autoencoder(
+        converted.fingerprint, settings.downsampling,
+        lambda pixels: encode(settings, beside(None), pixels), decode_latents,
+    )

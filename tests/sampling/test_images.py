@@ -3,7 +3,15 @@
 import numpy as np
 from PIL import Image
 
-from causalfusion_jax.sampling.images import balanced_labels, frames_in_rows, make_grid, save_png, to_uint8
+from causalfusion_jax.sampling.images import (
+    balanced_labels,
+    edit_strip,
+    frames_in_rows,
+    make_grid,
+    save_gif,
+    save_png,
+    to_uint8,
+)
 
 
 def test_rounding_is_adms():
@@ -38,3 +46,29 @@ def test_grid(tmp_path):
     assert [grid[18 + 36 * (i // 3), 18 + 36 * (i % 3), 0] for i in range(6)] == [0, 1, 2, 3, 4, 255]
     save_png(tmp_path / "grid.png", grid)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid[..., 0])
+
+
+def test_strip_shows_before_mask_and_results():
+    before = np.full((2, 32, 32, 1), 10, np.uint8)
+    after = np.arange(4, dtype=np.uint8)[:, None, None, None] + np.full((4, 32, 32, 1), 100, np.uint8)
+    mask = np.zeros((32, 32), bool)
+    mask[:16] = True
+    strip = edit_strip(before, mask, after)
+    assert strip.shape == (2 * 36, 4 * 36, 3)
+    assert [strip[36 + 10, 18 + 36 * column].tolist() for column in range(4)] == [
+        [10] * 3, [228, 87, 86], [102] * 3, [103] * 3
+    ]  # fmt: skip
+    assert strip[36 + 30, 18 + 36].tolist() == [10] * 3
+
+
+def test_gif_plays_all_frames_of_all_clips(tmp_path):
+    clips = np.zeros((3, 5, 32, 32, 1), np.uint8)
+    clips[2] = np.arange(50, 100, 10, dtype=np.uint8)[:, None, None, None]
+    save_gif(tmp_path / "clips.gif", clips, columns=2)
+    with Image.open(tmp_path / "clips.gif") as movie:
+        assert movie.n_frames == 5 and movie.size == (72, 72) and movie.info["loop"] == 0
+        for frame in range(5):
+            movie.seek(frame)
+            assert movie.info["duration"] == 120
+            pixels = np.asarray(movie.convert("L"))
+            assert pixels[18, 18] == 0 and pixels[36 + 18, 18] == 50 + 10 * frame and pixels[36 + 18, 36 + 18] == 255

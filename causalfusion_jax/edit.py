@@ -1,0 +1,247 @@
+"""Regenerates a part of images, with a model that was not trained to edit.
+
+    python -m causalfusion_jax.edit --workdir=runs/digits --image=runs/digits/samples_4/samples.npz \
+        --mask=bottom --label=3 --ar_steps=4 --out=runs/digits/edited
+    python -m causalfusion_jax.edit --checkpoint=converted/xl --vae=converted/kl16 --image=cat.png \
+        --mask=mask.png --label=207 --num=4 --cfg_scale=3.0 --out=edited
+
+What is kept is clean context for what is regenerated, in one AR step or many, in any order.
+--mask names what is regenerated: a half (top, bottom, left, right), the middle (center), all
+but the middle (outer), a rectangle of pixels x0,y0,x1,y1, or an image file of the same size,
+bright where to regenerate. Tokens are regenerated whole: a mask is rounded outward to them.
+Models trained in random order take any mask; those of a fixed order only one that keeps its
+beginning.
+
+--canvas=WIDTH,HEIGHT places the images on a larger canvas (--offset=X,Y, in the middle
+unless given) and generates what is around them, with models whose positions continue
+(model.positions sincos or rope).
+
+Kept pixels come back bit for bit. With --vae the result is decoded from latents, which
+alone changes every pixel a little: the kept pixels are pasted over it, unless --nopaste asks
+for the decoder's own. A model of latents without --vae edits latents, kept ones bit for bit;
+masks then count in latents.
+
+OUT receives samples.npz (`arr_0`: results, `arr_1`: their labels, --num for each image in
+turn; `before`: the images on the canvas; `mask`: what was regenerated, bool [height, width]),
+mask.png, strip.png (before, mask, results), the results as 000.png ... (the first 100), and
+request.json. The same request gives the same bytes; other content of OUT is never
+overwritten.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from causalfusion_jax import cli, files, sampling_flags
+from causalfusion_jax.errors import require
+
+_OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
+_IMAGE = flags.DEFINE_string("image", None, "Image file, or npz with arr_0 as sample and edit write it.")
+_MASK = flags.DEFINE_string(
+    "mask", None, "What to regenerate: center, top, bottom, left, right, outer, x0,y0,x1,y1, or an image file."
+)
+_LABEL = flags.DEFINE_string("label", None, "Class number, or one for each image: 3,3,7 [arr_1 of an npz].")
+_NUM = flags.DEFINE_integer("num", 1, "Results for each image.")
+_CANVAS = flags.DEFINE_string("canvas", None, "Larger canvas to fill, in pixels: WIDTH,HEIGHT.")
+_OFFSET = flags.DEFINE_string("offset", None, "Where the image lies on it: X,Y [in the middle].")
+_PASTE = flags.DEFINE_boolean("paste", None, "With --vae: paste the kept pixels over what was decoded [true].")
+flags.adopt_module_key_flags(sampling_flags)
+MAX_FILES = 100
+MAX_STRIPS = 20
+
+
+def _images(config, size: int, latents: bool):
+    """The images of --image, checked against what the model takes, and their labels or None."""
+    import numpy as np
+
+    from causalfusion_jax.sampling.images import read_images
+
+    channels = config.data.channels if not config.data.latents else 3
+    images, labels = read_images("--image", pathlib.Path(_IMAGE.value), channels)
+    shape = (size, size, config.data.channels if latents else channels)
+    require(
+        images.shape[1:] == shape and len(images) > 0, "--image", _IMAGE.value,
+        f"must be {'x'.join(map(str, shape))} (height, width, channels), as the model's; "
+        f"it is {'x'.join(map(str, images.shape[1:]))}",
+    )
+    needs = "an npz of float latents (or give --vae to edit pixels)" if latents else "pixels, uint8"
+    require((images.dtype == np.uint8) != latents, "--image", _IMAGE.value, f"must be {needs}, not {images.dtype}")
+    return images.astype(np.float32) if latents else images, labels
+
+
+def _canvas(images, cell: int):
+    """The images on the canvas, and the mask of what they leave free."""
+    import numpy as np
+
+    height, width = images.shape[1:3]
+    if _CANVAS.value is None:
+        require(_OFFSET.value is None, "--offset", _OFFSET.value, "needs --canvas")
+        return images, np.zeros((height, width), bool)
+    pair = sampling_flags.numbers("canvas", _CANVAS.value, int)
+    require(
+        len(pair) == 2 and pair[0] >= width and pair[1] >= height and pair[0] % cell == pair[1] % cell == 0,
+        "--canvas", _CANVAS.value, f"must be WIDTH,HEIGHT of at least {width},{height}, multiples of {cell}",
+    )
+    room = (pair[0] - width, pair[1] - height)
+    offset = sampling_flags.numbers("offset", _OFFSET.value, int) or tuple(r // 2 // cell * cell for r in room)
+    require(
+        len(offset) == 2 and all(0 <= o <= r and o % cell == 0 for o, r in zip(offset, room, strict=True)),
+        "--offset", _OFFSET.value, f"must be X,Y from 0,0 to {room[0]},{room[1]}, multiples of {cell}",
+    )
+    x, y = offset
+    around = ((y, room[1] - y), (x, room[0] - x))
+    free = np.pad(np.zeros((height, width), bool), around, constant_values=True)
+    return np.pad(images, ((0, 0), *around, (0, 0))), free
+
+
+def _mask(free):
+    """What --mask asks to regenerate, with what is `free` on the canvas; bool [height, width]."""
+    import numpy as np
+
+    from causalfusion_jax.sampling import editing
+    from causalfusion_jax.sampling.images import read_images
+
+    height, width = free.shape
+    if _MASK.value is None:
+        require(bool(free.any()), "--mask", None, "is required; see --help")
+        return free
+    path = pathlib.Path(_MASK.value)
+    if _MASK.value in editing.MASKS:
+        mask = editing.named_mask(_MASK.value, height, width)
+    elif path.is_file():
+        pixels, _ = read_images("--mask", path, 1)
+        require(
+            pixels.shape == (1, height, width, 1) and pixels.dtype == np.uint8, "--mask", _MASK.value,
+            f"must be a picture of {width}x{height} pixels; it is {pixels.shape[2]}x{pixels.shape[1]}",
+        )
+        mask = pixels[0, ..., 0] >= 128
+    elif "," in _MASK.value:
+        box = sampling_flags.numbers("mask", _MASK.value, int)
+        require(len(box) == 4, "--mask", _MASK.value, "must be x0,y0,x1,y1")
+        mask = editing.rectangle_mask(box, height, width)
+    else:
+        mask = editing.named_mask(_MASK.value, height, width)
+    return mask | free
+
+
+def _labels(given, num_images: int, num_classes: int):
+    """The class of each image: --label, or what the images came with."""
+    import numpy as np
+
+    if _LABEL.value is None:
+        require(given is not None, "--label", None, "is required: the images come without labels")
+        labels = given
+    else:
+        labels = sampling_flags.numbers("label", _LABEL.value, int)
+        require(
+            len(labels) in (1, num_images), "--label", _LABEL.value,
+            f"must be one class number, or {num_images}, one for each image",
+        )
+    for label in labels:
+        require(0 <= label < num_classes, "--label", int(label), f"must be class numbers in 0..{num_classes - 1}")
+    return np.broadcast_to(np.asarray(labels, np.int32), num_images)
+
+
+def _plan(config, mask, cell: int):
+    """The mask as the model takes it; says on stderr what is regenerated beyond it."""
+    from causalfusion_jax.sampling import editing
+
+    plan = editing.plan_edit(config, editing.tokens_of_mask(mask, cell))
+    rounded = editing.pixels_of_tokens(plan.hidden, cell)
+    more = int((rounded & ~mask).sum())
+    if more:
+        what = f"AR steps of whole {cell}x{cell} tokens" if plan.ar_steps else f"whole tokens of {cell}x{cell}"
+        print(
+            f"mask rounded outward to {what}: {int(rounded.sum())} pixels are regenerated instead of {int(mask.sum())}",
+            file=sys.stderr,
+        )
+    return plan, rounded
+
+
+def main(argv):
+    """Runs the command."""
+    del argv
+    import hashlib
+
+    from causalfusion_jax.sampling import editing
+    from causalfusion_jax.sampling.trained import make_autoencoder
+
+    out, vae = pathlib.Path(_OUT.value), None
+    sampling_flags.check_seed_and_batch()
+    require(_NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
+    with sampling_flags.as_flags():
+        config, origin, params = sampling_flags.trained()
+        require(config.data.frames == 1, "--workdir", "a model of videos", "continue videos with sample --condition")
+        if sampling_flags.VAE.value is not None:
+            vae = make_autoencoder(sampling_flags.VAE.value, config)
+        require(vae is not None or _PASTE.value is None, "--paste", _PASTE.value, "needs --vae; leave it out")
+        scale = vae.downsampling if vae else 1
+        latents, cell = config.data.latents and vae is None, scale * config.model.patch_size
+        images, given = _images(config, config.data.image_size * scale, latents)
+        labels = _labels(given, len(images), config.data.num_classes)
+        images, free = _canvas(images, cell)
+        plan, mask = _plan(config, _mask(free), cell)
+        sampler = sampling_flags.sampler(config.sampling)
+        config.check_sampler(dataclasses.replace(sampler, ar_steps=1, step_sizes=()))
+        sampler = editing.edit_sampler(sampler, plan, sampling_flags.ar_steps_given())
+    request = {
+        **origin, "vae": vae.fingerprint if vae else None, "paste": _PASTE.value in (None, True),
+        "seed": sampling_flags.SEED.value, "batch_size": sampling_flags.BATCH.value, "num": _NUM.value,
+        "images": hashlib.sha256(images.tobytes()).hexdigest(), "labels": labels.tolist(),
+        "regenerated": ["".join(".#"[token] for token in row) for row in plan.hidden.tolist()],
+        "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
+    }
+    if sampling_flags.is_done(out, request, ("samples.npz", "strip.png", "mask.png")):
+        print(f"{out} already holds these {len(labels) * _NUM.value} results")
+        return
+    results, labels = _edit(config, sampler, params(), plan, images, labels, vae, request, mask)
+    _write(out, images, mask, results, labels, request)
+
+
+def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mask):
+    """Results for each image, kept pixels as they were; and their labels."""
+    import numpy as np
+
+    from causalfusion_jax.sampling.editing import edit_images
+
+    num = request["num"]
+    repeated, labels = images.repeat(num, axis=0), labels.repeat(num)
+    scaled = images if images.dtype != np.uint8 else images / np.float32(127.5) - 1
+    if vae is not None:
+        scaled = np.asarray(vae.encode(scaled))
+
+    def progress(done):
+        print(f"edited {done}/{len(labels)}", flush=True)
+
+    results = edit_images(
+        config, sampler, params, plan, scaled.repeat(num, axis=0), labels, request["seed"], request["batch_size"],
+        progress, vae.decode if vae else None,
+    )
+    if request["paste"]:
+        results = np.where(mask[:, :, None], results, repeated)
+    return results, labels
+
+
+def _write(out: pathlib.Path, images, mask, results, labels, request: dict) -> None:
+    """Makes `out` appear whole."""
+    import numpy as np
+
+    from causalfusion_jax.sampling.images import edit_strip, save_png
+
+    def fill(folder):
+        np.savez(folder / "samples.npz", results, labels, before=images, mask=mask)
+        save_png(folder / "mask.png", (mask[:, :, None] * np.uint8(255)).astype(np.uint8))
+        save_png(folder / "strip.png", edit_strip(images[:MAX_STRIPS], mask, results[: MAX_STRIPS * request["num"]]))
+        for index, result in enumerate(results[:MAX_FILES] if results.dtype == np.uint8 else ()):
+            save_png(folder / f"{index:03d}.png", result)
+        files.write_json(folder / "request.json", request)
+
+    files.write_folder(out, fill)
+    print(f"wrote {len(results)} results to {out / 'samples.npz'} and {out / 'strip.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("out", "image"))
