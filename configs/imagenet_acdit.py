@@ -36,7 +36,7 @@ def get_config(arg: str = "XL"):
     config.optimizer.update(learning_rate=3e-4, schedule="wsd", decay_fraction=0.15)
     config.checkpoint.update(every=2500, keep_every=100_000)
     config.logging.sample_every = 10_000
-    config.evaluation.update(metric="fid", num_samples=10_000)
+    config.evaluation.update(metric="fid", num_images=10_000)
     config.sampling.update(solver="dpmpp_2m", solver_steps=25, ar_steps=4, cfg_scale=1.5)
     config.mesh.preset = "fsdp"
     return config

@@ -53,7 +53,7 @@ def get_config(arg: str = "L"):
     config.optimizer.warmup_steps = WARMUP_EPOCHS * IMAGES // config.train.batch_size
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.sample_every = 10_000
-    config.evaluation.update(metric="fid", num_samples=10_000)
+    config.evaluation.update(metric="fid", num_images=10_000)
     config.sampling.update(solver="ddpm", solver_steps=250, variance="large", ar_steps=1)
     config.mesh.preset = "fsdp"
     return config

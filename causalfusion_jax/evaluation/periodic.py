@@ -51,19 +51,19 @@ class Evaluator:
                 evaluation.metric != "accuracy" or data.source == "digits", "config.evaluation.metric",
                 evaluation.metric, "is of source digits; else give fd",
             )
-        self._labels = balanced_labels(evaluation.num_samples, data.num_classes)
+        self._labels = balanced_labels(evaluation.num_images, data.num_classes)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
         if metric not in WITHOUT_REFERENCE:
             self._reference = inception_metrics.Reference("config.evaluation.reference", evaluation.reference)
         try:
-            inception_metrics.check_counts("num_samples", [metric], evaluation.num_samples, self._reference)
+            inception_metrics.check_counts("num_images", [metric], evaluation.num_images, self._reference)
         except InputError as error:
             raise error if error.field.startswith("config") else error.under("config.evaluation") from None
         self._inception = inception_metrics.Inception(
             "config.evaluation.inception", evaluation.inception, self._mesh.devices.ravel(),
-            min(inception_metrics.BATCH_SIZE, evaluation.num_samples),
+            min(inception_metrics.BATCH_SIZE, evaluation.num_images),
         )
         if self._reference is not None:
             self._reference.prepare([metric], self._inception)
@@ -72,14 +72,14 @@ class Evaluator:
     def settings(self) -> dict[str, Any]:
         """What makes values comparable, as plain values."""
         evaluation, sampling = self._config.evaluation, self._config.sampling
-        names = ("metric", "num_samples", "seed", "inception", "reference", "vae")
+        names = ("metric", "num_images", "inception", "reference", "vae")
         return {name: getattr(evaluation, name) for name in names} | {"sampling": repr(sampling)}
 
     def __call__(self, ema) -> dict[str, float]:
         """Scores of the averaged weights, which lie as training has them; collective."""
         config, evaluation = self._config, self._config.evaluation
         params = replicate(ema, self._mesh.devices.ravel())
-        sampled = (config, config.sampling, params, self._labels, evaluation.seed, evaluation.batch_size)
+        sampled = (config, config.sampling, params, self._labels, config.train.seed, evaluation.sample_batch_size)
         if self._inception is None:
             images = generate_images(*sampled, decode=self._decode)
             found = scores.score(config.data, images, self._labels)

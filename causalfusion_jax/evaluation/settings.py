@@ -36,9 +36,9 @@ class EvaluationConfig:
       metric: what is logged, and what the best checkpoint is best in: `fd` (pixels against
         the training data) or `accuracy` (digits), or with `inception` fid, sfid,
         inception_score, precision, recall or kid.
-      num_samples: images sampled, all classes in turn, as `config.sampling` says.
-      batch_size: images sampled at a time, over all devices.
-      seed: of the images.
+      num_images: images sampled, all classes in turn, as `config.sampling` says, by the
+        run's seed.
+      sample_batch_size: images sampled at a time, over all devices.
       inception: folder of the converted Inception.
       reference: .npz of reference statistics, as of `evaluate --make_reference`.
       vae: folder of the converted autoencoder, for a model of latents.
@@ -46,9 +46,8 @@ class EvaluationConfig:
 
     eval_every: int = 0
     metric: str = "fd"
-    num_samples: int = 1000
-    batch_size: int = 250
-    seed: int = 0
+    num_images: int = 1000
+    sample_batch_size: int = 250
     inception: str = ""
     reference: str = ""
     vae: str = ""
@@ -56,9 +55,8 @@ class EvaluationConfig:
     def __post_init__(self):
         require_number("eval_every", self.eval_every, 0)
         check_metrics("metric", [self.metric])
-        require_number("num_samples", self.num_samples, 2)
-        require_number("batch_size", self.batch_size, 1)
-        require_number("seed", self.seed, 0, 2**32 - 1)
+        require_number("num_images", self.num_images, 2)
+        require_number("sample_batch_size", self.sample_batch_size, 1)
         if self.eval_every and self.metric in INCEPTION_METRICS:
             require(bool(self.inception), "inception", self.inception, f"metric {self.metric} needs it")
             needs_reference = self.metric not in WITHOUT_REFERENCE

@@ -177,7 +177,7 @@ def test_miniature(tmp_path):
         config__model__hidden=32, config__model__heads=2, config__model__layers=2, config__model__dtype="float32",
         config__model__num_condition_tokens=4, config__train__steps=30, config__train__batch_size=8,
         config__optimizer__warmup_steps=3, config__logging__every=10, config__logging__sample_every=0,
-        config__sampling__solver_steps=5, config__evaluation__eval_every=15, config__evaluation__num_samples=16,
+        config__sampling__solver_steps=5, config__evaluation__eval_every=15, config__evaluation__num_images=16,
         config__evaluation__inception=inception, config__evaluation__reference=reference,
         config__evaluation__vae=vae,
     )  # fmt: skip

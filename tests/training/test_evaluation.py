@@ -19,7 +19,7 @@ from causalfusion_jax.training import loop
 from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 
 TINY = dict(
-    evaluation=dict(eval_every=4, num_samples=18, batch_size=8), checkpoint=dict(every=4, keep=1),
+    evaluation=dict(eval_every=4, num_images=18, sample_batch_size=8), checkpoint=dict(every=4, keep=1),
     logging=dict(every=50), sampling=dict(solver_steps=2), mesh=dict(data=2),
 )
 CONFIG = experiment.from_dict(tiny_config(**TINY))
