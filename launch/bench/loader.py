@@ -35,7 +35,10 @@ _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker proc
 _BATCHES = flags.DEFINE_integer("batches", 100, "Batches timed, after as many tenths to warm up.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Images and latents beside a plain loop, instead of a config.")
 _NUM = flags.DEFINE_integer("num", 512, "With --compare: files of each kind.")
-_BATCH = 32
+_BATCH = 16
+_THREADS = 16
+_READ_AHEAD = 2 * _THREADS
+"""Batches that a process may have ready before the clock starts; many more are timed."""
 
 
 def timed(iterator, batches: int) -> float:
@@ -50,7 +53,7 @@ def timed(iterator, batches: int) -> float:
 
 def pipeline(config: DataConfig, workers: int, batch: int, batches: int, seed: int = 0) -> float:
     """Examples a second of the pipeline."""
-    threads = 0 if config.source == "digits" else 16
+    threads = 0 if config.source == "digits" else _THREADS
     iterator = BatchIterator(host_batches(make_source(config), config, batch, seed), 0, workers, threads)
     try:
         return batch / timed(iterator, batches)
@@ -161,7 +164,7 @@ def compared(folder: pathlib.Path) -> list[dict]:
     ]
     for config in (images, tars, encoded):
         for workers in map(int, _WORKERS.value):
-            batches = _NUM.value // _BATCH * (8 if config.latents else 1)
+            batches = 4 * _READ_AHEAD * max(workers, 1) * (8 if config.latents else 1)
             rate = pipeline(dataclasses.replace(config, workers=workers), workers, _BATCH, batches)
             rows.append({
                 "source": config.source, "way": f"pipeline, {workers} workers", "records/s": round(rate),
