@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from causalfusion_jax import distributed, factorization
@@ -221,6 +222,6 @@ def generate_videos(
         indices = np.minimum(np.arange(start, start + batch_size), num - 1)
         begin = None if clips is None else clips[indices]
         made = roll(config, windows, rolling, params, make_keys(seed, indices), labels[indices], begin)
-        videos.append(finish(config, made, decode))
+        videos.append(finish(config, jnp.asarray(made), decode))
         progress(min(start + batch_size, num))
     return np.concatenate(videos)[:num]
