@@ -113,10 +113,8 @@ def should_stop(step: int, received: bool) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def everywhere(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole of a global array, on every process; where it is there already, that."""
-    if isinstance(x, np.ndarray):
-        return x
+def everywhere(x: jax.Array) -> np.ndarray:
+    """The whole of a global array, on every process."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(jax.device_get(x))
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

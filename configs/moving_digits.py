@@ -23,7 +23,7 @@ def get_config():
     # On pixels v keeps the error of x_0 even over noise levels; eps is the paper's target, for latents.
     config.diffusion.update(target="v", t_shared_by="step")
     config.optimizer.update(learning_rate=2e-3, warmup_steps=200, schedule="wsd", decay_fraction=0.4)
-    config.train.update(steps=3000, batch_size=16, ema_decay=0.999)
+    config.train.update(steps=2400, batch_size=16, ema_decay=0.999)
     config.checkpoint.every = 500
     config.logging.update(every=50, sample_every=1000, num_samples=10)
     config.sampling.update(solver="dpmpp_2m", solver_steps=25, ar_steps=4, cfg_scale=1.5)

@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from causalfusion_jax import distributed, factorization
@@ -244,4 +245,4 @@ def video_batches(
     for batch in batches(params, len(labels), seed, batch_size, wanted):
         begin = None if clips is None else clips[batch.indices]
         made = roll(config, windows, rolling, params, batch.keys, labels[batch.indices], begin)
-        yield finish(config, made, decode)[: batch.count]
+        yield finish(config, jnp.asarray(made), decode)[: batch.count]
