@@ -84,8 +84,13 @@ def make_batch(config: experiment.ExperimentConfig, mesh):
 
 def command(name: str, *args: str) -> subprocess.CompletedProcess:
     """Runs `python -m causalfusion_jax.NAME ARGS`, in a fork of a process that has its imports."""
+    return run_module(f"causalfusion_jax.{name}", *args)
+
+
+def run_module(name: str, *args: str) -> subprocess.CompletedProcess:
+    """`command` for a module of any name, of `tests` too."""
     server, folder = command_server()
-    request = {"module": f"causalfusion_jax.{name}", "args": [str(arg) for arg in args]}
+    request = {"module": name, "args": [str(arg) for arg in args]}
     paths = {stream: folder / stream for stream in ("stdout", "stderr")}
     server.stdin.write(json.dumps(request | {stream: str(path) for stream, path in paths.items()}) + "\n")
     server.stdin.flush()
@@ -113,6 +118,8 @@ def command_env() -> dict[str, str]:
     cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
     atexit.register(cache.cleanup)
     return env | {
+        # This checkout's package, whatever is installed.
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
