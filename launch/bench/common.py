@@ -71,8 +71,8 @@ def shares(found: dict[str, float], time: float, flops: float, compiled) -> dict
     return columns
 
 
-def print_profile(name: str, compiled, run) -> None:
-    """Prints the milliseconds of `run()` by kind of operation of `compiled`, added over threads."""
+def profile(compiled, run) -> dict[str, float]:
+    """Milliseconds of `run()` by kind of operation of `compiled`, added over threads, largest first."""
     kinds = {}
     for line in compiled.as_text().splitlines():
         found = re.match(r'\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', line)
@@ -88,7 +88,12 @@ def print_profile(name: str, compiled, run) -> None:
             operation = dict(pair for pair in event.stats if pair[0]).get("hlo_op")
             if operation:
                 spent[kinds.get(operation, "other")] += event.duration_ns / 1e6
-    for kind, milliseconds in spent.most_common(12):
+    return dict(spent.most_common(12))
+
+
+def print_profile(name: str, compiled, run) -> None:
+    """Prints `profile`."""
+    for kind, milliseconds in profile(compiled, run).items():
         print(f"{name}: {milliseconds:8.1f} ms  {kind}")
 
 
