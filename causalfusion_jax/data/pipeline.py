@@ -12,10 +12,14 @@ import grain
 import numpy as np
 from absl import flags
 
+from causalfusion_jax.data.captions import check_captions, with_text, without_caption
+from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.sources import ArraysSource, ImageFolderSource, digits
+from causalfusion_jax.data.tokenizers import TextConfig
 from causalfusion_jax.errors import require, require_number, require_one_of
 
-SOURCES = ("digits", "image_folder", "arrays")
+SOURCES = ("digits", "digit_pairs", "image_folder", "arrays")
+BUILT_IN = {"channels": 1, "path": "", "frames": 1, "latents": False}
 ENDLESS = 2**31
 """Epochs. Grain's own endless repeat is of length sys.maxsize, which batches of one overflow."""
 
@@ -25,11 +29,13 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      source: `digits` (scikit-learn's, built in), `image_folder`, or `arrays`.
+      source: `digits` (scikit-learn's, built in), `digit_pairs` (two of them side by side,
+        with captions), `image_folder`, or `arrays`.
       path: of image_folder, one folder of images for each class; of arrays, a folder with
         image.npy and label.npy.
       image_size: side in pixels (or latents); folder images are scaled and centre-cropped
         to it.
+      image_width: width where it is not `image_size`, which is then the height; 0: it is.
       channels: 1 or 3; any number for latents.
       frames: 1 for images, more for videos of so many frames.
       latents: the arrays are an autoencoder's latents, scaled as models take them.
@@ -42,6 +48,7 @@ class DataConfig:
     source: str = "digits"
     path: str = ""
     image_size: int = 8
+    image_width: int = 0
     channels: int = 1
     frames: int = 1
     latents: bool = False
@@ -53,6 +60,7 @@ class DataConfig:
     def __post_init__(self):
         require_one_of("source", self.source, SOURCES)
         require_number("image_size", self.image_size, 1)
+        require_number("image_width", self.image_width, 0)
         if self.latents:
             require_number("channels", self.channels, 1)
             require(not self.flip, "flip", self.flip, "must be False for latents: encode flipped images instead")
@@ -64,8 +72,9 @@ class DataConfig:
         if self.source == "image_folder":
             require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
         fixed = {
-            "digits": {"image_size": 8, "channels": 1, "num_classes": 10, "path": "", "frames": 1, "latents": False},
-            "image_folder": {"frames": 1, "latents": False},
+            "digits": {"image_size": 8, "image_width": 0, "num_classes": 10, **BUILT_IN},
+            "digit_pairs": {"image_size": 8, "image_width": 16, "num_classes": 100, "flip": False, **BUILT_IN},
+            "image_folder": {"image_width": 0, "frames": 1, "latents": False},
         }.get(self.source, {})
         for name, value in fixed.items():
             given = getattr(self, name)
@@ -75,7 +84,7 @@ class DataConfig:
     def shape(self) -> tuple[int, ...]:
         """Shape of one example: [(frames,) height, width, channels]."""
         frames = (self.frames,) if self.frames > 1 else ()
-        return (*frames, self.image_size, self.image_size, self.channels)
+        return (*frames, self.image_size, self.image_width or self.image_size, self.channels)
 
 
 class Source(Protocol):
@@ -89,10 +98,19 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
-def make_source(config: DataConfig) -> Source:
-    """Opens the training source. Raises InputError where it is not what `config` says."""
+def make_source(config: DataConfig, text: TextConfig = TextConfig()) -> Source:
+    """Opens the training source. Raises InputError where it is not what `config` says, or lacks captions."""
+    source = _open_source(config)
+    if text.is_on:
+        check_captions(source, text)
+    return source
+
+
+def _open_source(config: DataConfig) -> Source:
     if config.source == "digits":
         return digits("train")
+    if config.source == "digit_pairs":
+        return digit_pairs("train")
     if config.source == "arrays":
         # The papers' configs are whole but for where the latents lie.
         require(bool(config.path), "config.data.path", config.path, "source arrays needs the path of its folder")
@@ -113,7 +131,8 @@ def flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, 
 
 
 def host_batches(
-    source: Source, config: DataConfig, batch_size: int, seed: int, host: int = 0, hosts: int = 1
+    source: Source, config: DataConfig, batch_size: int, seed: int, host: int = 0, hosts: int = 1,
+    text: TextConfig = TextConfig(),
 ) -> grain.MapDataset:
     """This host's share of an endless sequence of global batches.
 
@@ -126,14 +145,20 @@ def host_batches(
       batch_size: of the global batch.
       seed: of shuffling and augmentation.
       host, hosts: this host's number, and how many there are.
+      text: the tokenizer of captions; none leaves captions out.
 
     Returns:
-      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}.
+      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}, and for a
+      tokenizer "text", int32 [batch_size / hosts, max_tokens].
     """
     require(batch_size % hosts == 0, "batch_size", batch_size, f"must be a multiple of the {hosts} hosts")
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(ENDLESS)
     if config.flip:
         dataset = dataset.random_map(flip)
+    if text.is_on:
+        dataset = with_text(dataset, text)
+    elif "caption" in source[0]:
+        dataset = dataset.map(without_caption)
     # Batches of one host's size; every hosts-th of them is this host's.
     return dataset.batch(batch_size // hosts)[host::hosts]
 

@@ -34,6 +34,7 @@ from causalfusion_jax.models.positions import (
     sincos_table,
     timestep_features,
 )
+from causalfusion_jax.models.text import TEXT_HEADS, TextTokens
 from causalfusion_jax.sharding import constrain, is_split, platform
 
 CONDITIONINGS = ("in_context", "adaln")
@@ -75,6 +76,9 @@ class TransformerConfig:
       remat: what the backward pass recomputes: `none`, all but the matrix products
         (`dots`), or all of a block (`full`).
       scan_unroll: layers unrolled in one iteration of the scan over layers.
+      text_vocab: text tokens there are; 0: the model knows no text.
+      text_tokens: the longest text, in tokens.
+      text_head: `tied` to the table of text tokens, or `separate`.
     """
 
     hidden: int
@@ -95,6 +99,9 @@ class TransformerConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    text_vocab: int = 0
+    text_tokens: int = 0
+    text_head: str = "tied"
 
     def __post_init__(self):
         for name in ("hidden", "heads", "layers", "num_classes"):
@@ -126,6 +133,9 @@ class TransformerConfig:
         require_one_of("attention", self.attention, ATTENTIONS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("remat", self.remat, REMATS)
+        require_one_of("text_head", self.text_head, TEXT_HEADS)
+        require_number("text_vocab", self.text_vocab, 0)
+        require_number("text_tokens", self.text_tokens, 2 if self.text_vocab else 0)
 
     @property
     def num_tokens(self) -> int:
@@ -308,6 +318,7 @@ class Transformer(nnx.Module):
         self.token_out = _linear(
             c.hidden, c.token_dim, ("embed", "token_dim"), c, rngs, kernel_init=nnx.initializers.zeros
         )
+        self.text = TextTokens(c, rngs) if c.text_vocab else None
 
     def embed_condition(self, labels: jax.Array) -> jax.Array:
         """Class labels int [batch] (num_classes: no class) to tokens [batch, C, hidden]."""
@@ -421,18 +432,39 @@ class Transformer(nnx.Module):
         Returns:
           Predictions for every place, float32 [batch, L, token_dim].
         """
-        c, num_clean = self.config, clean.shape[1]
+        role, step = training_layout(self.config.num_condition_tokens, step, clean.shape[1])
+        return self.sequence(labels, None, clean, noisy, t, order[:, : clean.shape[1]], order, role, step)[0]
+
+    def sequence(self, labels, text, clean, noisy, t, clean_ids, noisy_ids, role, step):
+        """Forward pass over `[condition | text | clean | noisy]` of any layout (`layouts`).
+
+        Args:
+          labels, t: as for `__call__`.
+          text: int [batch, T], token ids, negative in empty slots; None: no text.
+          clean, noisy: image tokens, [batch, K, token_dim] and [batch, N, token_dim].
+          clean_ids, noisy_ids: int [batch, K] and [batch, N], which grid token each is.
+          role, step: int32 [batch, C + T + K + N].
+
+        Returns:
+          Predictions for the noisy tokens, float32 [batch, N, token_dim], and the hidden states
+          of the text, [batch, T, hidden], for `text_logits`.
+        """
+        num_text = 0 if text is None else text.shape[1]
+        begin = self.config.num_condition_tokens
         condition = self.noise_condition(labels, t)
-        condition_tokens = self.embed_condition(labels)
-        clean_order = order[:, :num_clean]
-        parts = [condition_tokens, self.embed_tokens(clean, clean_order), self.embed_tokens(noisy, order, t)]
-        role, step = training_layout(c.num_condition_tokens, step, num_clean)
-        ids = jnp.concatenate([jnp.full(condition_tokens.shape[:2], -1, order.dtype), clean_order, order], axis=1)
+        parts = [self.embed_condition(labels), self.embed_tokens(clean, clean_ids), self.embed_tokens(noisy, noisy_ids, t)]
+        if num_text:
+            parts.insert(1, self.text.embed(text, jnp.arange(num_text)))
+        off_grid = jnp.full((noisy.shape[0], begin + num_text), -1, noisy_ids.dtype)
         h, _ = self.trunk(
-            jnp.concatenate(parts, axis=1), role, step, ids,
-            condition=condition, num_clean=c.num_condition_tokens + num_clean,
+            jnp.concatenate(parts, axis=1), role, step, jnp.concatenate([off_grid, clean_ids, noisy_ids], axis=1),
+            condition=condition, num_clean=begin + num_text + clean.shape[1],
         )
-        return self.head(h[:, -c.num_tokens:], condition)
+        return self.head(h[:, -noisy.shape[1] :], condition), h[:, begin : begin + num_text]
+
+    def text_logits(self, h: jax.Array) -> jax.Array:
+        """Text tokens [batch, n, hidden] to logits of the token after each, float32 [batch, n, text_vocab]."""
+        return self.text.logits(self.final_norm(h))
 
 
 Params = dict[str, Any]

@@ -70,7 +70,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         was touched.
       TrainingDiverged: the gradient stayed non-finite; the last checkpoint is intact.
     """
-    source = make_source(config.data)
+    source = make_source(config.data, config.text)
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
     distributed.on_primary(lambda: experiment.claim_workdir(workdir, config), None)
@@ -88,9 +88,10 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         return state
     _describe(config, mesh, workdir, start)
     batches = host_batches(
-        source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count()
+        source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count(),
+        config.text,
     )
-    threads = 0 if config.data.source == "digits" else 16
+    threads = 0 if config.data.source in ("digits", "digit_pairs") else 16
     iterator = BatchIterator(batches, position, config.data.workers, threads)
     run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch)
     try:

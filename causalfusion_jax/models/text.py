@@ -1,0 +1,46 @@
+"""Text tokens at both ends of the trunk: their table and positions, and the next-token head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+TEXT_HEADS = ("tied", "separate")
+
+
+class TextTokens(nnx.Module):
+    """Embeds text tokens and reads the next one off their hidden states.
+
+    Args:
+      config: a TransformerConfig with `text_vocab` tokens, texts of up to `text_tokens`,
+        and the `text_head`: `tied` to the table, or `separate`.
+    """
+
+    def __init__(self, config, rngs: nnx.Rngs):
+        c, self.config = config, config
+        normal = nnx.initializers.normal(0.02)
+        self.table = nnx.Embed(
+            c.text_vocab, c.hidden, dtype=c.dtype,
+            embedding_init=nnx.with_partitioning(normal, ("vocab", "embed")), rngs=rngs,
+        )
+        self.positions = nnx.Param(
+            normal(rngs.params(), (c.text_tokens, c.hidden)), out_sharding=("tokens", "embed")
+        )
+        self.head = None
+        if c.text_head == "separate":
+            self.head = nnx.Linear(
+                c.hidden, c.text_vocab, use_bias=False, dtype=c.dtype,
+                kernel_init=nnx.with_partitioning(nnx.initializers.zeros, ("embed", "vocab")), rngs=rngs,
+            )
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Token ids and their places in the text, int [batch, n], to [batch, n, hidden].
+
+        A negative id, of an empty slot, is embedded as token 0: its role hides it.
+        """
+        places = jnp.clip(positions, 0, self.config.text_tokens - 1)
+        return self.table(jnp.maximum(tokens, 0)) + self.positions[...].astype(self.config.dtype)[places]
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """Normalized hidden states [batch, n, hidden] to logits of the next token, float32 [batch, n, vocab]."""
+        out = self.table.attend(h) if self.head is None else self.head(h)
+        return out.astype(jnp.float32)
