@@ -55,6 +55,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    text_head: str = "tied"
 
     def __post_init__(self):
         require_number("patch_size", self.patch_size, 1)
@@ -194,7 +195,7 @@ class ExperimentConfig:
         text = {}
         if self.text.is_on:
             vocab = make_tokenizer(self.text).vocab_size
-            text = dict(text_vocab=vocab, text_tokens=self.text.max_tokens, text_head=self.text.head)
+            text = dict(text_vocab=vocab, text_tokens=self.text.max_tokens)
         return TransformerConfig(
             **model, grid=(*frames, height // patch_size, width // patch_size), token_dim=patch_size**2 * channels,
             num_classes=self.data.num_classes, **text,

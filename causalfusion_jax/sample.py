@@ -8,6 +8,10 @@ OUT receives samples.npz (`arr_0`: uint8 images [num, (frames,) height, width, c
 which says how they were made. The same request gives the same bytes; where OUT already
 holds it, nothing is done. Options left out are as in the run's config (`config.sampling`).
 
+A model of texts and images draws what --prompt="three seven" says, or each line of --prompts=FILE
+(of a model of digit pairs also --prompts=held_out, pairs it never saw); `prompts` of samples.npz
+keeps them.
+
 A model of latents needs the autoencoder that decodes them, --vae, converted by
 causalfusion_jax.convert. Without it `arr_0` is the latents themselves, float32, and the
 grid shows three of their channels in false colour.
@@ -31,6 +35,8 @@ _VAE = flags.DEFINE_string("vae", None, "Folder of a converted autoencoder, for 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
 _NUM = flags.DEFINE_integer("num", None, "Number of images [100, or one for each of --labels].")
 _LABELS = flags.DEFINE_string("labels", None, "Class numbers, one an image: 3,3,7. Default: all classes in turn.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text that says what to draw, for a model that knows text.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, taken in turn; or held_out.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; image i depends on it, i and its label alone.")
 _BATCH = flags.DEFINE_integer("batch_size", 250, "Images sampled at a time.")
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "params"], "Of a run: averaged weights [ema], or the last ones.")
@@ -90,14 +96,21 @@ def _sampler(default):
     return dataclasses.replace(default, **given)
 
 
-def _labels(num_classes: int):
-    """The class of each image."""
+def _labels(num_classes: int, prompts):
+    """The class of each image; no class beside a prompt, unless --labels is given."""
     import numpy as np
 
     from causalfusion_jax.sampling.images import balanced_labels
 
     labels = _numbers("labels", _LABELS.value, int)
-    if labels is None:
+    if prompts is not None:
+        require(
+            labels is None or len(labels) == len(prompts), "--labels", _LABELS.value,
+            f"must be {len(prompts)}, as many as images of prompts",
+        )
+        if labels is None:
+            return np.full(len(prompts), num_classes, np.int32)
+    elif labels is None:
         num = 100 if _NUM.value is None else _NUM.value
         require(num >= 1, "--num", num, "must be >= 1")
         return balanced_labels(num, num_classes)
@@ -105,7 +118,7 @@ def _labels(num_classes: int):
     for label in labels:
         require(0 <= label < num_classes, "--labels", label, f"must be class numbers in 0..{num_classes - 1}")
     require(
-        _NUM.value in (None, len(labels)), "--num", _NUM.value,
+        prompts is not None or _NUM.value in (None, len(labels)), "--num", _NUM.value,
         f"must be {len(labels)}, the number of --labels, or left out",
     )
     return np.array(labels, np.int32)
@@ -139,6 +152,7 @@ def _trained():
 def main(argv):
     """Runs the command."""
     del argv
+    from causalfusion_jax.sampling.reading import read_prompts
     from causalfusion_jax.sampling.trained import make_decoder
 
     out = pathlib.Path(_OUT.value)
@@ -146,7 +160,8 @@ def main(argv):
     require(0 <= _SEED.value < 2**32, "--seed", _SEED.value, "must be >= 0 and < 2**32")
     try:
         config, origin, params = _trained()
-        labels = _labels(config.data.num_classes)
+        prompts = read_prompts(config, _PROMPT.value, _PROMPTS.value, _NUM.value)
+        labels = _labels(config.data.num_classes, prompts)
         sampler = _sampler(config.sampling)
         config.check_sampler(sampler)
     except InputError as error:
@@ -157,6 +172,7 @@ def main(argv):
     request = {
         **origin, "vae": vae, "seed": _SEED.value, "batch_size": _BATCH.value, "labels": labels.tolist(),
         "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
+        **({} if prompts is None else {"prompts": prompts}),
     }
     if _is_done(out, request):
         print(f"{out} already holds these {len(labels)} samples")
@@ -168,17 +184,21 @@ def _sample_to(out: pathlib.Path, config, sampler, params, labels, request: dict
     """Samples, and makes `out` appear whole."""
     import numpy as np
 
+    from causalfusion_jax.data.tokenizers import to_slots
     from causalfusion_jax.sampling.generation import generate_images
     from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
+
+    prompts = request.get("prompts")
+    text = None if prompts is None else np.stack([to_slots(config.text, prompt) for prompt in prompts])
 
     def progress(done):
         print(f"sampled {done}/{len(labels)}", flush=True)
 
-    images = generate_images(config, sampler, params, labels, _SEED.value, _BATCH.value, progress, decode)
+    images = generate_images(config, sampler, params, labels, _SEED.value, _BATCH.value, progress, decode, text)
     classes = config.data.num_classes
 
     def fill(folder):
-        np.savez(folder / "samples.npz", images, labels)
+        np.savez(folder / "samples.npz", images, labels, **({} if prompts is None else {"prompts": prompts}))
         grid = make_grid(*frames_in_rows(images[:100], classes if classes <= 20 else 10))
         save_png(folder / "grid.png", grid)
         files.write_json(folder / "request.json", request)

@@ -9,10 +9,10 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "files", "hardware", "distributed", "factorization", "diffusion", "sharding"),
+    ("errors", "files", "hardware", "distributed", "factorization", "layouts", "diffusion", "sharding"),
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation", "compile_ahead"),
-    ("cli", "train", "sample", "evaluate", "convert", "preflight", "sweeps"),
+    ("cli", "train", "sample", "caption", "evaluate", "convert", "preflight", "sweeps"),
 )
 
 

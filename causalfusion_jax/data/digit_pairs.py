@@ -21,13 +21,15 @@ class DigitPairsSource:
       split: `train`: the digits that DigitsSource trains on, in all pairs but HELD_OUT_PAIRS;
         `held_out`: the other digits, in those pairs alone; `held_out_digits`: the other
         digits, in all pairs.
+      captions: examples hold "caption" too.
     """
 
     num_classes = 100
     class_names = tuple(f"{left} {right}" for left in WORDS for right in WORDS)
 
-    def __init__(self, split: str = "train"):
+    def __init__(self, split: str = "train", captions: bool = True):
         require_one_of("split", split, SPLITS)
+        self._captions = captions
         self._digits = digits("train" if split == "train" else "held_out")
         self._of_class = [np.flatnonzero(self._digits.labels == digit) for digit in range(10)]
         wanted = {"train": lambda pair: pair not in HELD_OUT_PAIRS, "held_out": lambda pair: pair in HELD_OUT_PAIRS}
@@ -47,13 +49,14 @@ class DigitPairsSource:
         i, j = lefts[first // len(rights)], rights[first % len(rights)]
         image = np.concatenate([self._digits.images[i], self._digits.images[j]], axis=1)
         label = 10 * left + right
-        return {"image": image, "label": np.int32(label), "caption": self.class_names[label]}
+        example = {"image": image, "label": np.int32(label)}
+        return example | {"caption": self.class_names[label]} if self._captions else example
 
 
 @functools.cache
-def digit_pairs(split: str) -> DigitPairsSource:
+def digit_pairs(split: str, captions: bool = True) -> DigitPairsSource:
     """One shared copy of a split."""
-    return DigitPairsSource(split)
+    return DigitPairsSource(split, captions)
 
 
 def held_out_prompts(num: int) -> list[str]:

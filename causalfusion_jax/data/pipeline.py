@@ -12,13 +12,14 @@ import grain
 import numpy as np
 from absl import flags
 
-from causalfusion_jax.data.captions import check_captions, with_text, without_caption
+from causalfusion_jax.data.captions import with_text
+from causalfusion_jax.data.caption_folder import CaptionFolderSource
 from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.sources import ArraysSource, ImageFolderSource, digits
 from causalfusion_jax.data.tokenizers import TextConfig
 from causalfusion_jax.errors import require, require_number, require_one_of
 
-SOURCES = ("digits", "digit_pairs", "image_folder", "arrays")
+SOURCES = ("digits", "digit_pairs", "image_folder", "caption_folder", "arrays")
 BUILT_IN = {"channels": 1, "path": "", "frames": 1, "latents": False}
 ENDLESS = 2**31
 """Epochs. Grain's own endless repeat is of length sys.maxsize, which batches of one overflow."""
@@ -30,8 +31,9 @@ class DataConfig:
 
     Attributes:
       source: `digits` (scikit-learn's, built in), `digit_pairs` (two of them side by side,
-        with captions), `image_folder`, or `arrays`.
-      path: of image_folder, one folder of images for each class; of arrays, a folder with
+        with captions), `image_folder`, `caption_folder` (images and captions.jsonl), or `arrays`.
+      path: of image_folder, one folder of images for each class; of caption_folder, that of
+        captions.jsonl, each line of which is {"file_name": ..., "caption": ...}; of arrays, a folder with
         image.npy and label.npy.
       image_size: side in pixels (or latents); folder images are scaled and centre-cropped
         to it.
@@ -71,10 +73,13 @@ class DataConfig:
         require_number("workers", self.workers, 0)
         if self.source == "image_folder":
             require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
+        if self.source == "caption_folder":
+            require(bool(self.path), "path", self.path, "source caption_folder needs the folder's path")
         fixed = {
             "digits": {"image_size": 8, "image_width": 0, "num_classes": 10, **BUILT_IN},
             "digit_pairs": {"image_size": 8, "image_width": 16, "num_classes": 100, "flip": False, **BUILT_IN},
             "image_folder": {"image_width": 0, "frames": 1, "latents": False},
+            "caption_folder": {"frames": 1, "latents": False, "num_classes": 1},
         }.get(self.source, {})
         for name, value in fixed.items():
             given = getattr(self, name)
@@ -98,19 +103,24 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
-def make_source(config: DataConfig, text: TextConfig = TextConfig()) -> Source:
-    """Opens the training source. Raises InputError where it is not what `config` says, or lacks captions."""
-    source = _open_source(config)
-    if text.is_on:
-        check_captions(source, text)
-    return source
+def make_source(config: DataConfig, captions: bool = False) -> Source:
+    """Opens the training source.
 
+    Args:
+      config: which.
+      captions: examples hold "caption" too.
 
-def _open_source(config: DataConfig) -> Source:
+    Raises:
+      InputError: it is not what `config` says, or has no captions.
+    """
+    if config.source in ("digits", "arrays", "image_folder"):
+        require(not captions, "config.data.source", config.source, "has no captions")
     if config.source == "digits":
         return digits("train")
+    if config.source == "caption_folder":
+        return CaptionFolderSource(config.path, config.shape, captions)
     if config.source == "digit_pairs":
-        return digit_pairs("train")
+        return digit_pairs("train", captions)
     if config.source == "arrays":
         # The papers' configs are whole but for where the latents lie.
         require(bool(config.path), "config.data.path", config.path, "source arrays needs the path of its folder")
@@ -145,20 +155,21 @@ def host_batches(
       batch_size: of the global batch.
       seed: of shuffling and augmentation.
       host, hosts: this host's number, and how many there are.
-      text: the tokenizer of captions; none leaves captions out.
+      text: the tokenizer of captions, which the source must give.
 
     Returns:
       Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}, and for a
       tokenizer "text", int32 [batch_size / hosts, max_tokens].
     """
     require(batch_size % hosts == 0, "batch_size", batch_size, f"must be a multiple of the {hosts} hosts")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(ENDLESS)
+    if hasattr(source, "draw"):
+        dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(ENDLESS).random_map(source.draw)
+    else:
+        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(ENDLESS)
     if config.flip:
         dataset = dataset.random_map(flip)
     if text.is_on:
         dataset = with_text(dataset, text)
-    elif "caption" in source[0]:
-        dataset = dataset.map(without_caption)
     # Batches of one host's size; every hosts-th of them is this host's.
     return dataset.batch(batch_size // hosts)[host::hosts]
 

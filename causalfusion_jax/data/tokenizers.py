@@ -15,7 +15,6 @@ from causalfusion_jax.errors import InputError, nearest, require, require_number
 from causalfusion_jax.layouts import NO_TOKEN
 
 TOKENIZERS = ("none", "bytes", "words", "sentencepiece", "huggingface")
-HEADS = ("tied", "separate")
 
 BEGIN, END = 0, 1
 NUM_SPECIAL = 2
@@ -32,18 +31,15 @@ class TextConfig:
       path: the tokenizer's file.
       max_tokens: the longest text, with the tokens that begin and end it. Longer captions are
         cut in training, and counted; longer prompts are refused.
-      head: next-token head, `tied` to the table of tokens, or `separate`.
     """
 
     tokenizer: str = "none"
     path: str = ""
     max_tokens: int = 64
-    head: str = "tied"
 
     def __post_init__(self):
         require_one_of("tokenizer", self.tokenizer, TOKENIZERS)
         require_number("max_tokens", self.max_tokens, NUM_SPECIAL)
-        require_one_of("head", self.head, HEADS)
         needs_file = self.tokenizer not in ("none", "bytes")
         require(
             bool(self.path) == needs_file, "path", self.path,

@@ -6,6 +6,7 @@ from causalfusion_jax.data.pipeline import DataConfig, make_source
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.distribution import FeatureStatistics, frechet_from_statistics
+from causalfusion_jax.evaluation.pairs import digit_reader, score_pairs
 
 MAX_SIDE = 16
 """Images are averaged down to this side before their pixels are compared."""
@@ -32,12 +33,14 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
     Raises:
       InputError: images of another size, or fewer than two.
     """
-    shape = (data.image_size, data.image_size, data.channels)
+    shape = data.shape
     require(images.shape[1:] == shape, "--samples", images.shape, f"images must be {shape}, as the run's")
     require(len(images) >= 2, "--samples", len(images), "need at least two images")
     pixels = images.astype(np.float64) / 127.5 - 1.0
     if data.source == "digits":
         return score_digits(pixels, labels)
+    if data.source == "digit_pairs":
+        return score_pairs(pixels, labels)
     source = make_source(data)
     real = np.stack([shrink(source[i]["image"]) for i in range(len(source))])
     generated = np.stack([shrink(image) for image in pixels])
@@ -46,12 +49,9 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
 
 def score_digits(pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """`accuracy` and `fd` of digits [num, 8, 8, 1] in [-1, 1] against the held-out half."""
-    from sklearn.svm import SVC
-
     real = digits("held_out")
-    reader = SVC(gamma=0.05).fit(flatten(real.images), real.labels)
     return {
-        "accuracy": float(np.mean(reader.predict(flatten(pixels)) == labels)),
+        "accuracy": float(np.mean(digit_reader().predict(flatten(pixels)) == labels)),
         "fd": frechet_distance(flatten(pixels), flatten(real.images)),
     }
 

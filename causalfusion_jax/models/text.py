@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from causalfusion_jax.models.block import linear, with_axes
+
 TEXT_HEADS = ("tied", "separate")
 
 
@@ -20,16 +22,15 @@ class TextTokens(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.table = nnx.Embed(
             c.text_vocab, c.hidden, dtype=c.dtype,
-            embedding_init=nnx.with_partitioning(normal, ("vocab", "embed")), rngs=rngs,
+            embedding_init=with_axes(normal, "vocab", "embed"), rngs=rngs,
         )
         self.positions = nnx.Param(
             normal(rngs.params(), (c.text_tokens, c.hidden)), out_sharding=("tokens", "embed")
         )
         self.head = None
         if c.text_head == "separate":
-            self.head = nnx.Linear(
-                c.hidden, c.text_vocab, use_bias=False, dtype=c.dtype,
-                kernel_init=nnx.with_partitioning(nnx.initializers.zeros, ("embed", "vocab")), rngs=rngs,
+            self.head = linear(
+                c.hidden, c.text_vocab, ("embed", "vocab"), c, rngs, use_bias=False, kernel_init=nnx.initializers.zeros
             )
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

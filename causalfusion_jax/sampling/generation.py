@@ -21,8 +21,9 @@ def generate_images(
     batch_size: int = 250,
     progress: Callable[[int], None] = lambda done: None,
     decode: Callable[[jax.Array], jax.Array] | None = None,
+    text: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Generates one image or video a label. Image i depends on (seed, i, labels[i]) alone.
+    """Generates one image or video a label. Image i depends on (seed, i, labels[i], text[i]) alone.
 
     Args:
       config: what `params` were trained as.
@@ -34,6 +35,7 @@ def generate_images(
       progress: called with the number of images done.
       decode: latents [batch, height, width, channels] to pixels in [-1, 1], for a model of
         latents; without it the latents themselves are returned.
+      text: prompts, int32 [num, T], NO_TOKEN in empty slots, for a model that knows text.
 
     Returns:
       uint8 [num, (frames,) height, width, channels]; float32 for latents not decoded.
@@ -50,6 +52,7 @@ def generate_images(
         tokens = sample_tokens(
             model, config.diffusion, config.factorization, sampler, params,
             make_keys(seed, indices), jax.device_put(labels[indices], where),
+            text=None if text is None else jax.device_put(text[indices], where),
         )
         batch = unpatchify(tokens, model.grid, config.model.patch_size)
         if decode is not None:
