@@ -30,6 +30,8 @@ CASES = {
     "imagenet_dit:L,in_context": (307.7, 256, 4, 2048, 150_136),
     "digits": (0.5, 16, 4, 48, 2300),
     "digits:acdit": (0.7, 16, 0, 48, 2300),
+    "digit_pairs": (0.6, 32, 4, 48, 3500),
+    "digit_pairs:transfusion": (0.6, 32, 4, 48, 3500),
 }
 
 
