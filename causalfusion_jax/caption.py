@@ -97,15 +97,13 @@ def _score(config, params, read) -> list[dict]:
 
     for name, references in zip(read.names, read.references, strict=True):
         require(bool(references), "--images", _IMAGES.value, f"--score needs captions, and image {name} has none")
-    which = [(i, caption) for i, references in enumerate(read.references) for caption in references]
-    captions = [caption for _, caption in which]
-    log_probs, counted = score_captions_of_images(
-        config, params(), read.images[[i for i, _ in which]], captions, _BATCH.value
-    )
-    print(json.dumps({"num": len(captions), "bits_per_token": bits_per_token(log_probs, counted)}))
+    log_probs, counted = score_captions_of_images(config, params(), read.images, read.references, _BATCH.value)
+    num = sum(map(len, read.references))
+    print(json.dumps({"num": num, "bits_per_token": bits_per_token(log_probs, counted)}))
     return [
-        {"image": read.names[i], "caption": caption, "log_prob": float(row.sum()), "tokens": int(used.sum())}
-        for (i, caption), row, used in zip(which, log_probs, counted, strict=True)
+        {"image": name, "caption": caption, "log_prob": float(row.sum()), "tokens": int(used.sum())}
+        for name, captions, rows, useds in zip(read.names, read.references, log_probs, counted, strict=True)
+        for caption, row, used in zip(captions, rows, useds)
     ]
 
 

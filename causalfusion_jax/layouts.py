@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causalfusion_jax.errors import require
 from causalfusion_jax.factorization import CONDITION_STEP, Role
 
 NO_TOKEN = -1
@@ -193,30 +192,3 @@ def image_text_image_layout(
 def generates(which: Sequence[Layout], layout) -> jax.Array:
     """Whether each of `layout` is one of `which` (WITH_NEW_IMAGE, WITH_NEW_TEXT); bool, its shape."""
     return jnp.isin(jnp.asarray(layout), np.array(which))
-
-
-# --- Packing ----------------------------------------------------------------------
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts sequences into as few rows as first-fit, longest first, finds.
-
-    Args:
-      lengths: tokens of each sequence.
-      capacity: tokens in a row.
-
-    Returns:
-      The sequences of each row, by number. Raises InputError for one longer than a row.
-    """
-    rows, left = [], []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        require(length <= capacity, "length", length, f"must be <= {capacity}, the tokens in a row")
-        row = next((i for i, free in enumerate(left) if free >= length), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            left.append(capacity)
-        rows[row].append(index)
-        left[row] -= length
-    return rows

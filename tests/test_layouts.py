@@ -9,13 +9,11 @@ import pytest
 from flax import nnx
 from helpers import random_params
 
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.factorization import FactorizationConfig, Role, attends, draw_plan
 from causalfusion_jax.layouts import (
     LAYOUTS,
     Layout,
     image_text_image_layout,
-    pack,
     pair_layout,
     single_image_layout,
 )
@@ -99,15 +97,6 @@ def test_a_batch_mixes_layouts():
         alone = pair_layout(layouts[i], C, used[i], step[i], 3)
         np.testing.assert_array_equal(role[i], alone[0])
         np.testing.assert_array_equal(steps[i][role[i] != Role.PAD], alone[1][alone[0] != Role.PAD])
-
-
-def test_packing():
-    lengths = [5, 3, 3, 2, 2, 1]
-    rows = pack(lengths, 8)
-    assert sorted(sum(rows, [])) == list(range(6)) and len(rows) == 2
-    assert all(sum(lengths[i] for i in row) <= 8 for row in rows)
-    with pytest.raises(InputError, match="<= 8"):
-        pack([9], 8)
 
 
 # --- Nothing leaks ----------------------------------------------------------------

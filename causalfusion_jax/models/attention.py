@@ -82,22 +82,24 @@ class Visibility(NamedTuple):
     cached_bias: jax.Array | None
 
     @staticmethod
-    def of(role, step, cached_step: jax.Array | None, flash: bool) -> "Visibility":
+    def of(role, step, cached_step: jax.Array | None, flash: bool, document=None) -> "Visibility":
         """By the one rule.
 
         Args:
           role, step: int32 [batch, n], of the new tokens.
           cached_step: int32 [batch, slots] of the cache, or None.
           flash: attend in tiles rather than to all keys at once.
+          document: int [batch, n], where the new tokens are several sequences packed into one,
+            all of which see the cache; then not in tiles.
         """
         # Condition tokens in the cache are before all others, as clean ones of their step.
         cached_role = None if cached_step is None else jnp.full_like(cached_step, Role.CLEAN)
-        if flash:
+        if flash and document is None:
             keys = (role, step)
             if cached_step is not None:
                 keys = jnp.concatenate([cached_role, role], axis=1), jnp.concatenate([cached_step, step], axis=1)
             return Visibility((role, step, *keys), None, None)
-        bias = visibility_bias(attends(role, step, role, step))
+        bias = visibility_bias(attends(role, step, role, step, document, document))
         cached_bias = None
         if cached_step is not None:
             cached_bias = visibility_bias(attends(role, step, cached_role, cached_step))

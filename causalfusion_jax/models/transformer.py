@@ -241,7 +241,9 @@ class Transformer(nnx.Module):
         features = timestep_features(t, TIMESTEP_FEATURES).astype(self.config.dtype)
         return self.timestep_out(jax.nn.silu(self.timestep_in(features)))
 
-    def trunk(self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0):
+    def trunk(
+        self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0, document=None
+    ):
         """Runs all layers on new tokens, which see the cache and each other by the rule.
 
         Args:
@@ -252,6 +254,7 @@ class Transformer(nnx.Module):
             which then share it.
           condition: from `noise_condition`, or None.
           num_clean: the first so many tokens are not noisy; the condition passes them by.
+          document: int [batch, n], where they are several sequences packed into one.
 
         Returns:
           h, and the new tokens' keys and values, [layers, batch, n, heads, head_dim].
@@ -260,7 +263,7 @@ class Transformer(nnx.Module):
         keys = h.shape[1] + (0 if cache is None else cached_step.shape[1])
         long = FLASH_FROM_IN_TPU_TRAINING if cache is None and platform() == "tpu" else FLASH_FROM
         flash = self.config.attention == "flash" or (self.config.attention == "auto" and keys >= long)
-        visibility = Visibility.of(role, step, cached_step, flash)
+        visibility = Visibility.of(role, step, cached_step, flash, document)
         cached_kv = () if cache is None else (cache.k, cache.v)
         context = Context(visibility, self._rope(ids), condition)
         graph, params = nnx.split(self.blocks)

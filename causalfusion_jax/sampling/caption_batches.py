@@ -1,6 +1,6 @@
 """Captions of a run, and scores of given ones, in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,21 +61,25 @@ def caption_images(
 
 
 def score_captions_of_images(
-    config: ExperimentConfig, params, images: np.ndarray, captions: list[str], batch_size: int = 250
+    config: ExperimentConfig, params, images: np.ndarray, captions: Sequence[Sequence[str]], batch_size: int = 250
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of given captions, token by token.
 
     Args:
       config, params, images, batch_size: as for `caption_images`.
-      captions: one an image.
+      captions: those of each image, one or more.
 
     Returns:
-      float32 [num, max_tokens - 1] in nats, the end included, and which are counted, bool.
+      float32 [num, captions, max_tokens - 1] in nats, the end included, and which are counted,
+      bool; images with fewer captions than others are filled up with what is not counted.
 
     Raises:
       InputError: a caption that the tokenizer cannot read, or too long.
     """
-    slots = np.stack([to_slots(config.text, caption) for caption in captions])
+    most = max(len(texts) for texts in captions)
+    slots = np.full((len(images), most, config.text.max_tokens), NO_TOKEN, np.int32)
+    for row, texts in enumerate(captions):
+        slots[row, : len(texts)] = [to_slots(config.text, text) for text in texts]
     parts = []
     for indices in _batches(len(images), batch_size):
         params, labels, tokens = _given(config, params, images, indices)

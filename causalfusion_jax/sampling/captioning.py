@@ -207,20 +207,25 @@ def score_texts(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of given texts, token by token. Jit with the first two arguments static.
 
+    Several texts of one image are packed into one sequence, so that it is read once.
+
     Args:
       model, noisy_tokens, params, labels, images: as for `generate_texts`.
-      texts: int32 [batch, T], BEGIN first, NO_TOKEN after the end.
+      texts: int32 [batch, texts, T], BEGIN first, NO_TOKEN after the end, and everywhere in
+        what is no text.
 
     Returns:
-      float32 [batch, T - 1], nats, of the tokens after BEGIN (0 in empty slots), and which
-      slots are counted, bool [batch, T - 1].
+      float32 [batch, texts, T - 1], nats, of the tokens after BEGIN (0 in empty slots), and
+      which slots are counted, bool [batch, texts, T - 1].
     """
-    T = texts.shape[1]
-    prefix, cache, begin = read(model, params, labels, images, T, noisy_tokens)
-    _, h = prefix.append_text(cache, texts, jnp.arange(T), begin + jnp.arange(T))
-    log_probs = jax.nn.log_softmax(prefix.transformer.text_logits(h[:, :-1]))
-    targets = texts[:, 1:]
-    gained = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=2)[..., 0]
+    batch, num, T = texts.shape
+    prefix, cache, begin = read(model, params, labels, images, num * T, noisy_tokens)
+    place = jnp.tile(jnp.arange(T), num)
+    document = jnp.broadcast_to(jnp.repeat(jnp.arange(num), T), (batch, num * T))
+    _, h = prefix.append_text(cache, texts.reshape(batch, -1), place, begin + place, document)
+    logits = prefix.transformer.text_logits(h).reshape(batch, num, T, -1)[:, :, :-1]
+    targets = texts[:, :, 1:]
+    gained = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(targets == NO_TOKEN, 0.0, gained), targets != NO_TOKEN
 
 

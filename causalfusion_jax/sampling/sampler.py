@@ -288,23 +288,25 @@ class Prefix:
         text = jnp.concatenate([text, *[jnp.full_like(text, NO_TOKEN)] * (self.copies - 1)])
         return self.append_text(cache, text, jnp.arange(text.shape[1]), jnp.arange(text.shape[1]))[0]
 
-    def append_text(self, cache: KVCache, text, positions, step) -> tuple[KVCache, jax.Array]:
+    def append_text(self, cache: KVCache, text, positions, step, document=None) -> tuple[KVCache, jax.Array]:
         """Commits text tokens int [copies * batch, n], NO_TOKEN where there is none.
 
         Args:
           cache: with room for n slots.
           text: token ids.
           positions, step: their places in the text and AR steps, int [copies * batch, n] or [n].
+          document: int [copies * batch, n], where they are several texts, blind to each other.
 
         Returns:
           The cache, and hidden states [copies * batch, n, hidden] for `Transformer.text_logits`.
         """
         h = self.transformer.text.embed(text, positions)
-        return self._run(cache, h, jnp.where(text == NO_TOKEN, Role.PAD, Role.CLEAN), step, -1, text.shape[1])
+        role = jnp.where(text == NO_TOKEN, Role.PAD, Role.CLEAN)
+        return self._run(cache, h, role, step, -1, text.shape[1], document=document)
 
-    def _run(self, cache, h, role, step, ids, count, condition=None):
+    def _run(self, cache, h, role, step, ids, count, condition=None, document=None):
         role, step, ids = (jnp.broadcast_to(jnp.asarray(a, jnp.int32), h.shape[:2]) for a in (role, step, ids))
-        h, (k, v) = self.transformer.trunk(h, role, step, ids, cache, condition)
+        h, (k, v) = self.transformer.trunk(h, role, step, ids, cache, condition, document=document)
         return cache.append(k, v, jnp.where(role == Role.PAD, EMPTY_STEP, step), count), h
 
 

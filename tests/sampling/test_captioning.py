@@ -102,7 +102,8 @@ def test_cached_equals_uncached(config, images):
 def test_likelihood_is_that_of_teacher_forcing(config):
     """What decoding adds up, a causal run over the cache, and a whole pass agree."""
     tokens, log_prob = decode(config, prompts=PROMPTS[:, :1] * 0 + BEGIN)
-    gained, counted = (np.asarray(a) for a in score_tokens(config, False, params(config), LABELS, IMAGES, tokens))
+    scored = score_tokens(config, False, params(config), LABELS, IMAGES, tokens[:, None])
+    gained, counted = (np.asarray(a)[:, 0] for a in scored)
     np.testing.assert_allclose(gained.sum(axis=1), log_prob, rtol=1e-4, atol=1e-4)
     logits = np.asarray(whole_sequence(config)(tokens, IMAGES))[:, :-1]
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -116,7 +117,6 @@ def test_wide_beams_find_the_most_probable_text():
     prompts = np.full((4, T - 3), 3, np.int32)
     prompts[:, 0] = BEGIN
     tokens, log_prob = decode(MODEL, CaptionConfig(num_beams=36), prompts=prompts)
-    endings = [()]
     texts = []
     for ending in itertools.product(range(1, VOCAB), repeat=3):
         end = ending.index(END) + 1 if END in ending else 3
@@ -126,13 +126,30 @@ def test_wide_beams_find_the_most_probable_text():
     slots[:, : T - 3] = prompts[0]
     for row, ending in enumerate(endings):
         slots[row, T - 3 : T - 3 + len(ending)] = ending
-    score = jax.jit(score_tokens, static_argnums=(0, 1))
     for example in range(2):
-        images = np.repeat(IMAGES[example : example + 1], len(endings), axis=0)
-        gained, _ = score(MODEL, False, params(), np.full(len(endings), 5), images, slots)
-        total = np.asarray(gained)[:, T - 4 :].sum(axis=1)
+        # All of them packed into one sequence.
+        gained, _ = score_tokens(MODEL, False, params(), LABELS[:1], IMAGES[example : example + 1], slots[None])
+        total = np.asarray(gained)[0, :, T - 4 :].sum(axis=1)
         np.testing.assert_array_equal(tokens[example], slots[np.argmax(total)])
         np.testing.assert_allclose(log_prob[example], total.max(), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_texts_do_not_see_each_other():
+    """Texts of one image in one sequence score as each alone, exactly where another one changes."""
+    texts = np.full((4, 2, T), NO_TOKEN, np.int32)
+    texts[:, 0, :4] = [BEGIN, 3, 4, END]
+    texts[:, 1, :6] = [BEGIN, 5, 5, 2, 6, END]
+
+    def score(texts):
+        return np.asarray(score_tokens(MODEL, False, params(), LABELS, IMAGES, texts)[0])
+
+    packed = score(texts)
+    for i in range(2):
+        np.testing.assert_allclose(packed[:, i], score(texts[:, i : i + 1])[:, 0], rtol=1e-4, atol=1e-4)
+    other = texts.copy()
+    other[:, 0, 1] = 6
+    np.testing.assert_array_equal(score(other)[:, 1], packed[:, 1])
+    assert (score(other)[:, 0, :3] != packed[:, 0, :3]).all()
 
 
 def test_draws_follow_the_distribution():
