@@ -131,17 +131,19 @@ def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, s
     return np.broadcast_to(scales, (len(sizes), len(t))).astype(np.float32)
 
 
-def sampling_flops(model: TransformerConfig, diffusion: DiffusionConfig, sampler: SamplerConfig) -> int:
-    """Model FLOPs of generating one image.
+def sampling_flops(
+    model: TransformerConfig, diffusion: DiffusionConfig, sampler: SamplerConfig, text_tokens: int = 0
+) -> int:
+    """Model FLOPs of generating one image, of a prompt of so many `text_tokens`.
 
-    Prefill of the condition, every solver row of every AR step against the cache as it then
+    Prefill of the condition and the prompt, every solver row of every AR step against the cache as it then
     stands (twice where guided), and the commits of all AR steps but the last.
     """
     sizes = sampler.sizes(model.num_tokens)
     table = solver_table(sampler.solver_config, diffusion)
     scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
-    prefixes = 2 if (scales != 1.0).any() and model.clean_depends_on_class else 1
-    seen = model.num_condition_tokens
+    prefixes = 2 if (scales != 1.0).any() and (model.clean_depends_on_class or text_tokens) else 1
+    seen = model.num_condition_tokens + text_tokens
     total = prefixes * forward_flops(model, seen, noise_levels=0) if seen else 0
     for index, size in enumerate(sizes):
         seen += size
