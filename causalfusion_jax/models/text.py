@@ -27,11 +27,9 @@ class TextTokens(nnx.Module):
         self.positions = nnx.Param(
             normal(rngs.params(), (c.text_tokens, c.hidden)), out_sharding=("tokens", "embed")
         )
-        self.head = None
-        if c.text_head == "separate":
-            self.head = linear(
-                c.hidden, c.text_vocab, ("embed", "vocab"), c, rngs, use_bias=False, kernel_init=nnx.initializers.zeros
-            )
+        self.head = linear(
+            c.hidden, c.text_vocab, ("embed", "vocab"), c, rngs, use_bias=False, kernel_init=nnx.initializers.zeros
+        ) if c.text_head == "separate" else None
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Token ids and their places in the text, int [batch, n], to [batch, n, hidden].

@@ -38,6 +38,9 @@ class JointConfig:
       text_weight: of the cross-entropy (nats a token, averaged over each text) beside the
         diffusion loss.
       prompt_dropout: probability that text_to_image does without the text, for guidance.
+      word_dropout: probability that a token of a text that is generated is blanked where the
+        next ones look at it (Bowman et al. 2016, arXiv 1511.06349), so that they look at the
+        image more and at phrases that were learned by heart less.
       class_dropout: probability that an example with a text goes without its class (1: a text
         is never accompanied by one); `model.class_dropout` is that of an image alone.
       image_tokens: `clean_and_noisy`, as CausalFusion; or `noisy` alone, as Transfusion, whose
@@ -54,6 +57,7 @@ class JointConfig:
     image: float = 0.05
     text_weight: float = 1.0
     prompt_dropout: float = 0.1
+    word_dropout: float = 0.0
     class_dropout: float = 1.0
     image_tokens: str = "clean_and_noisy"
     read_in_one_step: bool = True
@@ -69,6 +73,7 @@ class JointConfig:
         )
         require_number("text_weight", self.text_weight, 0.0)
         require_number("prompt_dropout", self.prompt_dropout, 0.0, 1.0)
+        require_number("word_dropout", self.word_dropout, 0.0, 1.0)
         require_number("class_dropout", self.class_dropout, 0.0, 1.0)
         require_one_of("image_tokens", self.image_tokens, IMAGE_TOKENS)
         require_number("read_noise", self.read_noise, 0.0, 1.0)
@@ -134,6 +139,14 @@ def noise_to_read(config: JointConfig, axes: noise_axis.DiffusionConfig, x_0, ke
     return jax.vmap(draw)(keys, x_0)
 
 
+def blank_words(config: JointConfig, layout, text, keys) -> jax.Array:
+    """Texts int32 [batch, T] as the model sees them: with tokens of generated ones blanked, by BEGIN."""
+    if not config.word_dropout:
+        return text
+    drop = jax.vmap(lambda key: jax.random.bernoulli(key, config.word_dropout, text.shape[1:]))(keys)
+    return jnp.where(drop & (text > END) & generates(WITH_NEW_TEXT, layout)[:, None], BEGIN, text)
+
+
 def predict(config: JointConfig, model, layout, labels, text, x_0, x_t, t, read, plan):
     """Runs the model on a batch in which every example has its own layout.
 
@@ -142,7 +155,7 @@ def predict(config: JointConfig, model, layout, labels, text, x_0, x_t, t, read,
       model: the Transformer.
       layout: int32 [batch].
       labels: int [batch].
-      text: int32 [batch, T].
+      text: int32 [batch, T], as the model sees it.
       x_0, x_t: [batch, L, token_dim], in the plan's order.
       t: noise levels of x_t, [batch, groups].
       read: images to read and their noise levels, from `noise_to_read`.

@@ -25,6 +25,7 @@ from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
 from causalfusion_jax.training.joint import (
     JointConfig,
+    blank_words,
     by_layout,
     draw_layouts,
     noise_to_read,
@@ -178,12 +179,14 @@ def joint_loss(config: ObjectiveConfig, params: Params, batch, keys, shared_key=
     """
     joint, text = config.joint, batch["text"]
     drawn = draw(config, batch["image"], keys, shared_key)
-    layout_keys, read_keys = (jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i in (1, 2))
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    layout_keys, read_keys, word_keys = (fold(keys, i) for i in (1, 2, 3))
     layout, drop_text_class = draw_layouts(joint, layout_keys)
     labels = jnp.where(drawn.drop_class | drop_text_class, config.model.num_classes, batch["label"])
     model = nnx.merge(abstract_model(config.model)[0], params)
     read = noise_to_read(joint, config.diffusion, drawn.x_0, read_keys)
-    prediction, logits = predict(joint, model, layout, labels, text, drawn.x_0, drawn.x_t, drawn.t, read, drawn.plan)
+    seen = blank_words(joint, layout, text, word_keys)
+    prediction, logits = predict(joint, model, layout, labels, seen, drawn.x_0, drawn.x_t, drawn.t, read, drawn.plan)
     counted = jnp.broadcast_to(generates(WITH_NEW_IMAGE, layout)[:, None], drawn.weight.shape)
     error = jnp.where(counted, jnp.mean(jnp.square(prediction - drawn.target), axis=-1), 0.0)
     ce, metrics = text_metrics(layout, text, logits)

@@ -15,7 +15,7 @@ from causalfusion_jax.data.tokenizers import BEGIN, END
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.layouts import LAYOUTS, NO_TOKEN, Layout
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.training.joint import JointConfig, draw_layouts, noise_to_read
+from causalfusion_jax.training.joint import JointConfig, blank_words, draw_layouts, noise_to_read
 from causalfusion_jax.training.objective import draw, example_keys, training_loss
 from causalfusion_jax.training.state import create_state, train_step
 
@@ -144,6 +144,16 @@ def test_transfusion_has_one_copy_of_the_image():
     _, changed = loss_of(config.step.objective, params, other)
     assert float(metrics["cross_entropy"]) != float(changed["cross_entropy"]), "texts look at the image"
     assert float(metrics["diffusion"]) == 0.0
+
+
+def test_blanked_words():
+    text = jnp.asarray(np.tile([BEGIN, 5, 6, 7, END, NO_TOKEN], (2000, 1)))
+    keys, layout = jax.random.split(KEY, 2000), jnp.arange(2000) % 4
+    seen = np.asarray(blank_words(JointConfig(word_dropout=0.3), layout, text, keys))
+    generated = np.isin(layout, (Layout.IMAGE_TO_TEXT, Layout.TEXT))
+    np.testing.assert_array_equal(seen[~generated], text[~generated])
+    np.testing.assert_array_equal(seen[:, [0, 4, 5]], text[:, [0, 4, 5]])
+    assert abs((seen[generated][:, 1:4] == BEGIN).mean() - 0.3) < 0.03
 
 
 def test_noise_on_images_that_are_read():
