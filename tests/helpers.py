@@ -115,6 +115,8 @@ def command_env() -> dict[str, str]:
     cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
     atexit.register(cache.cleanup)
     return env | {
+        # This checkout's package, whatever is installed.
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

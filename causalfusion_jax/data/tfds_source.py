@@ -126,18 +126,18 @@ class TfdsSource:
         features = _flat(info.features)
         is_image = isinstance(features.get(keys.image), tfds.features.Image if frames == 1 else tfds.features.Sequence)
         kind = "an image" if frames == 1 else "a sequence of images (data.frames > 1)"
-        require(is_image, "data.image_key", keys.image, f"must be {kind}; {info.name} has {', '.join(features)}")
+        require(is_image, "data.image_key", keys.image, f"must be {kind}; {info.name} has {', '.join(sorted(features))}")
         self.class_names, self.num_classes = (), 1
         if keys.label:
             label = features.get(keys.label)
             require(
                 isinstance(label, tfds.features.ClassLabel), "data.label_key", keys.label,
-                f"must be a class label; {info.name} has {', '.join(features)}",
+                f"must be a class label; {info.name} has {', '.join(sorted(features))}",
             )
             self.num_classes, self.class_names = label.num_classes, class_names_of(info, keys)
         require(
             not captions or keys.caption in features, "data.caption_key", keys.caption,
-            f"must be text for captions; {info.name} has {', '.join(features)}",
+            f"must be text for captions; {info.name} has {', '.join(sorted(features))}",
         )
         try:
             self._length = len(self._records)
