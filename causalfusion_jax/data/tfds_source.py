@@ -126,7 +126,8 @@ class TfdsSource:
         features = _flat(info.features)
         is_image = isinstance(features.get(keys.image), tfds.features.Image if frames == 1 else tfds.features.Sequence)
         kind = "an image" if frames == 1 else "a sequence of images (data.frames > 1)"
-        require(is_image, "data.image_key", keys.image, f"must be {kind}; {info.name} has {', '.join(sorted(features))}")
+        allowed = f"must be {kind}; {info.name} has {', '.join(sorted(features))}"
+        require(is_image, "data.image_key", keys.image, allowed)
         self.class_names, self.num_classes = (), 1
         if keys.label:
             label = features.get(keys.label)
