@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
     config = default_config()
     config.data.update(source="digit_pairs", image_size=8, image_width=16, num_classes=100)
     config.text.update(tokenizer="bytes", max_tokens=13)
-    config.joint.update(word_dropout=0.15, read_noise=0.1)
+    config.joint.read_noise = 0.1
     config.model.update(preset("nano"), class_dropout=1.0)
     # On pixels v keeps the error of x_0 even over noise levels.
     config.diffusion.target = "v"

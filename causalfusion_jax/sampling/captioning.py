@@ -170,7 +170,7 @@ def _choose(config: CaptionConfig, keys, state: _State):
     allowed = jnp.where(jnp.arange(state.log_probs.shape[1]) == BEGIN, NEVER, state.log_probs)
     if config.temperature:
         draw_keys = jax.vmap(jax.random.fold_in)(keys, state.length)
-        token = jax.vmap(jax.random.categorical)(draw_keys, _filtered(config, allowed / config.temperature))
+        token = jax.vmap(jax.random.categorical)(draw_keys, filtered(config, allowed / config.temperature))
         gained = jnp.take_along_axis(state.log_probs, token[:, None], axis=1)[:, 0]
         return jnp.arange(len(token)), token, state.log_prob + jnp.where(state.ended, 0.0, gained)
     # An ended text goes on in one way only, which costs nothing.
@@ -182,7 +182,7 @@ def _choose(config: CaptionConfig, keys, state: _State):
     return parent.reshape(-1), (best % vocab).reshape(-1), log_prob.reshape(-1)
 
 
-def _filtered(config: CaptionConfig, logits):
+def filtered(config: CaptionConfig, logits):
     """Logits [rows, vocab] with those that top_k and top_p leave out at NEVER."""
     ordered = jnp.sort(logits, axis=1)[:, ::-1]
     if config.top_k:

@@ -65,7 +65,7 @@ def test_the_mixture_is_drawn_as_stated():
     assert abs(drop_class[layout == Layout.IMAGE].mean() - 0.7 * 2 / 3) < 0.03
 
 
-@pytest.mark.parametrize("layout", ["text_to_image", "image_to_text", "text"])
+@pytest.mark.parametrize("layout", ["text_to_image", "image_to_text", pytest.param("text", marks=pytest.mark.slow)])
 def test_only_what_is_generated_carries_loss(layout):
     """The loss of one layout is diffusion, or cross-entropy, of what the model says, by hand."""
     config = config_of(**alone(layout, prompt_dropout=0.0))
@@ -115,7 +115,8 @@ def test_parts_are_logged_apart_and_add_up():
     )
 
 
-def test_accumulated_gradients_are_those_of_the_batch_and_it_learns():
+@pytest.mark.slow
+def test_accumulated_gradients_are_those_of_the_batch():
     state, batch = create_state(CONFIG.step, MESH, jax.random.key(0)), batch_of(CONFIG)
     state = state._replace(params=random_params(CONFIG.transformer))
     split = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, grad_accum_steps=2))
