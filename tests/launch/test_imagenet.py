@@ -71,10 +71,12 @@ def _parse_here(args: list[str]) -> None:
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             experiment.from_dict(flags.FLAGS["config"].value.to_dict())
 
+    # What other tests of this process imported and defined is defined anew.
     for name in list(flags.FLAGS):
-        # Those of the test's own imports.
-        if name in ("config", "workdir"):
+        module = flags.FLAGS.find_module_defining_flag(name)
+        if module != cli.__name__ and "site-packages" not in (getattr(sys.modules.get(module), "__file__", "") or ""):
             delattr(flags.FLAGS, name)
+            sys.modules.pop(module, None)
     # Overrides of a config are read from there.
     sys.argv = args[2:]
     cli.run = check
