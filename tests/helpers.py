@@ -86,8 +86,13 @@ def make_batch(config: experiment.ExperimentConfig, mesh):
 
 def command(name: str, *args: str) -> subprocess.CompletedProcess:
     """Runs `python -m causalfusion_jax.NAME ARGS`, in a fork of a process that has its imports."""
+    return run_module(f"causalfusion_jax.{name}", *args)
+
+
+def run_module(name: str, *args: str) -> subprocess.CompletedProcess:
+    """`command` for a module of any name, of `tests` too."""
     server, folder = command_server()
-    request = {"module": f"causalfusion_jax.{name}", "args": [str(arg) for arg in args]}
+    request = {"module": name, "args": [str(arg) for arg in args]}
     paths = {stream: folder / stream for stream in ("stdout", "stderr")}
     server.stdin.write(json.dumps(request | {stream: str(path) for stream, path in paths.items()}) + "\n")
     server.stdin.flush()

@@ -2,20 +2,16 @@
 
 import dataclasses
 import json
-import os
 import re
-import runpy
 import shlex
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, command, inception_weights
+from helpers import ROOT, command, inception_weights, run_module
 from PIL import Image
 
-from causalfusion_jax import cli
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.store import write_converted
@@ -46,41 +42,9 @@ def of_module(name: str, *having: str) -> list[str]:
 
 
 def parse(args: list[str]) -> None:
-    """Parses a command in a process of its own with its own flags, and builds its config; runs nothing."""
-    child = os.fork()
-    if child:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, shlex.join(args)
-        return
-    status = 1
-    try:
-        os.chdir(ROOT)
-        _parse_here(args)
-        status = 0
-    finally:
-        os._exit(status)
-
-
-def _parse_here(args: list[str]) -> None:
-    from absl import flags
-
-    from causalfusion_jax import experiment
-
-    def check(main, required=()):
-        rest = cli._parse(sys.argv, required)
-        assert len(rest) == 1, rest
-        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            experiment.from_dict(flags.FLAGS["config"].value.to_dict())
-
-    # What other tests of this process imported and defined is defined anew.
-    for name in list(flags.FLAGS):
-        module = flags.FLAGS.find_module_defining_flag(name)
-        if module != cli.__name__ and "site-packages" not in (getattr(sys.modules.get(module), "__file__", "") or ""):
-            delattr(flags.FLAGS, name)
-            sys.modules.pop(module, None)
-    # Overrides of a config are read from there.
-    sys.argv = args[2:]
-    cli.run = check
-    runpy.run_module(args[2], run_name="__main__", alter_sys=True)
+    """Parses a command with its own flags, and builds its config; runs nothing."""
+    done = run_module("parse_command", *args[2:])
+    assert done.returncode == 0, (shlex.join(args), done.stderr)
 
 
 PYTHON = [args for args in commands() if args[:2] == ["python", "-m"] and args[2].startswith("causalfusion_jax")]

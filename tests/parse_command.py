@@ -1,0 +1,26 @@
+"""Parses a command of the package with its own flags, and builds its config; runs nothing.
+
+    python -m parse_command causalfusion_jax.train --config=... --workdir=...
+"""
+
+import runpy
+import sys
+
+from absl import flags
+
+from causalfusion_jax import cli, experiment
+
+
+def check(main, required=()):
+    """In place of `cli.run`."""
+    rest = cli._parse(sys.argv, required)
+    assert len(rest) == 1, rest
+    if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+        experiment.from_dict(flags.FLAGS["config"].value.to_dict())
+
+
+if __name__ == "__main__":
+    # Overrides of a config are read from there.
+    sys.argv = sys.argv[1:]
+    cli.run = check
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
