@@ -148,6 +148,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(seed, encoded, tars, vae, tmp
     assert files.describe(out) == files.describe(expected)
 
 
+@pytest.mark.slow
 def test_mesh_captions_and_what_is_corrupt(encoded, vae, tmp_path, capsys):
     expected, _ = encoded
     (tmp_path / "tars").mkdir()

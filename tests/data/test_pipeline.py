@@ -283,6 +283,7 @@ def test_flip_is_of_seed_index_and_epoch_alone():
     assert one == expected
 
 
+@pytest.mark.slow
 def test_a_slow_source_shows_in_the_metrics(tmp_path, monkeypatch):
     from helpers import tiny_config
 

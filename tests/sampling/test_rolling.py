@@ -155,6 +155,7 @@ def sample(run, out, *args):
     return command("sample", f"--workdir={run}", f"--out={out}", "--solver_steps=2", *args)
 
 
+@pytest.mark.slow
 def test_sample_longer_videos_and_continue_them(run, tmp_path):
     out = tmp_path / "out"
     done = sample(run, out, "--frames=10", "--num=3")

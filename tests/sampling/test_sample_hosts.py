@@ -45,6 +45,7 @@ def start(workdir, out, *args):
     )
 
 
+@pytest.mark.slow
 def test_kill_and_resume(workdir, expected, tmp_path):
     out = tmp_path / "out"
     process = start(workdir, out)

@@ -200,6 +200,7 @@ def test_bad_settings_are_refused(bad):
         OptimizerConfig(**bad)
 
 
+@pytest.mark.slow
 def test_left_out_clean_tokens_change_nothing():
     """Same losses and parameters, whether unseen clean tokens are computed or not."""
     shared = dataclasses.replace(CONFIG.factorization, steps_shared_by="batch")
