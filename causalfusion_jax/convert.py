@@ -98,6 +98,8 @@ def _export():
     require(not out.exists(), "--out", str(out), "exists; give a new file")
     if (folder / "config.json").is_file():
         trained = from_run(str(folder), "ema" if _WEIGHTS.value == "ema" else "params")
+        text = trained.config.text
+        require(not text.is_on, "--checkpoint", str(folder), "knows text, for which the released models have no names")
         kind = "acdit" if trained.config.model.conditioning == "adaln" else "causalfusion"
         settings = experiment.to_dict(trained.config)
         table, _ = export_table(kind, settings, trained.config.transformer)

@@ -53,7 +53,7 @@ MAX_FILES = 100
 MAX_STRIPS = 20
 
 
-def _images(config, size: int, latents: bool):
+def _images(config, scale: int, latents: bool):
     """The images of --image, checked against what the model takes, and their labels or None."""
     import numpy as np
 
@@ -61,7 +61,8 @@ def _images(config, size: int, latents: bool):
 
     channels = config.data.channels if not config.data.latents else 3
     images, labels = read_images("--image", pathlib.Path(_IMAGE.value), channels)
-    shape = (size, size, config.data.channels if latents else channels)
+    height, width = (side * scale for side in config.data.shape[-3:-1])
+    shape = (height, width, config.data.channels if latents else channels)
     require(
         images.shape[1:] == shape and len(images) > 0, "--image", _IMAGE.value,
         f"must be {'x'.join(map(str, shape))} (height, width, channels), as the model's; "
@@ -180,7 +181,7 @@ def main(argv):
         require(vae is not None or _PASTE.value is None, "--paste", _PASTE.value, "needs --vae; leave it out")
         scale = vae.downsampling if vae else 1
         latents, cell = config.data.latents and vae is None, scale * config.model.patch_size
-        images, given = _images(config, config.data.image_size * scale, latents)
+        images, given = _images(config, scale, latents)
         labels = _labels(given, len(images), config.data.num_classes)
         images, free = _canvas(images, cell)
         plan, mask = _plan(config, _mask(free), cell)

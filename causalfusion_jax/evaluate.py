@@ -18,7 +18,13 @@ for, and `fd`, the Fréchet distance of their 64 pixels, scaled to [-1, 1], to t
 (real training digits: 0.29). For moving_digits: `accuracy`, over all frames, and
 `motion_error`, the distance of the tracked path to a straight line with bounce, in pixels; for
 longer videos both of what lies beyond. For other images: `fd` of pixels, averaged down to at most
-16x16, to the training images.
+16x16, to the training images. For digit pairs: `accuracy`, how many of the images such SVCs
+read as both digits of their prompt (or class), and `left` and `right` alone.
+
+    python -m causalfusion_jax.evaluate --workdir=runs/pairs --captions=runs/pairs/captions/captions.jsonl
+
+For captions, as written by causalfusion_jax.caption, of images that came with references:
+`exact_match`, and `cider` (CIDEr-D, times 10 as published).
 
 References are made of images, or of the data set of a config:
 
@@ -38,6 +44,7 @@ from causalfusion_jax.errors import InputError, require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from.")
 _SAMPLES = flags.DEFINE_string("samples", None, "Images: .npz, OUT of causalfusion_jax.sample, or folder of files.")
+_CAPTIONS = flags.DEFINE_string("captions", None, "captions.jsonl, as written by causalfusion_jax.caption, instead.")
 _REFERENCE = flags.DEFINE_string("reference", None, "Reference statistics: .npz in ADM's layout.")
 _INCEPTION = flags.DEFINE_string("inception", None, "Folder of the converted Inception (kind fid_inception).")
 _METRICS = flags.DEFINE_list("metrics", None, "Some of the metrics: fid,kid [all that there are].")
@@ -49,13 +56,14 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "With --make_reference
 
 
 def _read(path: pathlib.Path):
-    """Images and labels of a samples file."""
+    """Images and labels of a samples file, and its prompts or None."""
     import numpy as np
 
     require(path.is_file(), "--samples", str(path), "no such file")
     try:
         with np.load(path) as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"]
+            prompts = arrays["prompts"].tolist() if "prompts" in arrays else None
     except Exception as error:
         raise InputError(
             "--samples", str(path), f"not a samples.npz with arr_0 and arr_1 ({type(error).__name__})"
@@ -64,7 +72,23 @@ def _read(path: pathlib.Path):
         images.dtype == np.uint8 and images.ndim in (4, 5) and len(images) == len(labels), "--samples", str(path),
         f"arr_0 must be uint8 images or videos with as many labels; it is {images.dtype} {images.shape}",
     )
-    return images, labels
+    return images, labels, prompts
+
+
+def _score_captions(path: pathlib.Path) -> dict:
+    """Scores of a captions file."""
+    from causalfusion_jax.evaluation.captions import score_captions
+
+    require(path.is_file(), "--captions", str(path), "no such file")
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        captions, references = ([record[key] for record in records] for key in ("caption", "references"))
+    except (ValueError, KeyError, TypeError):
+        raise InputError("--captions", str(path), "not a captions.jsonl with caption and references") from None
+    try:
+        return {"captions": str(path), "num": len(records), **score_captions(captions, references)}
+    except InputError as error:
+        raise InputError("--captions", str(path), error.allowed) from None
 
 
 def _chosen(known) -> tuple[str, ...]:
@@ -75,6 +99,7 @@ def _chosen(known) -> tuple[str, ...]:
 def _pixel_scores() -> dict[str, float]:
     """Scores against the training data of --workdir."""
     from causalfusion_jax import experiment
+    from causalfusion_jax.evaluation.pairs import labels_of_prompts
     from causalfusion_jax.evaluation.scores import score
     from causalfusion_jax.evaluation.settings import PIXEL_METRICS
 
@@ -88,7 +113,9 @@ def _pixel_scores() -> dict[str, float]:
     if data.latents or not wanted:
         return {}
     path = pathlib.Path(_SAMPLES.value)
-    images, labels = _read(path / "samples.npz" if path.is_dir() else path)
+    images, labels, prompts = _read(path / "samples.npz" if path.is_dir() else path)
+    if prompts is not None and data.source == "digit_pairs":
+        labels = labels_of_prompts(prompts)
     scores = score(data, images, labels)
     for name in _METRICS.value or ():
         require(name in scores or name not in wanted, "--metrics", name, f"is not of source {data.source}")
@@ -175,7 +202,12 @@ def main(argv):
         return
     for name, flag in {"out": _OUT, "config": _CONFIG}.items():
         require(flag.value is None, f"--{name}", str(flag.value), "needs --make_reference")
-    require(_SAMPLES.value is not None, "--samples", None, "is required; see --help")
+    given = (_SAMPLES.value is None) + (_CAPTIONS.value is None)
+    require(given == 1, "--samples", _SAMPLES.value, "give --samples, or --captions, and not both; see --help")
+    if _CAPTIONS.value is not None:
+        path = pathlib.Path(_CAPTIONS.value)
+        _write(json.dumps(_score_captions(path)), path.parent)
+        return
     require(
         _WORKDIR.value is not None or _INCEPTION.value is not None, "--workdir", None,
         "is required, or --inception with --reference; see --help",
@@ -189,9 +221,13 @@ def main(argv):
     scores = _pixel_scores() if _WORKDIR.value is not None else {}
     if _INCEPTION.value is not None:
         scores |= _inception_scores()
-    line = json.dumps({"samples": _SAMPLES.value, **scores})
     path = pathlib.Path(_SAMPLES.value)
-    ((path if path.is_dir() else path.parent) / "evaluation.json").write_text(line + "\n")
+    _write(json.dumps({"samples": _SAMPLES.value, **scores}), path if path.is_dir() else path.parent)
+
+
+def _write(line: str, folder: pathlib.Path) -> None:
+    """Prints the result, and keeps it in `folder`."""
+    (folder / "evaluation.json").write_text(line + "\n")
     print(line)
 
 

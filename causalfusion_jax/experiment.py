@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError, nearest, require, require_number
 from causalfusion_jax.evaluation.settings import EvaluationConfig
@@ -23,6 +24,7 @@ from causalfusion_jax.models.transformer import TransformerConfig
 from causalfusion_jax.sampling.sampler import SamplerConfig
 from causalfusion_jax.sharding import MeshConfig, check_divides
 from causalfusion_jax.training.checkpoint import CheckpointConfig
+from causalfusion_jax.training.joint import JointConfig
 from causalfusion_jax.training.objective import ObjectiveConfig
 from causalfusion_jax.training.optimizer import OptimizerConfig
 from causalfusion_jax.training.state import StepConfig
@@ -54,6 +56,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    text_head: str = "tied"
 
     def __post_init__(self):
         require_number("patch_size", self.patch_size, 1)
@@ -122,6 +125,8 @@ class ExperimentConfig:
     """All settings of a run."""
 
     data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    joint: JointConfig = JointConfig()
     model: ModelConfig = ModelConfig()
     factorization: FactorizationConfig = FactorizationConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -134,8 +139,9 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        size, patch = self.data.image_size, self.model.patch_size
+        size, patch, width = self.data.image_size, self.model.patch_size, self.data.image_width
         require(size % patch == 0, "model.patch_size", patch, f"must divide data.image_size={size}")
+        require(width % patch == 0, "model.patch_size", patch, f"must divide data.image_width={width}")
         _under("model", lambda: self.transformer)
         _under("factorization", lambda: self.factorization.check_grid(self.transformer.grid))
         _under("sampling", lambda: self.check_sampler(self.sampling))
@@ -145,10 +151,24 @@ class ExperimentConfig:
             "train.length_buckets", self.train.length_buckets,
             "must be 1 unless AR steps are drawn (decay, uniform) with factorization.steps_shared_by=batch",
         )
+        if self.text.is_on:
+            self._check_joint()
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         require(
             self.optimizer.schedule == "constant" or warmup < steps, "optimizer.warmup_steps", warmup,
             f"must be < train.steps={steps} for schedule {self.optimizer.schedule}",
+        )
+
+    def _check_joint(self) -> None:
+        """Raises InputError where texts and images cannot be learned together so."""
+        require(
+            self.train.length_buckets == 1, "train.length_buckets", self.train.length_buckets,
+            "must be 1 for a model of text, which looks at all clean tokens",
+        )
+        one_step = self.factorization.steps == "fixed" and self.factorization.num_steps == 1
+        require(
+            self.joint.image_tokens != "noisy" or one_step, "joint.image_tokens", self.joint.image_tokens,
+            "needs images of one AR step: factorization.steps=fixed, factorization.num_steps=1",
         )
 
     def check_sampler(self, sampler: SamplerConfig) -> None:
@@ -158,30 +178,44 @@ class ExperimentConfig:
             sampler.cfg_scale == 1.0 or self.model.class_dropout > 0, "cfg_scale", sampler.cfg_scale,
             "must be 1: model.class_dropout=0 trains nothing to guide away from",
         )
+        if self.text.is_on:
+            require(
+                sampler.cfg_scale == 1.0 or self.joint.drops_text, "cfg_scale", sampler.cfg_scale,
+                "must be 1: joint.image=0 and joint.prompt_dropout=0 train nothing to guide away from",
+            )
+            require(
+                self.joint.image_tokens != "noisy" or sampler.sizes(self.transformer.num_tokens)[1:] == (),
+                "ar_steps", sampler.ar_steps, "must be 1: joint.image_tokens=noisy trains no clean tokens",
+            )
 
     @property
     def transformer(self) -> TransformerConfig:
         """The network's static shape."""
         model = dataclasses.asdict(self.model)
         patch_size, _ = model.pop("patch_size"), model.pop("class_dropout")
-        side = self.data.image_size // patch_size
-        frames = (self.data.frames,) if self.data.frames > 1 else ()
+        *frames, height, width, channels = self.data.shape
+        text = {}
+        if self.text.is_on:
+            vocab = make_tokenizer(self.text).vocab_size
+            text = dict(text_vocab=vocab, text_tokens=self.text.max_tokens)
         return TransformerConfig(
-            **model, grid=(*frames, side, side), token_dim=patch_size**2 * self.data.channels,
-            num_classes=self.data.num_classes,
+            **model, grid=(*frames, height // patch_size, width // patch_size), token_dim=patch_size**2 * channels,
+            num_classes=self.data.num_classes, **text,
         )
 
     @property
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shape and type of each array of a global batch."""
         batch = self.train.batch_size
-        return {"image": ((batch, *self.data.shape), np.float32), "label": ((batch,), np.int32)}
+        text = {"text": ((batch, self.text.max_tokens), np.int32)} if self.text.is_on else {}
+        return {"image": ((batch, *self.data.shape), np.float32), "label": ((batch,), np.int32), **text}
 
     @property
     def step(self) -> StepConfig:
         """Static settings of the training step."""
         objective = ObjectiveConfig(
-            self.transformer, self.factorization, self.diffusion, self.model.patch_size, self.model.class_dropout
+            self.transformer, self.factorization, self.diffusion, self.model.patch_size, self.model.class_dropout,
+            joint=self.joint if self.text.is_on else None,
         )
         return StepConfig(
             objective, self.optimizer, self.train.steps, self.train.grad_accum_steps, self.train.ema_decay
@@ -204,7 +238,7 @@ def check_mesh(config: ExperimentConfig, mesh: Mesh) -> None:
         f"must be a multiple of {parts}, the devices of the batch times grad_accum_steps",
     )
     model = config.transformer
-    tokens = model.num_condition_tokens + config.step.objective.num_clean + model.num_tokens
+    tokens = model.num_condition_tokens + model.text_tokens + config.step.objective.num_clean + model.num_tokens
     check_divides(mesh, "fsdp", hidden=model.hidden)
     check_divides(mesh, "tensor", heads=model.heads, mlp_hidden=model.mlp_hidden)
     check_divides(mesh, "sequence", tokens_in_training=tokens)

@@ -124,7 +124,7 @@ class Plan(NamedTuple):
 # --- The rule ---------------------------------------------------------------------
 
 
-def attends(q_role, q_step, k_role, k_step) -> jax.Array:
+def attends(q_role, q_step, k_role, k_step, q_document=None, k_document=None) -> jax.Array:
     """Who sees whom: the one attention rule.
 
     A noisy key is seen only by the noisy tokens of its own AR step. Any other key is
@@ -135,6 +135,8 @@ def attends(q_role, q_step, k_role, k_step) -> jax.Array:
     Args:
       q_role, q_step: int [..., q].
       k_role, k_step: int [..., k].
+      q_document, k_document: int [..., q] and [..., k], of sequences that are packed into one:
+        tokens of different documents do not see each other. Default: one document.
 
     Returns:
       bool [..., q, k].
@@ -146,7 +148,10 @@ def attends(q_role, q_step, k_role, k_step) -> jax.Array:
     sees_other = (k_step < q_step) | (same_step & (q_role != Role.NOISY))
     visible = jnp.where(k_role == Role.NOISY, sees_noisy, sees_other)
     q_pad, k_pad = q_role == Role.PAD, k_role == Role.PAD
-    return jnp.where(q_pad | k_pad, q_pad & k_pad, visible)
+    visible = jnp.where(q_pad | k_pad, q_pad & k_pad, visible)
+    if q_document is None:
+        return visible
+    return visible & (jnp.asarray(q_document)[..., :, None] == jnp.asarray(k_document)[..., None, :])
 
 
 def tile_may_attend(q_role, q_step, k_role, k_step, q_tile: int, k_tile: int) -> jax.Array:

@@ -16,6 +16,10 @@ they are). On several hosts, which must all see OUT, run it on each with --multi
 --coordinator_address, --num_processes, --process_id, as in training); or, where they cannot
 reach each other, with --host_index and --num_hosts, and once more without them when all are done.
 
+A model of texts and images draws what --prompt="three seven" says, or each line of --prompts=FILE
+(of a model of digit pairs also --prompts=held_out, pairs it never saw); `prompts` of samples.npz
+keeps them.
+
 A model of latents needs the autoencoder that decodes them, --vae, converted by
 causalfusion_jax.convert. Without it `arr_0` is the latents themselves, float32, and the
 grid shows three of their channels in false colour.
@@ -40,6 +44,8 @@ from causalfusion_jax.errors import require
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
 _NUM = flags.DEFINE_integer("num", None, "Number of images [100, or one for each of --labels].")
 _LABELS = flags.DEFINE_string("labels", None, "Classes, one an image: otter,3,3,7. Default: all classes in turn.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text that says what to draw, for a model that knows text.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, taken in turn; or held_out.")
 _HOST = flags.DEFINE_integer("host_index", None, "Of hosts that do not know of each other: this one's number, 0..")
 _HOSTS = flags.DEFINE_integer("num_hosts", None, "How many such hosts there are; each samples its share.")
 _join_processes = cli.define_processes()
@@ -47,8 +53,8 @@ for _module in (cli, sampling_flags, video_flags):
     flags.adopt_module_key_flags(_module)
 
 
-def _labels(data, video):
-    """The class of each image; of clips that are continued, their own unless given."""
+def _labels(data, video, prompts):
+    """The class of each image; of clips that are continued, their own unless given; beside prompts, no class."""
     import numpy as np
 
     from causalfusion_jax.data.pipeline import class_names
@@ -56,6 +62,8 @@ def _labels(data, video):
     from causalfusion_jax.sampling.labels import parse_labels
 
     clips = None if video is None else video.before
+    if prompts is not None and _LABELS.value is None:
+        return np.full(len(prompts), data.num_classes, np.int32)
     if _LABELS.value is not None:
         labels = parse_labels(_LABELS.value, data.num_classes, lambda: class_names(data))
     elif clips is not None:
@@ -74,7 +82,11 @@ def _labels(data, video):
         f"must be {0 if clips is None else len(clips)}, one for each clip",
     )
     require(
-        _NUM.value in (None, len(labels)), "--num", _NUM.value,
+        prompts is None or len(labels) == len(prompts), "--labels", _LABELS.value,
+        f"must be {0 if prompts is None else len(prompts)}, as many as images of prompts",
+    )
+    require(
+        prompts is not None or _NUM.value in (None, len(labels)), "--num", _NUM.value,
         f"must be {len(labels)}, the number of --labels, or left out",
     )
     return labels
@@ -83,6 +95,7 @@ def _labels(data, video):
 def main(argv):
     """Runs the command."""
     del argv
+    from causalfusion_jax.sampling.reading import read_prompts
     from causalfusion_jax.sampling.shards import SampleFolder
     from causalfusion_jax.sampling.trained import make_autoencoder
 
@@ -99,29 +112,35 @@ def main(argv):
         config.check_sampler(sampler)
         vae = None if sampling_flags.VAE.value is None else make_autoencoder(sampling_flags.VAE.value, config)
         video = video_flags.read(config, sampler, vae)
-        labels = _labels(config.data, video)
+        prompts = read_prompts(config, _PROMPT.value, _PROMPTS.value, _NUM.value)
+        require(prompts is None or video is None, "--prompt", _PROMPT.value, "is for images, not for longer videos")
+        labels = _labels(config.data, video, prompts)
     batch_size = sampling_flags.BATCH.value
     request = {
         **origin, "vae": vae and vae.fingerprint, "seed": sampling_flags.SEED.value, "batch_size": batch_size,
         "labels": labels.tolist(), "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
-        **(video.request if video else {}),
+        **(video.request if video else {}), **({} if prompts is None else {"prompts": prompts}),
     }
     samples = SampleFolder(pathlib.Path(_OUT.value), request, min(batch_size, len(labels)))
     samples.check()
     if samples.is_done:
         print(f"{_OUT.value} already holds these {len(labels)} samples")
         return
-    _sample_to(samples, config, sampler, params, labels, vae and vae.decode, video)
+    _sample_to(samples, config, sampler, params, labels, vae and vae.decode, video, prompts)
 
 
-def _batches(config, sampler, params, labels, decode, video, wanted):
+def _batches(config, sampler, params, labels, decode, video, prompts, wanted):
     """The batches of numbers `wanted`; of clips that are continued, their frames as they were given."""
+    import numpy as np
+
+    from causalfusion_jax.data.tokenizers import to_slots
     from causalfusion_jax.sampling.generation import image_batches
     from causalfusion_jax.sampling.rolling import video_batches
 
     how = params, labels, sampling_flags.SEED.value, sampling_flags.BATCH.value, decode, wanted
     if video is None:
-        yield from image_batches(config, sampler, *how)
+        text = None if prompts is None else np.stack([to_slots(config.text, prompt) for prompt in prompts])
+        yield from image_batches(config, sampler, *how, text=text)
         return
     made = video_batches(config, video.windows, video.rolling, *how, video.clips)
     for index, videos in zip(wanted, made, strict=True):
@@ -132,7 +151,7 @@ def _batches(config, sampler, params, labels, decode, video, wanted):
         yield videos
 
 
-def _sample_to(samples, config, sampler, params, labels, decode, video) -> None:
+def _sample_to(samples, config, sampler, params, labels, decode, video, prompts) -> None:
     """Samples what falls to this process, and joins the parts when all are there."""
     import jax
 
@@ -151,7 +170,7 @@ def _sample_to(samples, config, sampler, params, labels, decode, video) -> None:
         if len(jax.local_devices()) > 1:
             params = replicate(params, jax.local_devices())
         done = samples.num_parts - len(samples.missing())
-        made = _batches(config, sampler, params, labels, decode, video, wanted)
+        made = _batches(config, sampler, params, labels, decode, video, prompts, wanted)
         for count, (index, images) in enumerate(zip(wanted, made, strict=True), done + 1):
             samples.write(index, images)
             if distributed.is_primary():

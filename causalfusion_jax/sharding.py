@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "token_dim": None,
     "timestep": None,
     "classes": None,
+    "vocab": None,
 }
 """Logical axis to mesh axis; None is replicated. `sequence` is that of activations, `tokens`
 and `embed` are those of parameters."""

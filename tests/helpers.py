@@ -79,6 +79,8 @@ def make_batch(config: experiment.ExperimentConfig, mesh):
         "image": rng.uniform(-1, 1, shapes["image"][0]).astype(np.float32),
         "label": rng.integers(0, config.data.num_classes, shapes["label"][0]).astype(np.int32),
     }
+    if "text" in shapes:
+        arrays["text"] = rng.integers(0, config.transformer.text_vocab, shapes["text"][0]).astype(np.int32)
     return jax.device_put(jax.tree.map(jnp.asarray, arrays), sharding.batch_sharding(mesh)), shapes
 
 

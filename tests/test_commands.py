@@ -347,7 +347,7 @@ def test_divergence_ends_with_one_line(tmp_path):
     assert "had a non-finite gradient" in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "edit", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "sample", "edit", "caption", "evaluate"])
 def test_help_is_worth_reading(name):
     shown = command(name, "--help")
     assert f"python -m causalfusion_jax.{name}" in shown.stdout and "--workdir" in shown.stdout

@@ -56,6 +56,14 @@ def test_rule_on_random_tokens():
         np.testing.assert_array_equal(attends(q_role, q_step, k_role, k_step), expected)
 
 
+def test_packed_documents_are_blind_to_each_other():
+    rng = np.random.default_rng(2)
+    (role, step), document = random_tokens(rng, 12), rng.integers(0, 3, 12)
+    packed = np.asarray(attends(role, step, role, step, document, document))
+    whole = np.asarray(attends(role, step, role, step))
+    np.testing.assert_array_equal(packed, whole & (document[:, None] == document))
+
+
 def test_rule_is_each_papers_mask():
     """Special cases written out by hand."""
     ones = np.ones((4, 4), bool)

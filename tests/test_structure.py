@@ -9,12 +9,12 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "files", "npz", "hardware", "distributed", "factorization", "diffusion", "sharding"),
+    ("errors", "files", "npz", "hardware", "distributed", "factorization", "layouts", "diffusion", "sharding"),
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
     (
-        "cli", "sampling_flags", "video_flags", "train", "sample", "edit", "evaluate", "encode", "convert", "preflight",
-        "sweeps",
+        "cli", "sampling_flags", "video_flags", "train", "sample", "edit", "caption", "evaluate", "encode", "convert",
+        "preflight", "sweeps",
     ),
 )
 

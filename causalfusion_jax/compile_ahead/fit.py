@@ -19,7 +19,7 @@ from causalfusion_jax.compile_ahead.program import Spec, check
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sharding import MeshConfig
-from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, diffusion_loss, example_keys
+from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, example_keys, training_loss
 from causalfusion_jax.training.state import abstract_state
 
 Compile = Callable[[Spec], Compiled]
@@ -293,19 +293,21 @@ def kept_bytes(objective: ObjectiveConfig) -> float:
     """What the forward pass of one image keeps for the backward pass, parameters left out."""
 
     def of(batch: int) -> int:
-        size = objective.model.grid[-1] * objective.patch_size
+        *frames, height, width = objective.model.grid
+        size = (height * objective.patch_size, width * objective.patch_size)
         channels = objective.model.token_dim // objective.patch_size**2
-        image = jax.ShapeDtypeStruct((batch, *objective.model.grid[:-2], size, size, channels), "float32")
-        label = jax.ShapeDtypeStruct((batch,), "int32")
+        image = jax.ShapeDtypeStruct((batch, *frames, *size, channels), "float32")
+        data = {"image": image, "label": jax.ShapeDtypeStruct((batch,), "int32")}
+        if objective.joint is not None:
+            data["text"] = jax.ShapeDtypeStruct((batch, objective.model.text_tokens), "int32")
 
-        def backward(params, image, label, key):
+        def backward(params, data, key):
             keys = example_keys(key, batch)
-            loss = functools.partial(diffusion_loss, objective)
-            data = {"image": image, "label": label}
+            loss = functools.partial(training_loss, objective)
             return jax.vjp(lambda p: loss(p, data, keys, batch_key(key))[0], params)[1]
 
         key = jax.eval_shape(lambda: jax.random.key(0))
-        kept = jax.eval_shape(backward, abstract_model(objective.model)[1], image, label, key)
+        kept = jax.eval_shape(backward, abstract_model(objective.model)[1], data, key)
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
     return float(of(2) - of(1))

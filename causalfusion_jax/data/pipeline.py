@@ -20,15 +20,22 @@ import numpy as np
 from absl import flags
 
 from causalfusion_jax.data import tar_shards, tfds_source
+from causalfusion_jax.data.caption_folder import CaptionFolderSource
+from causalfusion_jax.data.captions import with_text
+from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.latents import LatentsSource, read_manifest
 from causalfusion_jax.data.moving_digits import MovingDigitsSource
 from causalfusion_jax.data.sources import ArraysSource, CorruptRecord, ImageFolderSource, class_folders, digits
+from causalfusion_jax.data.tokenizers import TextConfig
 from causalfusion_jax.errors import InputError, require, require_number, require_one_of
 
-SOURCES = ("digits", "moving_digits", "image_folder", "tfds", "tar", "latents", "arrays")
+SOURCES = (
+    "digits", "digit_pairs", "moving_digits", "image_folder", "caption_folder", "tfds", "tar", "latents", "arrays"
+)
 ENCODED = ("image_folder", "tfds", "tar")
 """Sources of image files: with `latents` they are what `encode` makes latents of."""
 
+BUILT_IN = {"channels": 1, "path": "", "frames": 1, "latents": False}
 ENDLESS = 2**31
 """Epochs. Grain's own endless repeat is of length sys.maxsize, which batches of one overflow."""
 
@@ -38,18 +45,21 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      source: `digits` (scikit-learn's, built in), `moving_digits` (clips of them), `image_folder`,
-        `tfds` (prepared by TensorFlow Datasets), `tar` (shards in WebDataset's layout),
-        `latents` (written by `encode`), or `arrays`.
-      path: of image_folder, one folder of images for each class; of tfds, its data_dir ("":
-        the default one); of tar, the folder of shards; of latents, that of `encode --out`; of
-        arrays, a folder with image.npy and label.npy.
+      source: `digits` (scikit-learn's, built in), `digit_pairs` (two of them side by side, with
+        captions), `moving_digits` (clips of them), `image_folder`, `caption_folder` (images and
+        captions.jsonl), `tfds` (prepared by TensorFlow Datasets), `tar` (shards in WebDataset's
+        layout), `latents` (written by `encode`), or `arrays`.
+      path: of image_folder, one folder of images for each class; of caption_folder, that of
+        captions.jsonl, each line of which is {"file_name": ..., "caption": ...}; of tfds, its
+        data_dir ("": the default one); of tar, the folder of shards; of latents, that of
+        `encode --out`; of arrays, a folder with image.npy and label.npy.
       name: the data set as TFDS calls it, `NAME`, `NAME/CONFIG` or `NAME:VERSION`; for
         latents and arrays, where classes have no names of their own, it names them.
       split: of tfds, for example `train` or `train[:90%]`.
       image_key, label_key, caption_key: features of tfds (`outer/inner`); "": those known of
         imagenet2012, cifar10, ucf101 and coco_captions, else `image` and `label`.
       image_size: side in pixels (or latents); images are scaled and centre-cropped to it.
+      image_width: width where it is not `image_size`, which is then the height; 0: it is.
       channels: 1 or 3; any number for latents.
       frames: 1 for images, more for videos of so many frames.
       latents: the model takes an autoencoder's latents. Arrays hold them, scaled as models take
@@ -70,6 +80,7 @@ class DataConfig:
     label_key: str = ""
     caption_key: str = ""
     image_size: int = 8
+    image_width: int = 0
     channels: int = 1
     frames: int = 1
     latents: bool = False
@@ -82,6 +93,7 @@ class DataConfig:
     def __post_init__(self):
         require_one_of("source", self.source, SOURCES)
         require_number("image_size", self.image_size, 1)
+        require_number("image_width", self.image_width, 0)
         if self.latents:
             require_number("channels", self.channels, 1)
             require(
@@ -99,12 +111,19 @@ class DataConfig:
                 require(getattr(self, name) == neutral, name, getattr(self, name), "is of source tfds alone")
         if self.source == "image_folder":
             require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
+        if self.source == "caption_folder":
+            require(bool(self.path), "path", self.path, "source caption_folder needs the folder's path")
         fixed = {
-            "digits": {"image_size": 8, "channels": 1, "num_classes": 10, "path": "", "frames": 1, "latents": False},
-            "moving_digits": {"channels": 1, "num_classes": 10, "path": "", "latents": False, "flip": False},
-            "image_folder": {"frames": 1},
-            "tar": {"frames": 1},
-            "latents": {"latents": True},
+            "digits": {"image_size": 8, "image_width": 0, "num_classes": 10, **BUILT_IN},
+            "digit_pairs": {"image_size": 8, "image_width": 16, "num_classes": 100, "flip": False, **BUILT_IN},
+            "moving_digits": {
+                "channels": 1, "num_classes": 10, "path": "", "latents": False, "flip": False, "image_width": 0
+            },
+            "image_folder": {"image_width": 0, "frames": 1},
+            "caption_folder": {"frames": 1, "latents": False, "num_classes": 1},
+            "tfds": {"image_width": 0},
+            "tar": {"image_width": 0, "frames": 1},
+            "latents": {"image_width": 0, "latents": True},
         }.get(self.source, {})
         for name, value in fixed.items():
             given = getattr(self, name)
@@ -118,7 +137,7 @@ class DataConfig:
     def shape(self) -> tuple[int, ...]:
         """Shape of one example: [(frames,) height, width, channels]."""
         frames = (self.frames,) if self.frames > 1 else ()
-        return (*frames, self.image_size, self.image_size, self.channels)
+        return (*frames, self.image_size, self.image_width or self.image_size, self.channels)
 
 
 class Source(Protocol):
@@ -155,6 +174,10 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
         require(not captions, "config.data.source", config.source, "has no captions")
     if config.source == "digits":
         return digits("train")
+    if config.source == "caption_folder":
+        return CaptionFolderSource(config.path, config.shape, captions)
+    if config.source == "digit_pairs":
+        return digit_pairs("train", captions)
     if config.source == "moving_digits":
         return MovingDigitsSource(config.frames, config.image_size)
     if config.source == "latents":
@@ -255,7 +278,8 @@ def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def host_batches(
-    source: Source, config: DataConfig, batch_size: int, seed: int, host: int = 0, hosts: int = 1
+    source: Source, config: DataConfig, batch_size: int, seed: int, host: int = 0, hosts: int = 1,
+    text: TextConfig = TextConfig(),
 ) -> grain.MapDataset:
     """This host's share of an endless sequence of global batches.
 
@@ -268,14 +292,18 @@ def host_batches(
       batch_size: of the global batch.
       seed: of shuffling and augmentation.
       host, hosts: this host's number, and how many there are.
+      text: the tokenizer of captions, which the source must give.
 
     Returns:
-      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}, with
-      "corrupt", (name, reason) of records that were skipped, which BatchIterator takes out.
+      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}, for a
+      tokenizer "text", int32 [batch_size / hosts, max_tokens], and "corrupt", (name, reason) of
+      records that were skipped, which BatchIterator takes out.
     """
     require(batch_size % hosts == 0, "batch_size", batch_size, f"must be a multiple of the {hosts} hosts")
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(ENDLESS)
     dataset = indices.map_with_index(_Read(source, config, seed))
+    if text.is_on:
+        dataset = with_text(dataset, text)
     # Batches of one host's size; every hosts-th of them is this host's.
     return dataset.batch(batch_size // hosts, batch_fn=_stack)[host::hosts]
 

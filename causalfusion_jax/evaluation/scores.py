@@ -8,6 +8,7 @@ from causalfusion_jax.data.pipeline import DataConfig, make_source
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.distribution import FeatureStatistics, frechet_from_statistics
+from causalfusion_jax.evaluation.pairs import score_pairs
 from causalfusion_jax.evaluation.tracking import digit_reader, score_moving_digits
 
 MAX_SIDE = 16
@@ -39,7 +40,7 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
         not data.latents and (data.frames == 1 or data.source == "moving_digits"), "--workdir", data.source,
         "was not trained on images, which alone are compared pixel by pixel",
     )
-    shape = (data.image_size, data.image_size, data.channels)
+    shape = data.shape[-3:]
     fits = images.shape[-3:] == shape and images.ndim == 4 + (data.frames > 1)
     kind = "videos" if data.frames > 1 else "images"
     require(fits, "--samples", images.shape, f"must be {kind} of {shape}, as the run's")
@@ -49,6 +50,8 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
     pixels = images.astype(np.float64) / 127.5 - 1.0
     if data.source == "digits":
         return score_digits(pixels, labels)
+    if data.source == "digit_pairs":
+        return score_pairs(pixels, labels)
     real = training_pixels(data)
     generated = np.stack([shrink(image) for image in pixels])
     return {"fd": frechet_distance(flatten(generated), flatten(real)), "fd_pixels": list(real.shape[1:])}

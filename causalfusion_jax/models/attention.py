@@ -87,24 +87,26 @@ class Visibility(NamedTuple):
     cached_bias: jax.Array | None
 
     @staticmethod
-    def of(role, step, cached_step: jax.Array | None, flash: bool) -> "Visibility":
+    def of(role, step, cached_step: jax.Array | None, flash: bool, document=None) -> "Visibility":
         """By the one rule.
 
         Args:
           role, step: int32 [batch, n], of the new tokens.
           cached_step: int32 [batch, slots] of the cache, or None.
           flash: attend in tiles rather than to all keys at once.
+          document: int [batch, n], where the new tokens are several sequences packed into one,
+            all of which see the cache; then not in tiles.
         """
         # Condition tokens in the cache are before all others, as clean ones of their step.
         cached_role = None if cached_step is None else jnp.full_like(cached_step, Role.CLEAN)
-        joined = role, step
+        joined, documents = (role, step), (() if document is None else (document, document))
         if cached_step is not None:
             joined = jnp.concatenate([cached_role, role], axis=1), jnp.concatenate([cached_step, step], axis=1)
-        if flash:
+        if flash and document is None:
             return Visibility((role, step, *joined), None, None)
-        if by_head(role.shape[1]):
-            return Visibility(None, visibility_bias(attends(role, step, *joined)), None)
-        bias = visibility_bias(attends(role, step, role, step))
+        if by_head(role.shape[1]) and (document is None or cached_step is None):
+            return Visibility(None, visibility_bias(attends(role, step, *joined, *documents)), None)
+        bias = visibility_bias(attends(role, step, role, step, *documents))
         cached_bias = None
         if cached_step is not None:
             cached_bias = visibility_bias(attends(role, step, cached_role, cached_step))

@@ -20,6 +20,11 @@ def forward_flops(
     return 2 * (new_tokens * (c.layers * (weights + attention) + 2 * c.hidden * c.token_dim) + modulation)
 
 
+def text_head_flops(config: TransformerConfig, tokens: int) -> int:
+    """Matrix-product FLOPs of the next-token head on so many text tokens."""
+    return 2 * tokens * config.hidden * config.text_vocab
+
+
 def training_flops(config: TransformerConfig, num_clean: int | None = None, noise_levels: int = 1) -> int:
     """Model FLOPs of one image in a training step: forward, and twice that backward.
 
@@ -29,5 +34,6 @@ def training_flops(config: TransformerConfig, num_clean: int | None = None, nois
       noise_levels: distinct t in an image.
     """
     num_clean = config.num_tokens if num_clean is None else num_clean
-    tokens = config.num_condition_tokens + num_clean + config.num_tokens
-    return 3 * forward_flops(config, tokens, noise_levels=noise_levels)
+    tokens = config.num_condition_tokens + config.text_tokens + num_clean + config.num_tokens
+    text_head = text_head_flops(config, config.text_tokens)
+    return 3 * (forward_flops(config, tokens, noise_levels=noise_levels) + text_head)

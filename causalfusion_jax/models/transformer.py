@@ -16,7 +16,7 @@ the new tokens. Both run `Transformer.trunk`.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,17 @@ from flax import nnx
 from causalfusion_jax.errors import require, require_number, require_one_of
 from causalfusion_jax.factorization import training_layout
 from causalfusion_jax.models.attention import Visibility
+from causalfusion_jax.models.block import Block, Context, linear, modulation_layer, on_noisy, with_axes
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.layers import NORMS, Norm, gelu
+from causalfusion_jax.models.layers import NORMS, Norm
 from causalfusion_jax.models.positions import (
     ROPE_SPLITS,
     rope_table,
-    rotate,
     sincos_table,
     timestep_features,
 )
-from causalfusion_jax.sharding import constrain, is_split, platform
+from causalfusion_jax.models.text import TEXT_HEADS, TextTokens
+from causalfusion_jax.sharding import constrain, platform
 
 CONDITIONINGS = ("in_context", "adaln")
 POSITIONS = ("learned", "sincos", "rope")
@@ -77,6 +78,9 @@ class TransformerConfig:
       remat: what the backward pass recomputes: `none`, all but the matrix products
         (`dots`), or all of a block (`full`).
       scan_unroll: layers unrolled in one iteration of the scan over layers.
+      text_vocab: text tokens there are; 0: the model knows no text.
+      text_tokens: the longest text, in tokens.
+      text_head: `tied` to the table of text tokens, or `separate`.
     """
 
     hidden: int
@@ -98,6 +102,9 @@ class TransformerConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    text_vocab: int = 0
+    text_tokens: int = 0
+    text_head: str = "tied"
 
     def __post_init__(self):
         for name in ("hidden", "heads", "layers", "num_classes"):
@@ -129,6 +136,9 @@ class TransformerConfig:
         require_one_of("attention", self.attention, ATTENTIONS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("remat", self.remat, REMATS)
+        require_one_of("text_head", self.text_head, TEXT_HEADS)
+        require_number("text_vocab", self.text_vocab, 0)
+        require_number("text_tokens", self.text_tokens, 2 if self.text_vocab else 0)
 
     @property
     def num_tokens(self) -> int:
@@ -165,133 +175,6 @@ class TransformerConfig:
         return self.conditioning == "in_context"
 
 
-def _init(initializer, *axes):
-    """`initializer` with the logical axis of each dimension attached."""
-    return nnx.with_partitioning(initializer, axes)
-
-
-def _linear(in_features, out_features, axes, config, rngs, *, use_bias=True, kernel_init=None):
-    """Xavier-uniform linear layer; `axes` are the logical axes of its kernel."""
-    return nnx.Linear(
-        in_features, out_features, use_bias=use_bias, dtype=config.dtype,
-        kernel_init=_init(kernel_init or nnx.initializers.xavier_uniform(), *axes),
-        bias_init=_init(nnx.initializers.zeros, axes[-1]),
-        rngs=rngs,
-    )
-
-
-def _on_noisy(x, num_clean: int, scale, shift=None):
-    """`x * scale + shift` on all but the first `num_clean` tokens.
-
-    Args:
-      x: [batch, tokens, dim].
-      num_clean: these come first and stay as they are.
-      scale, shift: [batch, groups, dim], each for as many consecutive noisy tokens.
-    """
-    clean, noisy = x[:, :num_clean], x[:, num_clean:]
-    groups = noisy.reshape(*scale.shape[:2], -1, x.shape[-1]) * scale[:, :, None]
-    groups = groups if shift is None else groups + shift[:, :, None]
-    noisy = groups.reshape(noisy.shape)
-    return jnp.concatenate([clean, noisy], axis=1) if num_clean else noisy
-
-
-class Context(NamedTuple):
-    """What the new tokens of a pass through the trunk have in common in all layers.
-
-    Attributes:
-      visibility: who sees whom.
-      rope: cosines and sines of their positions, [batch, tokens, head_dim], or None.
-      condition: `Transformer.noise_condition` of the noisy ones, or None.
-    """
-
-    visibility: Visibility
-    rope: tuple[jax.Array, jax.Array] | None
-    condition: jax.Array | None
-
-
-class Block(nnx.Module):
-    """Pre-norm attention and MLP, each with a residual connection."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        c, self.config = config, config
-        self.attention_norm = Norm(c.norm, c.hidden, "embed")
-        self.qkv = nnx.LinearGeneral(
-            c.hidden, (3, c.heads, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype,
-            kernel_init=_init(nnx.initializers.xavier_uniform(), "embed", None, "heads", "head_dim"),
-            bias_init=_init(nnx.initializers.zeros, None, "heads", "head_dim"),
-            rngs=rngs,
-        )
-        # Without scale and bias the norm of queries and keys could not be undone.
-        qk_norm = "layer" if c.norm == "plain" else c.norm
-        self.q_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
-        self.k_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
-        self.attention_out = _linear(c.hidden, c.hidden, ("heads", "embed"), c, rngs)
-        self.mlp_norm = Norm(c.norm, c.hidden, "embed")
-        self.mlp_in = _linear(c.hidden, c.mlp_hidden, ("embed", "mlp"), c, rngs)
-        self.mlp_out = _linear(c.mlp_hidden, c.hidden, ("mlp", "embed"), c, rngs)
-        self.modulation = _modulation(6, c, rngs)
-
-    def __call__(self, h, context: Context, cached, num_clean: int):
-        """Runs the block.
-
-        Args:
-          h: [batch, tokens, hidden].
-          context: bias, positions and condition of the tokens.
-          cached: keys, values [batch / copies, slots, heads, head_dim] of earlier tokens,
-            or None.
-          num_clean: the first so many tokens are not modulated.
-
-        Returns:
-          h, and the keys and values of the new tokens.
-        """
-        batch, tokens, hidden = whole = h.shape
-        # Matrix products run on [batch * tokens, ...]: XLA:CPU contracts the two leading
-        # dimensions of a weight gradient far slower than one. Split tokens cannot be merged so.
-        flat = whole if is_split("sequence") else (batch * tokens, hidden)
-        modulated = context.condition is not None
-        if modulated:
-            shifts, scales, gates = zip(*_triples(self.modulation(context.condition)), strict=True)
-
-        def normed(norm, i):
-            x = norm(h.reshape(flat))
-            return _on_noisy(x.reshape(whole), num_clean, 1.0 + scales[i], shifts[i]).reshape(flat) if modulated else x
-
-        def gated(x, i):
-            x = x.reshape(whole)
-            return _on_noisy(x, num_clean, gates[i]) if modulated else x
-
-        with jax.named_scope("attention"):
-            qkv = self.qkv(normed(self.attention_norm, 0))
-            q, k, v = (jnp.squeeze(x, -3) for x in jnp.split(qkv, 3, axis=-3))
-            if self.config.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k, v = (x.reshape(batch, tokens, *x.shape[-2:]) for x in (q, k, v))
-            q, k, v = (constrain(x, ("batch", "sequence", "heads", "head_dim")) for x in (q, k, v))
-            if context.rope is not None:
-                q, k = rotate(q, context.rope), rotate(k, context.rope)
-            out = context.visibility.attend(q, k, v, cached)
-            h = h + gated(self.attention_out(out.reshape(flat)), 0)
-        with jax.named_scope("mlp"):
-            x = self.mlp_in(normed(self.mlp_norm, 1))
-            h = h + gated(self.mlp_out(gelu(x)), 1)
-        return constrain(h, ("batch", "sequence", None)), (k, v)
-
-
-def _modulation(parts: int, config, rngs):
-    """adaLN-zero: shifts, scales and gates from the condition; None for in_context."""
-    if config.conditioning != "adaln":
-        return None
-    return _linear(
-        config.hidden, parts * config.hidden, ("embed", "mlp"), config, rngs, kernel_init=nnx.initializers.zeros
-    )
-
-
-def _triples(modulation: jax.Array):
-    """(shift, scale, gate) for the attention, then for the MLP."""
-    parts = jnp.split(modulation, 6, axis=-1)
-    return parts[:3], parts[3:]
-
-
 class Transformer(nnx.Module):
     """The causal diffusion transformer."""
 
@@ -300,7 +183,7 @@ class Transformer(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.label_table = nnx.Embed(
             c.num_classes + 1, max(c.num_condition_tokens, 1) * c.hidden, dtype=c.dtype,
-            embedding_init=_init(normal, "classes", "embed"), rngs=rngs,
+            embedding_init=with_axes(normal, "classes", "embed"), rngs=rngs,
         )
         if c.num_condition_tokens:
             self.condition_positions = nnx.Param(
@@ -310,9 +193,9 @@ class Transformer(nnx.Module):
             self.positions = nnx.Param(
                 jnp.asarray(sincos_table(c.grid, c.hidden)), out_sharding=("tokens", "embed")
             )
-        self.token_in = _linear(c.token_dim, c.hidden, ("token_dim", "embed"), c, rngs, use_bias=c.token_bias)
-        self.timestep_in = _linear(TIMESTEP_FEATURES, c.hidden, ("timestep", "embed"), c, rngs)
-        self.timestep_out = _linear(c.hidden, c.hidden, (None, "embed"), c, rngs)
+        self.token_in = linear(c.token_dim, c.hidden, ("token_dim", "embed"), c, rngs, use_bias=c.token_bias)
+        self.timestep_in = linear(TIMESTEP_FEATURES, c.hidden, ("timestep", "embed"), c, rngs)
+        self.timestep_out = linear(c.hidden, c.hidden, (None, "embed"), c, rngs)
 
         @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layers")
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -321,10 +204,11 @@ class Transformer(nnx.Module):
 
         self.blocks = stack(rngs.split(c.layers))
         self.final_norm = Norm(c.norm, c.hidden, "embed")
-        self.final_modulation = _modulation(2, c, rngs)
-        self.token_out = _linear(
+        self.final_modulation = modulation_layer(2, c, rngs)
+        self.token_out = linear(
             c.hidden, c.token_dim, ("embed", "token_dim"), c, rngs, kernel_init=nnx.initializers.zeros
         )
+        self.text = TextTokens(c, rngs) if c.text_vocab else None
 
     def embed_condition(self, labels: jax.Array) -> jax.Array:
         """Class labels int [batch] (num_classes: no class) to tokens [batch, C, hidden]."""
@@ -374,7 +258,9 @@ class Transformer(nnx.Module):
         features = timestep_features(t, TIMESTEP_FEATURES).astype(self.config.dtype)
         return self.timestep_out(jax.nn.silu(self.timestep_in(features)))
 
-    def trunk(self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0):
+    def trunk(
+        self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0, document=None
+    ):
         """Runs all layers on new tokens, which see the cache and each other by the rule.
 
         Args:
@@ -385,6 +271,7 @@ class Transformer(nnx.Module):
             which then share it.
           condition: from `noise_condition`, or None.
           num_clean: the first so many tokens are not noisy; the condition passes them by.
+          document: int [batch, n], where they are several sequences packed into one.
 
         Returns:
           h, and the new tokens' keys and values, [layers, batch, n, heads, head_dim].
@@ -393,7 +280,7 @@ class Transformer(nnx.Module):
         keys = h.shape[1] + (0 if cache is None else cached_step.shape[1])
         long = FLASH_FROM_IN_TPU_TRAINING if cache is None and platform() == "tpu" else FLASH_FROM
         flash = self.config.attention == "flash" or (self.config.attention == "auto" and keys >= long)
-        visibility = Visibility.of(role, step, cached_step, flash)
+        visibility = Visibility.of(role, step, cached_step, flash, document)
         cached_kv = () if cache is None else (cache.k, cache.v)
         context = Context(visibility, self._rope(ids), condition)
         graph, params = nnx.split(self.blocks)
@@ -421,7 +308,7 @@ class Transformer(nnx.Module):
         h = self.final_norm(h)
         if condition is not None:
             shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
-            h = _on_noisy(h, 0, 1.0 + scale, shift)
+            h = on_noisy(h, 0, 1.0 + scale, shift)
         return self.token_out(h).astype(jnp.float32)
 
     def __call__(self, labels, clean, noisy, t, order, step) -> jax.Array:
@@ -438,18 +325,38 @@ class Transformer(nnx.Module):
         Returns:
           Predictions for every place, float32 [batch, L, token_dim].
         """
-        c, num_clean = self.config, clean.shape[1]
+        role, step = training_layout(self.config.num_condition_tokens, step, clean.shape[1])
+        return self.sequence(labels, None, clean, noisy, t, order[:, : clean.shape[1]], order, role, step)[0]
+
+    def sequence(self, labels, text, clean, noisy, t, clean_ids, noisy_ids, role, step):
+        """Forward pass over `[condition | text | clean | noisy]` of any layout (`layouts`).
+
+        Args:
+          labels, t: as for `__call__`.
+          text: int [batch, T], token ids, negative in empty slots; None: no text.
+          clean, noisy: image tokens, [batch, K, token_dim] and [batch, N, token_dim].
+          clean_ids, noisy_ids: int [batch, K] and [batch, N], which grid token each is.
+          role, step: int32 [batch, C + T + K + N].
+
+        Returns:
+          Predictions for the noisy tokens, float32 [batch, N, token_dim], and the hidden states
+          of the text, [batch, T, hidden], for `text_logits`.
+        """
+        num_text = 0 if text is None else text.shape[1]
+        begin = self.config.num_condition_tokens
         condition = self.noise_condition(labels, t)
-        condition_tokens = self.embed_condition(labels)
-        clean_order = order[:, :num_clean]
-        parts = [condition_tokens, self.embed_tokens(clean, clean_order), self.embed_tokens(noisy, order, t)]
-        role, step = training_layout(c.num_condition_tokens, step, num_clean)
-        ids = jnp.concatenate([jnp.full(condition_tokens.shape[:2], -1, order.dtype), clean_order, order], axis=1)
+        parts = [self.embed_condition(labels)] + ([self.text.embed(text, jnp.arange(num_text))] if num_text else [])
+        parts += [self.embed_tokens(clean, clean_ids), self.embed_tokens(noisy, noisy_ids, t)]
+        off_grid = jnp.full((noisy.shape[0], begin + num_text), -1, noisy_ids.dtype)
         h, _ = self.trunk(
-            jnp.concatenate(parts, axis=1), role, step, ids,
-            condition=condition, num_clean=c.num_condition_tokens + num_clean,
+            jnp.concatenate(parts, axis=1), role, step, jnp.concatenate([off_grid, clean_ids, noisy_ids], axis=1),
+            condition=condition, num_clean=begin + num_text + clean.shape[1],
         )
-        return self.head(h[:, -c.num_tokens:], condition)
+        return self.head(h[:, -noisy.shape[1] :], condition), h[:, begin : begin + num_text]
+
+    def text_logits(self, h: jax.Array) -> jax.Array:
+        """Text tokens [batch, n, hidden] to logits of the token after each, float32 [batch, n, text_vocab]."""
+        return self.text.logits(self.final_norm(h))
 
 
 Params = dict[str, Any]

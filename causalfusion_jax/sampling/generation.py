@@ -77,7 +77,8 @@ def batches(params, num: int, seed: int, batch_size: int, wanted: Iterable[int] 
 
 
 def generate_batch(
-    config: ExperimentConfig, sampler: SamplerConfig, params, keys: jax.Array, labels, known: Known | None = None
+    config: ExperimentConfig, sampler: SamplerConfig, params, keys: jax.Array, labels, known: Known | None = None,
+    text: np.ndarray | None = None,
 ) -> jax.Array:
     """One batch of images or videos, as the model makes them.
 
@@ -88,6 +89,7 @@ def generate_batch(
       keys: PRNG keys [batch], one an image, split over the devices that are to share them.
       labels: int [batch].
       known: tokens of these images that stay as they are; default: none.
+      text: their prompts, int32 [batch, T]; default: none.
 
     Returns:
       float32 [batch, (frames,) height, width, channels].
@@ -95,6 +97,7 @@ def generate_batch(
     model = known.model if known else config.transformer
     static = model, config.diffusion, config.factorization, sampler
     of_images = {"labels": labels, **({"order": known.order, "known": known.tokens} if known else {})}
+    of_images |= {} if text is None else {"text": text}
     of_images = {"keys": keys, **jax.device_put(of_images, keys.sharding)}
     of_all = {"known_step": known.step} if known else {}
     if isinstance(keys.sharding, NamedSharding) and not keys.sharding.is_fully_replicated:
@@ -132,17 +135,19 @@ def generate_images(
     progress: Callable[[int], None] = lambda done: None,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     known: Known | None = None,
+    text: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Generates one image or video a label. Image i depends on (seed, i, labels[i]) alone.
+    """Generates one image or video a label. Image i depends on (seed, i, labels[i], text[i]) alone.
 
     Args:
-      config, sampler, params, labels, seed, batch_size, decode, known: as of `image_batches`.
+      config, sampler, params, labels, seed, batch_size, decode, known, text: as of `image_batches`.
       progress: called with the number of images done.
 
     Returns:
       uint8 [num, (frames,) height, width, channels]; float32 for latents not decoded.
     """
-    return collect(image_batches(config, sampler, params, labels, seed, batch_size, decode, known=known), progress)
+    made = image_batches(config, sampler, params, labels, seed, batch_size, decode, known=known, text=text)
+    return collect(made, progress)
 
 
 def image_batches(
@@ -155,6 +160,7 @@ def image_batches(
     decode: Callable[[jax.Array], jax.Array] | None = None,
     wanted: Iterable[int] | None = None,
     known: Known | None = None,
+    text: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Generates one image or video a label, batch by batch.
 
@@ -166,6 +172,7 @@ def image_batches(
       decode: latents [batch, height, width, channels] to pixels in [-1, 1], for a model of
         latents; without it the latents themselves are returned.
       known: tokens that stay as they are; default: none.
+      text: prompts, int32 [num, T], NO_TOKEN in empty slots, for a model that knows text.
 
     Yields:
       Images of each batch, uint8 [batch, (frames,) height, width, channels]; float32 for
@@ -174,5 +181,6 @@ def image_batches(
     for batch in batches(params, len(labels), seed, batch_size, wanted):
         indices = batch.indices
         part = known and known._replace(order=known.order[indices], tokens=known.tokens[indices])
-        made = generate_batch(config, sampler, params, batch.keys, labels[indices], part)
+        prompts = None if text is None else text[indices]
+        made = generate_batch(config, sampler, params, batch.keys, labels[indices], part, prompts)
         yield finish(config, made, decode)[: batch.count]

@@ -21,6 +21,7 @@ from causalfusion_jax import factorization
 from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.errors import InputError, require, require_number, require_one_of
 from causalfusion_jax.factorization import CONDITION_STEP, EMPTY_STEP, FactorizationConfig, Role
+from causalfusion_jax.layouts import NO_TOKEN
 from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
@@ -132,17 +133,19 @@ def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, s
     return np.broadcast_to(scales, (len(sizes), len(t))).astype(np.float32)
 
 
-def sampling_flops(model: TransformerConfig, diffusion: DiffusionConfig, sampler: SamplerConfig) -> int:
-    """Model FLOPs of generating one image.
+def sampling_flops(
+    model: TransformerConfig, diffusion: DiffusionConfig, sampler: SamplerConfig, text_tokens: int = 0
+) -> int:
+    """Model FLOPs of generating one image, of a prompt of so many `text_tokens`.
 
-    Prefill of the condition, every solver row of every AR step against the cache as it then
+    Prefill of the condition and the prompt, every solver row of every AR step against the cache as it then
     stands (twice where guided), and the commits of all AR steps but the last.
     """
     sizes = sampler.sizes(model.num_tokens)
     table = solver_table(sampler.solver_config, diffusion)
     scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
-    prefixes = 2 if (scales != 1.0).any() and model.clean_depends_on_class else 1
-    seen = model.num_condition_tokens
+    prefixes = 2 if (scales != 1.0).any() and (model.clean_depends_on_class or text_tokens) else 1
+    seen = model.num_condition_tokens + text_tokens
     total = prefixes * forward_flops(model, seen, noise_levels=0) if seen else 0
     for index, size in enumerate(sizes):
         seen += size
@@ -171,6 +174,7 @@ def generate(
     known=None,
     known_step=None,
     x_T=None,
+    text=None,
 ):
     """Generates images as tokens. Jit with the first four arguments static.
 
@@ -186,6 +190,8 @@ def generate(
       known_step: int32 [K], their AR steps, non-decreasing from 0; default: all 0.
       x_T: noise to start from at those L - K places, [batch, L - K, token_dim]; default:
         drawn.
+      text: prompts, int32 [batch, T], NO_TOKEN in empty slots, for a model that knows text;
+        guidance leads away from no class and no text.
 
     Returns:
       x_0, float32 [batch, L, token_dim] in raster order.
@@ -214,14 +220,17 @@ def generate(
     places = np.minimum(starts[:, None] + np.arange(size), sum(sizes) - 1)
     valid = np.arange(size) < np.asarray(sizes)[:, None]
     rows = lambda a: jnp.moveaxis(a[:, places], 1, 0)  # noqa: E731
-    first_step = 0
+    num_text = 0 if text is None else text.shape[1]
+    first_step = num_text
     if num_known:
-        known_step = jnp.zeros(num_known, jnp.int32) if known_step is None else known_step
+        known_step = num_text + (jnp.zeros(num_known, jnp.int32) if known_step is None else known_step)
         first_step = known_step[-1] + 1
 
-    slots = num_known + (int(starts[-2]) + size if len(sizes) > 1 else 0)
-    prefix = _Prefix(transformer, 2 if guided and model.clean_depends_on_class else 1)
+    slots = num_text + num_known + (int(starts[-2]) + size if len(sizes) > 1 else 0)
+    prefix = Prefix(transformer, 2 if guided and (model.clean_depends_on_class or num_text) else 1)
     cache = prefix.begin(all_labels[: prefix.copies * labels.shape[0]], slots)
+    if num_text:
+        cache = prefix.append_prompts(cache, text)
     if num_known:
         cache = prefix.append(cache, known, order[:, :num_known], Role.CLEAN, known_step, num_known)
 
@@ -254,7 +263,7 @@ def generate(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prefix:
+class Prefix:
     """Runs condition and clean tokens through the trunk into a cache.
 
     The cache holds `copies` of the batch: 2 where guidance has a prefix of its own.
@@ -271,17 +280,43 @@ class _Prefix:
         if not c.num_condition_tokens:
             return cache
         h = self.transformer.embed_condition(labels)
-        return self._run(cache, h, Role.CONDITION, CONDITION_STEP, -1, c.num_condition_tokens)
+        return self._run(cache, h, Role.CONDITION, CONDITION_STEP, -1, c.num_condition_tokens)[0]
 
-    def append(self, cache: KVCache, tokens, ids, role, step, count) -> KVCache:
-        """Commits clean tokens [batch, n, token_dim], of which the first `count` are kept."""
+    def append(self, cache: KVCache, tokens, ids, role, step, count, labels=None, t=None) -> KVCache:
+        """Commits clean tokens [batch, n, token_dim], of which the first `count` are kept.
+
+        With `t` [batch, 1] they are embedded as noisy ones of that level, as images of
+        `labels` [batch].
+        """
         tokens, ids = (jnp.tile(a, (self.copies, *[1] * (a.ndim - 1))) for a in (tokens, ids))
-        return self._run(cache, self.transformer.embed_tokens(tokens, ids), role, step, ids, count)
+        condition = None if t is None else self.transformer.noise_condition(labels, t)
+        return self._run(cache, self.transformer.embed_tokens(tokens, ids, t), role, step, ids, count, condition)[0]
 
-    def _run(self, cache, h, role, step, ids, count):
+    def append_prompts(self, cache: KVCache, text) -> KVCache:
+        """Commits prompts [batch, T] at AR steps 0..T-1; the second copy of the batch goes without."""
+        text = jnp.concatenate([text, *[jnp.full_like(text, NO_TOKEN)] * (self.copies - 1)])
+        return self.append_text(cache, text, jnp.arange(text.shape[1]), jnp.arange(text.shape[1]))[0]
+
+    def append_text(self, cache: KVCache, text, positions, step, document=None) -> tuple[KVCache, jax.Array]:
+        """Commits text tokens int [copies * batch, n], NO_TOKEN where there is none.
+
+        Args:
+          cache: with room for n slots.
+          text: token ids.
+          positions, step: their places in the text and AR steps, int [copies * batch, n] or [n].
+          document: int [copies * batch, n], where they are several texts, blind to each other.
+
+        Returns:
+          The cache, and hidden states [copies * batch, n, hidden] for `Transformer.text_logits`.
+        """
+        h = self.transformer.text.embed(text, positions)
+        role = jnp.where(text == NO_TOKEN, Role.PAD, Role.CLEAN)
+        return self._run(cache, h, role, step, -1, text.shape[1], document=document)
+
+    def _run(self, cache, h, role, step, ids, count, condition=None, document=None):
         role, step, ids = (jnp.broadcast_to(jnp.asarray(a, jnp.int32), h.shape[:2]) for a in (role, step, ids))
-        _, (k, v) = self.transformer.trunk(h, role, step, ids, cache)
-        return cache.append(k, v, jnp.where(role == Role.PAD, EMPTY_STEP, step), count)
+        h, (k, v) = self.transformer.trunk(h, role, step, ids, cache, condition, document=document)
+        return cache.append(k, v, jnp.where(role == Role.PAD, EMPTY_STEP, step), count), h
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,8 @@ class SampleFolder:
                     write(part)
                     shown += list(part[:GRID_IMAGES - len(shown)])
             writer.array("arr_1", labels)
+            if "prompts" in self._request:
+                writer.array("prompts", np.array(self._request["prompts"]))
         save_png(self._folder / "grid.png", make_grid(*frames_in_rows(np.stack(shown), columns)))
         if first.ndim == 5:
             save_gif(self._folder / "clips.gif", np.stack(shown), GIF_COLUMNS)

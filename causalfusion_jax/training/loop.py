@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from causalfusion_jax import distributed, experiment, sharding
+from causalfusion_jax.data.captions import check_captions, example_texts
 from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.evaluation.settings import is_better
@@ -72,7 +74,9 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         was touched.
       TrainingDiverged: the gradient stayed non-finite; the last checkpoint is intact.
     """
-    source = make_source(config.data)
+    source = make_source(config.data, captions=config.text.is_on)
+    if config.text.is_on:
+        check_captions(source, config.text)
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
     evaluate = Evaluator(config, mesh) if config.evaluation.eval_every else None
@@ -91,11 +95,13 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         return state
     _describe(config, mesh, workdir, start)
     batches = host_batches(
-        source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count()
+        source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count(),
+        config.text,
     )
-    threads = 0 if config.data.source == "digits" else 16
+    threads = 0 if config.data.source in ("digits", "digit_pairs") else 16
     iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
-    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start)
+    text = example_texts(source, config.text, config.logging.num_samples) if config.text.is_on else None
+    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text)
     try:
         return run.steps(state, start)
     finally:
@@ -133,8 +139,8 @@ def _say(line: str) -> None:
 class _Run:
     """What stays the same from step to step of a run."""
 
-    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start):
-        self.config, self.workdir, self.mesh = config, pathlib.Path(workdir), mesh
+    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text):
+        self.config, self.workdir, self.mesh, self.text = config, pathlib.Path(workdir), mesh, text
         self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
         self.watch = watch or (lambda step, metrics: None)
         self.evaluate, self.best = evaluate, checkpoints.best(start) if start else None
@@ -251,8 +257,10 @@ class _Run:
         """A grid of samples from the averaged weights, by the sampler that users call."""
         config = self.config
         labels = balanced_labels(config.logging.num_samples, config.data.num_classes)
+        # Beside a text, a class would have to be its own.
+        labels = labels if self.text is None else np.full_like(labels, config.data.num_classes)
         with jax.transfer_guard("allow"):
-            images = generate_images(config, config.sampling, state.ema, labels, config.train.seed)
+            images = generate_images(config, config.sampling, state.ema, labels, config.train.seed, text=self.text)
         grid = make_grid(*frames_in_rows(images, config.data.num_classes if config.data.num_classes <= 20 else 8))
         if distributed.is_primary():
             folder = self.workdir / "samples"

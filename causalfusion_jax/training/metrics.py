@@ -44,12 +44,16 @@ def summarize(totals, steps: int) -> dict[str, float]:
     """Means over `steps` steps from their sums.
 
     Scalars are averaged over steps; `name/sum` and `name/count` [bins] become
-    `name/0`, `name/1`, ... averaged over what fell in each bin (absent where nothing did).
+    `name/0`, `name/1`, ... averaged over what fell in each bin (absent where nothing did), and
+    without bins `name`.
     """
     totals = jax.device_get(totals)
     means = {name: float(total) / steps for name, total in totals.items() if "/" not in name}
     for name in (key.removesuffix("/sum") for key in totals if key.endswith("/sum")):
         sums, counts = totals[f"{name}/sum"], totals[f"{name}/count"]
+        if not np.ndim(sums):
+            means |= {name: float(sums / counts)} if counts else {}
+            continue
         means |= {f"{name}/{i}": float(s / c) for i, (s, c) in enumerate(zip(sums, counts, strict=True)) if c}
     return means
 

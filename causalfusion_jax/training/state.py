@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from causalfusion_jax import sharding
 from causalfusion_jax.models.transformer import Params, abstract_model, init_params
-from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, diffusion_loss, example_keys
+from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, example_keys, training_loss
 from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 
 
@@ -135,7 +135,7 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
 
 def _gradients(config: StepConfig, params, batch, keys, shared_key):
     """Gradient and metrics of the batch, in `grad_accum_steps` parts."""
-    grad_fn = jax.grad(functools.partial(diffusion_loss, config.objective), has_aux=True)
+    grad_fn = jax.grad(functools.partial(training_loss, config.objective), has_aux=True)
     parts = config.grad_accum_steps
     if parts == 1:
         return grad_fn(params, batch, keys, shared_key)

@@ -1,0 +1,102 @@
+"""Images with captions of their own: a folder with captions.jsonl."""
+
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from causalfusion_jax.data.sources import center_crop
+from causalfusion_jax.errors import InputError, require
+
+CAPTIONS = "captions.jsonl"
+
+
+def read_captions(root: pathlib.Path, field: str) -> list[tuple[str, tuple[str, ...]]]:
+    """File names and captions of `root/captions.jsonl`, one {"file_name", "caption"} a line.
+
+    `caption` is a text, or a list of several.
+
+    Raises:
+      InputError: no such file, or a line that is none of these; `field` names the option.
+    """
+    path, found = root / CAPTIONS, []
+    require(path.is_file(), field, str(path), 'no such file; each line of it is {"file_name": ..., "caption": ...}')
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            name, captions = record["file_name"], record["caption"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                field, str(path), f'line {number} must be {{"file_name": ..., "caption": ...}}, not {line[:80]}'
+            ) from None
+        captions = tuple(captions) if isinstance(captions, list) else (captions,)
+        texts = bool(captions) and all(isinstance(caption, str) and caption for caption in captions)
+        require(texts, field, str(path), f"line {number}: {name} has no caption")
+        found.append((name, captions))
+    require(bool(found), field, str(path), "is empty")
+    return found
+
+
+def load_image(path: pathlib.Path, shape: tuple[int, int, int], field: str) -> np.ndarray:
+    """An image file as float32 [height, width, channels] in [-1, 1].
+
+    Square models take any image, scaled and cropped at the centre as in training; others one of
+    just their size.
+
+    Raises:
+      InputError: unreadable, or of the wrong size; `field` names the option.
+    """
+    height, width, channels = shape
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = str(error).replace(str(path), path.name)
+        raise InputError(field, str(path), f"not a readable image ({reason}); mend or remove it") from None
+    if height == width:
+        image = center_crop(image, height)
+    require(
+        image.size == (width, height), field, str(path),
+        f"is {image.width}x{image.height} pixels (width x height); the model takes {width}x{height}",
+    )
+    return np.asarray(image, np.float32).reshape(shape) / 127.5 - 1.0
+
+
+class CaptionFolderSource:
+    """The images that `root/captions.jsonl` names; all of one class.
+
+    Args:
+      root: the folder.
+      shape: height, width and channels.
+      captions: examples hold "caption" too, the first where there are several, a random one in
+        `draw`.
+
+    Raises:
+      InputError: captions.jsonl is missing or wrong, or an image is not there.
+    """
+
+    num_classes = 1
+    class_names = ("image",)
+
+    def __init__(self, root: str, shape: tuple[int, int, int], captions: bool):
+        self.root, self.shape, self.captions = pathlib.Path(root), shape, captions
+        self.records = read_captions(self.root, "data.path")
+        for name, _ in self.records:
+            path = self.root / name
+            require(path.is_file(), "data.path", str(path), f"no such file, though {CAPTIONS} names it")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._example(index, 0)
+
+    def draw(self, index: int, rng: np.random.Generator) -> dict:
+        """Example `index` with one of its captions, drawn."""
+        return self._example(index, int(rng.integers(len(self.records[index][1]))))
+
+    def _example(self, index: int, which: int) -> dict:
+        name, captions = self.records[index]
+        example = {"image": load_image(self.root / name, self.shape, "data.path"), "label": np.int32(0)}
+        return example | {"caption": captions[which]} if self.captions else example

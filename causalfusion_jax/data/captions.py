@@ -1,0 +1,37 @@
+"""Captions of a source's examples, as tokens."""
+
+import functools
+from typing import Any
+
+import grain
+import numpy as np
+
+from causalfusion_jax.data.tokenizers import TextConfig, to_slots
+from causalfusion_jax.errors import InputError, require
+
+
+def tokenize(example: dict[str, Any], config: TextConfig) -> dict[str, Any]:
+    """An example with `text`, int32 [max_tokens], in place of `caption`. Raises InputError where there is none."""
+    caption = example.get("caption")
+    require(isinstance(caption, str), "caption", caption, "an example has no caption")
+    others = {name: value for name, value in example.items() if name != "caption"}
+    return {**others, "text": to_slots(config, caption, cut=True)}
+
+
+def with_text(dataset: grain.MapDataset, config: TextConfig) -> grain.MapDataset:
+    """`dataset` of examples with captions as one of examples with text."""
+    return dataset.map(functools.partial(tokenize, config=config))
+
+
+def check_captions(source, config: TextConfig) -> None:
+    """Raises InputError where a source's first example has no caption that the tokenizer can read."""
+    try:
+        tokenize(source[0], config)
+    except InputError as error:
+        raise InputError("config.data.source", type(source).__name__, f"first example: {error}") from None
+
+
+def example_texts(source, config: TextConfig, num: int) -> np.ndarray:
+    """Texts of `num` examples all over the source, int32 [num, max_tokens]: prompts to watch training by."""
+    indices = np.arange(num) * len(source) // num
+    return np.stack([tokenize(source[int(index)], config)["text"] for index in indices])

@@ -1,0 +1,139 @@
+"""A block of the trunk, and the layers that blocks and trunk share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from causalfusion_jax.models.attention import Visibility
+from causalfusion_jax.models.layers import Norm, gelu
+from causalfusion_jax.models.positions import rotate
+from causalfusion_jax.sharding import constrain, is_split
+
+
+def with_axes(initializer, *axes):
+    """`initializer` with the logical axis of each dimension attached."""
+    return nnx.with_partitioning(initializer, axes)
+
+
+def linear(in_features, out_features, axes, config, rngs, *, use_bias=True, kernel_init=None):
+    """Xavier-uniform linear layer; `axes` are the logical axes of its kernel."""
+    return nnx.Linear(
+        in_features, out_features, use_bias=use_bias, dtype=config.dtype,
+        kernel_init=with_axes(kernel_init or nnx.initializers.xavier_uniform(), *axes),
+        bias_init=with_axes(nnx.initializers.zeros, axes[-1]),
+        rngs=rngs,
+    )
+
+
+def on_noisy(x, num_clean: int, scale, shift=None):
+    """`x * scale + shift` on all but the first `num_clean` tokens.
+
+    Args:
+      x: [batch, tokens, dim].
+      num_clean: these come first and stay as they are.
+      scale, shift: [batch, groups, dim], each for as many consecutive noisy tokens.
+    """
+    clean, noisy = x[:, :num_clean], x[:, num_clean:]
+    groups = noisy.reshape(*scale.shape[:2], -1, x.shape[-1]) * scale[:, :, None]
+    groups = groups if shift is None else groups + shift[:, :, None]
+    noisy = groups.reshape(noisy.shape)
+    return jnp.concatenate([clean, noisy], axis=1) if num_clean else noisy
+
+
+class Context(NamedTuple):
+    """What the new tokens of a pass through the trunk have in common in all layers.
+
+    Attributes:
+      visibility: who sees whom.
+      rope: cosines and sines of their positions, [batch, tokens, head_dim], or None.
+      condition: `Transformer.noise_condition` of the noisy ones, or None.
+    """
+
+    visibility: Visibility
+    rope: tuple[jax.Array, jax.Array] | None
+    condition: jax.Array | None
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual connection; `config` is a TransformerConfig."""
+
+    def __init__(self, config, rngs: nnx.Rngs):
+        c, self.config = config, config
+        self.attention_norm = Norm(c.norm, c.hidden, "embed")
+        self.qkv = nnx.LinearGeneral(
+            c.hidden, (3, c.heads, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype,
+            kernel_init=with_axes(nnx.initializers.xavier_uniform(), "embed", None, "heads", "head_dim"),
+            bias_init=with_axes(nnx.initializers.zeros, None, "heads", "head_dim"),
+            rngs=rngs,
+        )
+        # Without scale and bias the norm of queries and keys could not be undone.
+        qk_norm = "layer" if c.norm == "plain" else c.norm
+        self.q_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
+        self.k_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
+        self.attention_out = linear(c.hidden, c.hidden, ("heads", "embed"), c, rngs)
+        self.mlp_norm = Norm(c.norm, c.hidden, "embed")
+        self.mlp_in = linear(c.hidden, c.mlp_hidden, ("embed", "mlp"), c, rngs)
+        self.mlp_out = linear(c.mlp_hidden, c.hidden, ("mlp", "embed"), c, rngs)
+        self.modulation = modulation_layer(6, c, rngs)
+
+    def __call__(self, h, context: Context, cached, num_clean: int):
+        """Runs the block.
+
+        Args:
+          h: [batch, tokens, hidden].
+          context: bias, positions and condition of the tokens.
+          cached: keys, values [batch / copies, slots, heads, head_dim] of earlier tokens,
+            or None.
+          num_clean: the first so many tokens are not modulated.
+
+        Returns:
+          h, and the keys and values of the new tokens.
+        """
+        batch, tokens, hidden = whole = h.shape
+        # Matrix products run on [batch * tokens, ...]: XLA:CPU contracts the two leading
+        # dimensions of a weight gradient far slower than one. Split tokens cannot be merged so.
+        flat = whole if is_split("sequence") else (batch * tokens, hidden)
+        modulated = context.condition is not None
+        if modulated:
+            shifts, scales, gates = zip(*_triples(self.modulation(context.condition)), strict=True)
+
+        def normed(norm, i):
+            x = norm(h.reshape(flat))
+            return on_noisy(x.reshape(whole), num_clean, 1.0 + scales[i], shifts[i]).reshape(flat) if modulated else x
+
+        def gated(x, i):
+            x = x.reshape(whole)
+            return on_noisy(x, num_clean, gates[i]) if modulated else x
+
+        with jax.named_scope("attention"):
+            qkv = self.qkv(normed(self.attention_norm, 0))
+            q, k, v = (jnp.squeeze(x, -3) for x in jnp.split(qkv, 3, axis=-3))
+            if self.config.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = (x.reshape(batch, tokens, *x.shape[-2:]) for x in (q, k, v))
+            q, k, v = (constrain(x, ("batch", "sequence", "heads", "head_dim")) for x in (q, k, v))
+            if context.rope is not None:
+                q, k = rotate(q, context.rope), rotate(k, context.rope)
+            out = context.visibility.attend(q, k, v, cached)
+            h = h + gated(self.attention_out(out.reshape(flat)), 0)
+        with jax.named_scope("mlp"):
+            x = self.mlp_in(normed(self.mlp_norm, 1))
+            h = h + gated(self.mlp_out(gelu(x)), 1)
+        return constrain(h, ("batch", "sequence", None)), (k, v)
+
+
+def modulation_layer(parts: int, config, rngs):
+    """adaLN-zero: shifts, scales and gates from the condition; None for in_context."""
+    if config.conditioning != "adaln":
+        return None
+    return linear(
+        config.hidden, parts * config.hidden, ("embed", "mlp"), config, rngs, kernel_init=nnx.initializers.zeros
+    )
+
+
+def _triples(modulation: jax.Array):
+    """(shift, scale, gate) for the attention, then for the MLP."""
+    parts = jnp.split(modulation, 6, axis=-1)
+    return parts[:3], parts[3:]

@@ -1,0 +1,107 @@
+"""Sources with captions: digit pairs, and a folder with captions.jsonl."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from causalfusion_jax.data.digit_pairs import HELD_OUT_PAIRS, DigitPairsSource, digit_pairs, held_out_prompts
+from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
+from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.tokenizers import TextConfig, from_slots
+from causalfusion_jax.errors import InputError
+
+TEXT = TextConfig("bytes", max_tokens=13)
+
+
+def halves(split, examples):
+    source = digit_pairs(split)
+    rng = np.random.default_rng(0)
+    for index in rng.choice(len(source), examples):
+        example = source[int(index)]
+        yield example["label"], np.split(example["image"], 2, axis=1)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out", "held_out_digits"])
+def test_pairs_keep_digits_and_prompts_apart(split):
+    """The halves of an image are digits of the right half of the data, of the classes that the label says."""
+    own = digits("train" if split == "train" else "held_out")
+    known = {image.tobytes(): label for image, label in zip(own.images, own.labels, strict=True)}
+    seen = set()
+    for label, (left, right) in halves(split, 300):
+        pair = known[np.ascontiguousarray(left).tobytes()], known[np.ascontiguousarray(right).tobytes()]
+        assert label == 10 * pair[0] + pair[1]
+        seen.add(pair)
+    if split == "train":
+        assert not seen & set(HELD_OUT_PAIRS) and len(seen) > 80
+    if split == "held_out":
+        assert seen == set(HELD_OUT_PAIRS)
+
+
+def test_pairs_are_all_there():
+    source = DigitPairsSource("train")
+    counts = np.bincount(digits("train").labels)
+    assert len(source) == counts.sum() ** 2 - sum(counts[a] * counts[b] for a, b in HELD_OUT_PAIRS)
+    assert source[0]["caption"] == "zero zero" and source[len(source) - 1]["caption"] == "nine nine"
+    assert {left for left, _ in HELD_OUT_PAIRS} == {right for _, right in HELD_OUT_PAIRS} == set(range(10))
+    assert held_out_prompts(12)[:2] == ["zero one", "one four"] and held_out_prompts(12)[10] == "zero one"
+
+
+def test_batches_have_text():
+    config = DataConfig(source="digit_pairs", image_size=8, image_width=16, num_classes=100)
+    source = make_source(config, captions=True)
+    batch = host_batches(source, config, 6, 0, text=TEXT)[3]
+    assert batch["image"].shape == (6, 8, 16, 1) and batch["text"].shape == (6, 13)
+    for text, label in zip(batch["text"], batch["label"], strict=True):
+        assert from_slots(TEXT, text) == source.class_names[label]
+    without = host_batches(make_source(config), config, 6, 0)[3]
+    assert set(without) == {"image", "label"}
+    np.testing.assert_array_equal(without["image"], batch["image"])
+
+
+def write_folder(root, records):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (12, 10, 3), np.uint8)).save(root / f"{i}.png")
+    (root / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_folder_with_captions(tmp_path):
+    write_folder(tmp_path, [
+        {"file_name": "0.png", "caption": "zero"}, {"file_name": "1.png", "caption": ["one", "uno"]},
+    ])  # fmt: skip
+    config = DataConfig(source="caption_folder", path=str(tmp_path), channels=3, num_classes=1)
+    batches = host_batches(make_source(config, captions=True), config, 2, 0, text=TEXT)
+    texts = set()
+    with_close = BatchIterator(batches)
+    for _ in range(12):
+        batch = next(with_close)
+        assert batch["image"].shape == (2, 8, 8, 3) and np.abs(batch["image"]).max() <= 1
+        texts |= {from_slots(TEXT, text) for text in batch["text"]}
+    with_close.close()
+    assert texts == {"zero", "one", "uno"}
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"file_name": "0.png"}, "line 1 must be"),
+        ({"file_name": "0.png", "caption": []}, "0.png has no caption"),
+        ({"file_name": "0.png", "caption": ""}, "0.png has no caption"),
+        ({"file_name": "9.png", "caption": "nine"}, "9.png.*no such file"),
+    ],
+)
+def test_bad_folders_are_one_clear_line(tmp_path, record, problem):
+    write_folder(tmp_path, [record])
+    config = DataConfig(source="caption_folder", path=str(tmp_path), num_classes=1)
+    with pytest.raises(InputError, match=problem):
+        make_source(config, captions=True)
+    (tmp_path / "captions.jsonl").unlink()
+    with pytest.raises(InputError, match="captions.jsonl.*no such file"):
+        make_source(config, captions=True)
+
+
+def test_sources_without_captions_are_refused():
+    with pytest.raises(InputError, match="has no captions"):
+        make_source(DataConfig(), captions=True)

@@ -1,0 +1,116 @@
+"""Text to tokens and back."""
+
+import numpy as np
+import pytest
+
+from causalfusion_jax.data.captions import check_captions, tokenize
+from causalfusion_jax.data.tokenizers import (
+    BEGIN,
+    END,
+    NUM_SPECIAL,
+    TextConfig,
+    from_slots,
+    make_tokenizer,
+    to_slots,
+)
+from causalfusion_jax.errors import InputError
+from causalfusion_jax.layouts import NO_TOKEN
+
+BYTES = TextConfig("bytes", max_tokens=40)
+
+
+@pytest.mark.parametrize("text", ["three seven", "  two  spaces\n", "Ünïcödé 七 🙂", "\x00\x01", "a"])
+def test_bytes_come_back_as_they_were(text):
+    slots = to_slots(BYTES, text)
+    assert slots.shape == (40,) and slots.dtype == np.int32 and slots[0] == BEGIN
+    assert from_slots(BYTES, slots) == text
+    assert make_tokenizer(BYTES).vocab_size == 258 and slots.max() < 258
+
+
+def test_slots():
+    config = TextConfig("bytes", max_tokens=4)
+    a, b = NUM_SPECIAL + ord("a"), NUM_SPECIAL + ord("b")
+    np.testing.assert_array_equal(to_slots(config, "ab"), [BEGIN, a, b, END])
+    np.testing.assert_array_equal(to_slots(config, "a"), [BEGIN, a, END, NO_TOKEN])
+    np.testing.assert_array_equal(to_slots(config, "a", ended=False), [BEGIN, a, NO_TOKEN, NO_TOKEN])
+    np.testing.assert_array_equal(to_slots(config, ""), [NO_TOKEN] * 4)
+    np.testing.assert_array_equal(to_slots(config, "", ended=False), [BEGIN] + [NO_TOKEN] * 3)
+    # What is cut has no end.
+    np.testing.assert_array_equal(to_slots(config, "abc", cut=True), [BEGIN, a, b, NUM_SPECIAL + ord("c")])
+    with pytest.raises(InputError, match="has 5 tokens.*takes 4"):
+        to_slots(config, "abc")
+
+
+@pytest.fixture
+def words(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("three\nseven\n")
+    return TextConfig("words", str(path), 6)
+
+
+def test_words(words):
+    tokenizer = make_tokenizer(words)
+    assert tokenizer.vocab_size == 4 and tokenizer.encode("seven  three") == [3, 2]
+    assert from_slots(words, to_slots(words, "three seven three")) == "three seven three"
+    with pytest.raises(InputError, match="word 'sevn' is not in the vocabulary .did you mean seven"):
+        to_slots(words, "three sevn")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("two words\n", "line 1"), ("a\n\nb\n", "line 2"), ("a\na\n", "none twice"), ("", "one word")],
+)
+def test_bad_vocabularies(tmp_path, content, problem):
+    path = tmp_path / "bad.txt"
+    path.write_text(content)
+    with pytest.raises(InputError, match=problem):
+        make_tokenizer(TextConfig("words", str(path)))
+
+
+def test_files_of_libraries(tmp_path):
+    """A tokenizer trained here by each library reads its own file back."""
+    sentencepiece, tokenizers = pytest.importorskip("sentencepiece"), pytest.importorskip("tokenizers")
+    corpus = ["three seven", "seven three", "one two three"] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "piece"), vocab_size=24, minloglevel=2
+    )
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    trained.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["?"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    ))  # fmt: skip
+    trained.save(str(tmp_path / "tokenizer.json"))
+    for kind, file in (("sentencepiece", "piece.model"), ("huggingface", "tokenizer.json")):
+        config = TextConfig(kind, str(tmp_path / file), 20)
+        slots = to_slots(config, "seven three one")
+        assert from_slots(config, slots) == "seven three one"
+        assert slots.max() < make_tokenizer(config).vocab_size
+        (tmp_path / "broken").write_text("not one")
+        with pytest.raises(InputError, match="is not a"):
+            make_tokenizer(TextConfig(kind, str(tmp_path / "broken")))
+
+
+def test_bad_settings(tmp_path):
+    for bad in (dict(tokenizer="letters"), dict(tokenizer="words"), dict(tokenizer="bytes", path="x")):
+        with pytest.raises(InputError):
+            TextConfig(**bad)
+    with pytest.raises(InputError, match="no such file"):
+        make_tokenizer(TextConfig("words", str(tmp_path / "nothing")))
+
+
+def test_a_missing_library_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
+    (tmp_path / "some.model").write_text("x")
+    with pytest.raises(InputError, match=r"pip install 'causalfusion_jax\[text\]'"):
+        make_tokenizer(TextConfig("sentencepiece", str(tmp_path / "some.model"), 7))
+
+
+def test_captions_of_examples():
+    example = {"image": np.zeros(1), "caption": "seven"}
+    assert set(tokenize(example, BYTES)) == {"image", "text"}
+    with pytest.raises(InputError, match="has no caption"):
+        tokenize({"image": np.zeros(1)}, BYTES)
+    with pytest.raises(InputError, match="first example.*no caption"):
+        check_captions([{"image": np.zeros(1)}], BYTES)
