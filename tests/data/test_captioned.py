@@ -56,7 +56,7 @@ def test_batches_have_text():
     for text, label in zip(batch["text"], batch["label"], strict=True):
         assert from_slots(TEXT, text) == source.class_names[label]
     without = host_batches(make_source(config), config, 6, 0)[3]
-    assert set(without) == {"image", "label"}
+    assert set(without) == {"image", "label", "corrupt"} and not without["corrupt"]
     np.testing.assert_array_equal(without["image"], batch["image"])
 
 

@@ -72,8 +72,9 @@ def test_files_of_libraries(tmp_path):
     sentencepiece, tokenizers = pytest.importorskip("sentencepiece"), pytest.importorskip("tokenizers")
     corpus = ["three seven", "seven three", "one two three"] * 5
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "piece"), vocab_size=24, minloglevel=2
-    )
+        sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "piece"), vocab_size=24, hard_vocab_limit=False,
+        minloglevel=2,
+    )  # fmt: skip
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = tokenizers.decoders.ByteLevel()
