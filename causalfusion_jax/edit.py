@@ -4,6 +4,8 @@
         --mask=bottom --label=3 --ar_steps=4 --out=runs/digits/edited
     python -m causalfusion_jax.edit --checkpoint=converted/xl --vae=converted/kl16 --image=cat.png \
         --mask=mask.png --label=207 --num=4 --cfg_scale=3.0 --out=edited
+    python -m causalfusion_jax.edit --workdir=runs/pairs --image=pair.png --mask=right --prompt="three seven" \
+        --out=runs/pairs/edited
 
 What is kept is clean context for what is regenerated, in one AR step or many, in any order.
 --mask names what is regenerated: a half (top, bottom, left, right), the middle (center), all
@@ -21,11 +23,14 @@ alone changes every pixel a little: the kept pixels are pasted over it, unless -
 for the decoder's own. A model of latents without --vae edits latents, kept ones bit for bit;
 masks then count in latents.
 
+Models of texts take --prompt, or --prompts with a line for each image, instead of --label
+or beside it.
+
 OUT receives samples.npz (`arr_0`: results, `arr_1`: their labels, --num for each image in
-turn; `before`: the images on the canvas; `mask`: what was regenerated, bool [height, width]),
-mask.png, strip.png (before, mask, results), the results as 000.png ... (the first 100), and
-request.json. The same request gives the same bytes; other content of OUT is never
-overwritten.
+turn; `prompts`, where there were any; `before`: the images on the canvas; `mask`: what was
+regenerated, bool [height, width]), mask.png, strip.png (before, mask, results), the results as
+000.png ... (the first 100), and request.json. The same request gives the same bytes; other
+content of OUT is never overwritten.
 """
 
 import dataclasses
@@ -44,6 +49,8 @@ _MASK = flags.DEFINE_string(
     "mask", None, "What to regenerate: center, top, bottom, left, right, outer, x0,y0,x1,y1, or an image file."
 )
 _LABEL = flags.DEFINE_string("label", None, "Class number, or one for each image: 3,3,7 [arr_1 of an npz].")
+_PROMPT = flags.DEFINE_string("prompt", None, "What the images are to show, for models of texts.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, one for each image.")
 _NUM = flags.DEFINE_integer("num", 1, "Results for each image.")
 _CANVAS = flags.DEFINE_string("canvas", None, "Larger canvas to fill, in pixels: WIDTH,HEIGHT.")
 _OFFSET = flags.DEFINE_string("offset", None, "Where the image lies on it: X,Y [in the middle].")
@@ -128,22 +135,40 @@ def _mask(free):
     return mask | free
 
 
-def _labels(given, num_images: int, num_classes: int):
-    """The class of each image: --label, or what the images came with."""
+def _labels(given, prompts, num_images: int, config):
+    """The class of each image: --label, or what the images came with; none beside a prompt."""
     import numpy as np
 
+    classes = config.data.num_classes
+    if _LABEL.value is None and (prompts is not None or not config.knows_classes):
+        require(prompts is not None, "--prompt", None, "is required: the model was trained on texts without classes")
+        return np.full(num_images, classes, np.int32)
     if _LABEL.value is None:
         require(given is not None, "--label", None, "is required: the images come without labels")
         labels = given
     else:
+        config.check_classes("--label", _LABEL.value)
         labels = sampling_flags.numbers("label", _LABEL.value, int)
         require(
             len(labels) in (1, num_images), "--label", _LABEL.value,
             f"must be one class number, or {num_images}, one for each image",
         )
     for label in labels:
-        require(0 <= label < num_classes, "--label", int(label), f"must be class numbers in 0..{num_classes - 1}")
+        require(0 <= label < classes, "--label", int(label), f"must be class numbers in 0..{classes - 1}")
     return np.broadcast_to(np.asarray(labels, np.int32), num_images)
+
+
+def _prompts(config, num_images: int) -> list[str] | None:
+    """The prompt of each image, or None."""
+    from causalfusion_jax.sampling.reading import read_prompts
+
+    prompts = read_prompts(config, _PROMPT.value, _PROMPTS.value, None)
+    if prompts is None or _PROMPT.value is not None:
+        return prompts and prompts[:1] * num_images
+    require(
+        len(prompts) == num_images, "--prompts", _PROMPTS.value, f"must be {num_images} lines, one for each image",
+    )
+    return prompts
 
 
 def _plan(config, mask, cell: int):
@@ -182,7 +207,8 @@ def main(argv):
         scale = vae.downsampling if vae else 1
         latents, cell = config.data.latents and vae is None, scale * config.model.patch_size
         images, given = _images(config, scale, latents)
-        labels = _labels(given, len(images), config.data.num_classes)
+        prompts = _prompts(config, len(images))
+        labels = _labels(given, prompts, len(images), config)
         images, free = _canvas(images, cell)
         plan, mask = _plan(config, _mask(free), cell)
         sampler = sampling_flags.sampler(config.sampling)
@@ -194,6 +220,7 @@ def main(argv):
         "images": hashlib.sha256(images.tobytes()).hexdigest(), "labels": labels.tolist(),
         "regenerated": ["".join(".#"[token] for token in row) for row in plan.hidden.tolist()],
         "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
+        **({} if prompts is None else {"prompts": prompts}),
     }
     if sampling_flags.is_done(out, request, ("samples.npz", "strip.png", "mask.png")):
         print(f"{out} already holds these {len(labels) * _NUM.value} results")
@@ -206,10 +233,13 @@ def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mas
     """Results for each image, kept pixels as they were; and their labels."""
     import numpy as np
 
+    from causalfusion_jax.data.tokenizers import to_slots
     from causalfusion_jax.sampling.editing import edit_images
 
     num = request["num"]
     repeated, labels = images.repeat(num, axis=0), labels.repeat(num)
+    prompts = request.get("prompts")
+    text = prompts and np.stack([to_slots(config.text, prompt) for prompt in prompts]).repeat(num, axis=0)
     scaled = images if images.dtype != np.uint8 else images / np.float32(127.5) - 1
     if vae is not None:
         scaled = np.asarray(vae.encode(scaled))
@@ -219,7 +249,7 @@ def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mas
 
     results = edit_images(
         config, sampler, params, plan, scaled.repeat(num, axis=0), labels, request["seed"], request["batch_size"],
-        progress, vae.decode if vae else None,
+        progress, vae.decode if vae else None, text,
     )
     if request["paste"]:
         results = np.where(mask[:, :, None], results, repeated)
@@ -233,7 +263,8 @@ def _write(out: pathlib.Path, images, mask, results, labels, request: dict) -> N
     from causalfusion_jax.sampling.images import edit_strip, save_png
 
     def fill(folder):
-        np.savez(folder / "samples.npz", results, labels, before=images, mask=mask)
+        prompts = {"prompts": np.repeat(request["prompts"], request["num"])} if "prompts" in request else {}
+        np.savez(folder / "samples.npz", results, labels, before=images, mask=mask, **prompts)
         save_png(folder / "mask.png", (mask[:, :, None] * np.uint8(255)).astype(np.uint8))
         save_png(folder / "strip.png", edit_strip(images[:MAX_STRIPS], mask, results[: MAX_STRIPS * request["num"]]))
         for index, result in enumerate(results[:MAX_FILES] if results.dtype == np.uint8 else ()):

@@ -189,6 +189,18 @@ class ExperimentConfig:
             )
 
     @property
+    def knows_classes(self) -> bool:
+        """Whether anything was trained with its class."""
+        return self.model.class_dropout < 1 or (self.text.is_on and self.joint.class_dropout < 1)
+
+    def check_classes(self, field: str, value) -> None:
+        """Raises InputError where classes `value`, given as `field`, mean nothing to the model."""
+        require(
+            self.knows_classes, field, value,
+            "the model has never seen a class (model.class_dropout=1); leave it out",
+        )
+
+    @property
     def transformer(self) -> TransformerConfig:
         """The network's static shape."""
         model = dataclasses.asdict(self.model)

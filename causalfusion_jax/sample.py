@@ -53,7 +53,7 @@ for _module in (cli, sampling_flags, video_flags):
     flags.adopt_module_key_flags(_module)
 
 
-def _labels(data, video, prompts):
+def _labels(config, video, prompts):
     """The class of each image; of clips that are continued, their own unless given; beside prompts, no class."""
     import numpy as np
 
@@ -61,10 +61,11 @@ def _labels(data, video, prompts):
     from causalfusion_jax.sampling.images import balanced_labels
     from causalfusion_jax.sampling.labels import parse_labels
 
-    clips = None if video is None else video.before
+    data, clips = config.data, None if video is None else video.before
     if prompts is not None and _LABELS.value is None:
         return np.full(len(prompts), data.num_classes, np.int32)
     if _LABELS.value is not None:
+        config.check_classes("--labels", _LABELS.value)
         labels = parse_labels(_LABELS.value, data.num_classes, lambda: class_names(data))
     elif clips is not None:
         require(video.labels is not None, "--labels", None, "must be given: the clips come without")
@@ -76,7 +77,8 @@ def _labels(data, video, prompts):
     else:
         num = 100 if _NUM.value is None else _NUM.value
         require(num >= 1, "--num", num, "must be >= 1")
-        return balanced_labels(num, data.num_classes)
+        labels = balanced_labels(num, data.num_classes)
+        return labels if config.knows_classes else np.full_like(labels, data.num_classes)
     require(
         clips is None or len(labels) == len(clips), "--labels", _LABELS.value,
         f"must be {0 if clips is None else len(clips)}, one for each clip",
@@ -114,7 +116,7 @@ def main(argv):
         video = video_flags.read(config, sampler, vae)
         prompts = read_prompts(config, _PROMPT.value, _PROMPTS.value, _NUM.value)
         require(prompts is None or video is None, "--prompt", _PROMPT.value, "is for images, not for longer videos")
-        labels = _labels(config.data, video, prompts)
+        labels = _labels(config, video, prompts)
     batch_size = sampling_flags.BATCH.value
     request = {
         **origin, "vae": vae and vae.fingerprint, "seed": sampling_flags.SEED.value, "batch_size": batch_size,

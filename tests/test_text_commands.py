@@ -69,6 +69,36 @@ def test_real_pairs_are_read_right(workdir, tmp_path):
     assert json.loads(scored.stdout)["accuracy"] < 0.2, scored.stderr
 
 
+def test_prompts_edit_images(workdir, tmp_path):
+    """The left digits stay bit for bit; result k of image i was asked for by prompt i."""
+    source = digit_pairs("held_out")
+    images = np.stack([np.clip(127.5 * source[i]["image"] + 128, 0, 255) for i in (0, 500)]).astype(np.uint8)
+    np.savez(tmp_path / "pairs.npz", images)
+    (tmp_path / "prompts.txt").write_text("zero one\none nine\n")
+    edit = ("edit", f"--workdir={workdir}", f"--image={tmp_path / 'pairs.npz'}", "--mask=right", "--cfg_scale=2")
+    several = ("--num=2", f"--prompts={tmp_path / 'prompts.txt'}")
+    done = command(*edit, *several, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        results = arrays["arr_0"]
+        assert arrays["prompts"].tolist() == ["zero one"] * 2 + ["one nine"] * 2
+        assert arrays["arr_1"].tolist() == [100] * 4
+    np.testing.assert_array_equal(results[:, :, :8], images.repeat(2, axis=0)[:, :, :8])
+    done = command(*edit, *several[:1], "--prompt=nine nine", f"--out={tmp_path / 'other'}")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "other" / "samples.npz") as arrays:
+        # The same noise, another text.
+        assert (arrays["arr_0"] != results)[:, :, 8:].mean() > 0.1
+    nowhere = f"--out={tmp_path / 'nowhere'}"
+    refused(command(*edit, nowhere, "--label=3"), "--label", "has never seen a class")
+    refused(command(*edit, nowhere), "--prompt", "is required")
+    refused(command(*edit, nowhere, "--prompt=three dog"), "--prompt", "three dog")
+    (tmp_path / "prompts.txt").write_text("zero one\n")
+    refused(command(*edit, nowhere, f"--prompts={tmp_path / 'prompts.txt'}"), "--prompts", "must be 2 lines")
+    refused(command("sample", f"--workdir={workdir}", "--labels=3", nowhere), "--labels", "has never seen a class")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_images_to_captions_and_scores(workdir, tmp_path):
     (tmp_path / "starts.txt").write_text("three\n\nthree seven\n")
     done = command(

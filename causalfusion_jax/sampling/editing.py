@@ -219,10 +219,11 @@ def edit_images(
     batch_size: int = 250,
     progress: Callable[[int], None] = lambda done: None,
     decode: Callable[[jax.Array], jax.Array] | None = None,
+    text: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Regenerates the masked tokens of images under the given classes.
+    """Regenerates the masked tokens of images under the given classes or prompts.
 
-    Result i depends on (seed, i, images[i], labels[i]) alone.
+    Result i depends on (seed, i, images[i], labels[i], text[i]) alone.
 
     Args:
       config: what `params` were trained as.
@@ -231,11 +232,11 @@ def edit_images(
       plan: from `plan_edit`.
       images: float [num, height, width, channels], as the model takes them.
       labels: int [num].
-      seed, batch_size, progress, decode: as of `generate_images`.
+      seed, batch_size, progress, decode, text: as of `generate_images`.
 
     Returns:
       As `generate_images`. Kept pixels of a model of pixels, and kept latents that are not
       decoded, are those of `images`.
     """
     known = known_tokens(config, sampler, plan, images, image_keys(seed, np.arange(len(images))))
-    return generate_images(config, sampler, params, labels, seed, batch_size, progress, decode, known)
+    return generate_images(config, sampler, params, labels, seed, batch_size, progress, decode, known, text)
