@@ -2,6 +2,8 @@
 
 import os
 
+import quick_compilation
+
 # Fixed here, before jax starts: eight devices to shard over, which wait for one another
 # longer than usual, as there may be fewer cores; more threads than they can all be waiting
 # in, or they wait for ever; and machine code that is quick to make, as compilation is most
@@ -9,7 +11,7 @@ import os
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0",
+    f" --xla_cpu_collective_call_terminate_timeout_seconds=600 {quick_compilation.FLAGS}",
 )
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -13,6 +13,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quick_compilation
 
 from causalfusion_jax import experiment, sharding
 from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
@@ -116,7 +117,7 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
 @functools.cache
 def command_env() -> dict[str, str]:
     """The environment of commands: one device; what one compiled, the next one reuses."""
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": quick_compilation.FLAGS}
     cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
     atexit.register(cache.cleanup)
     return env | {

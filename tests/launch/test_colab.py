@@ -2,6 +2,7 @@
 
 import nbformat
 import pytest
+import quick_compilation
 from helpers import ROOT
 from nbclient import NotebookClient
 
@@ -44,7 +45,7 @@ def test_runs_from_the_first_cell_to_the_last(name, tmp_path, monkeypatch):
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(given))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     # One device, as there.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", quick_compilation.FLAGS)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
