@@ -18,6 +18,9 @@ def run(request: dict) -> int:
         file = os.open(request[stream], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.argv = [request["module"], *request["args"]]
+    if request["module"].endswith(".preflight"):
+        # The TPU compiler does not know all options of the CPU's.
+        del os.environ["XLA_FLAGS"]
     try:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         status = 0

@@ -17,7 +17,12 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# Read now, and not left for the TPU compiler, which does not know them all.
+jax.devices()
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(quick_compilation.FLAGS, "")
 
 
 def pytest_addoption(parser):

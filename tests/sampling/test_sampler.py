@@ -202,7 +202,7 @@ def test_every_order(order):
     check(sampler, order=jnp.tile(places, (3, 1)))
     run = functools.partial(sample_tokens, MODEL, LINEAR, TRAINED, sampler, params(), image_keys(5, range(3)))
     drawn, given = run(jnp.asarray(LABELS)), run(jnp.asarray(LABELS), jnp.tile(places, (3, 1)))
-    np.testing.assert_array_equal(drawn, given)
+    np.testing.assert_allclose(drawn, given, rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -210,7 +210,7 @@ def test_an_image_does_not_depend_on_its_batch():
     run = functools.partial(sample_tokens, MODEL, LINEAR, TRAINED, sampler, params())
     together = run(image_keys(1, range(3)), jnp.asarray(LABELS))
     alone = run(image_keys(1, [2]), jnp.asarray(LABELS[2:]))
-    np.testing.assert_allclose(together[2:], alone, atol=1e-5)
+    np.testing.assert_allclose(together[2:], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_given_noise_is_where_sampling_starts():
