@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
     # On pixels v keeps the error of x_0 even over noise levels.
     config.diffusion.target = "v"
     config.optimizer.update(learning_rate=2.5e-3, warmup_steps=200, schedule="wsd", decay_fraction=0.4)
-    config.train.update(steps=3500, batch_size=48)
+    config.train.update(steps=3000, batch_size=48)
     config.checkpoint.every = 500
     config.logging.update(every=50, sample_every=0)
     config.sampling.update(ar_steps=4, cfg_scale=1.5)

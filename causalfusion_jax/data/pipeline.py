@@ -308,6 +308,15 @@ def host_batches(
     return dataset.batch(batch_size // hosts, batch_fn=_stack)[host::hosts]
 
 
+def reading_threads(source: str) -> int:
+    """Threads that read ahead in each process, by `data.source`.
+
+    Files wait for the disk and decode without Python's lock; small records only wait for that
+    lock; what is in memory is there already.
+    """
+    return {"digits": 0, "digit_pairs": 0, "moving_digits": 0, "latents": 2}.get(source, 16)
+
+
 class BatchIterator(Iterator):
     """Batches from a position on. `position` is all there is to save.
 

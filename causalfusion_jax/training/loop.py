@@ -13,7 +13,7 @@ import numpy as np
 
 from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.captions import check_captions, example_texts
-from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source, reading_threads
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.evaluation.settings import is_better
 from causalfusion_jax.experiment import ExperimentConfig
@@ -98,7 +98,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count(),
         config.text,
     )
-    threads = 0 if config.data.source in ("digits", "digit_pairs") else 16
+    threads = reading_threads(config.data.source)
     iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
     text = example_texts(source, config.text, config.logging.num_samples) if config.text.is_on else None
     run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text)

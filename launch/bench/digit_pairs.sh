@@ -12,7 +12,7 @@
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../../pairs}")"
 . "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
 
-steps="${STEPS:-500 1500 2500 3500}"
+steps="${STEPS:-500 1500 2500 3000}"
 models="${MODELS:-causalfusion transfusion}"
 for model in $models; do
   run="$workdir/$model"

@@ -27,7 +27,7 @@ from PIL import Image
 
 from causalfusion_jax import experiment, files
 from causalfusion_jax.data import latents
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
+from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source, reading_threads
 from causalfusion_jax.data.sources import center_crop
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
@@ -36,8 +36,7 @@ _BATCHES = flags.DEFINE_integer("batches", 100, "Batches timed, after as many te
 _COMPARE = flags.DEFINE_bool("compare", False, "Images and latents beside a plain loop, instead of a config.")
 _NUM = flags.DEFINE_integer("num", 512, "With --compare: files of each kind.")
 _BATCH = 16
-_THREADS = 16
-_READ_AHEAD = 2 * _THREADS
+_READ_AHEAD = 32
 """Batches that a process may have ready before the clock starts; many more are timed."""
 
 
@@ -53,7 +52,7 @@ def timed(iterator, batches: int) -> float:
 
 def pipeline(config: DataConfig, workers: int, batch: int, batches: int, seed: int = 0) -> float:
     """Examples a second of the pipeline."""
-    threads = 0 if config.source == "digits" else _THREADS
+    threads = reading_threads(config.source)
     iterator = BatchIterator(host_batches(make_source(config), config, batch, seed), 0, workers, threads)
     try:
         return batch / timed(iterator, batches)
