@@ -9,7 +9,7 @@
 
 # Taken before setup_env.sh goes to the repository's folder.
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../demo}")"
-. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" ""
 
 python -m causalfusion_jax.train --config=configs/digits.py --workdir="$workdir"
 for ar_steps in 1 4 16; do

@@ -10,7 +10,7 @@
 # About an hour on two CPU cores; run it again to resume or to reuse what is there.
 
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../../pairs}")"
-. "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh" ""
 
 steps="${STEPS:-500 1500 2500 3000}"
 models="${MODELS:-causalfusion transfusion}"

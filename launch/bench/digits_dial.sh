@@ -9,7 +9,7 @@
 # About 20 minutes on two CPU cores; run it again to resume or to reuse what is there.
 
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../../dial}")"
-. "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh" ""
 
 steps=(1 2 4 8 16)
 for model in causalfusion acdit; do

@@ -2,6 +2,7 @@
 
     python launch/bench/loader.py --config=configs/digits.py [--workers=0,1,2] [--batches=100]
     python launch/bench/loader.py --compare [--workers=1,2] [--num=512]
+    python launch/bench/loader.py --train [--workers=1,2] [--num=512]
 
 With --config: batches a second of that config, by number of workers.
 
@@ -9,6 +10,10 @@ With --compare: records a second of JPEG files, 500 x 375, decoded and cropped t
 and tar shards), and of latents of that size, 32x32x4, sampled from mean and standard deviation;
 each by a plain loop over the files in one thread, and by the pipeline. The files are made for
 it, of smooth noise, and the loop, the workers and the disk's cache see the same ones.
+
+With --train: images a second of the training loop on the same images and latents, and the share of
+its time that it waited for them, with one small network of 256 tokens: of 16x16 pixels or
+of 2x2 latents.
 """
 
 import dataclasses
@@ -29,12 +34,14 @@ from causalfusion_jax import experiment, files
 from causalfusion_jax.data import latents
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source, reading_threads
 from causalfusion_jax.data.sources import center_crop
+from causalfusion_jax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes.")
 _BATCHES = flags.DEFINE_integer("batches", 100, "Batches timed, after as many tenths to warm up.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Images and latents beside a plain loop, instead of a config.")
-_NUM = flags.DEFINE_integer("num", 512, "With --compare: files of each kind.")
+_TRAIN = flags.DEFINE_bool("train", False, "The training loop on images and on latents, instead.")
+_NUM = flags.DEFINE_integer("num", 512, "With --compare and --train: files of each kind.")
 _BATCH = 16
 _READ_AHEAD = 32
 """Batches that a process may have ready before the clock starts; many more are timed."""
@@ -172,14 +179,37 @@ def compared(folder: pathlib.Path) -> list[dict]:
     return rows
 
 
+def trained(folder: pathlib.Path) -> list[dict]:
+    """A row for each kind of data and number of workers: the second half of a short training."""
+    images, _ = write_images(folder, _NUM.value)
+    rows = []
+    for data, patch_size in ((images, 16), (write_latents(folder / "latents", _NUM.value), 2)):
+        for workers in map(int, _WORKERS.value):
+            config = experiment.default_config()
+            config.data.update(dataclasses.asdict(dataclasses.replace(data, workers=workers)))
+            config.model.update(hidden=64, heads=1, layers=2, patch_size=patch_size)
+            steps = max(_NUM.value // _BATCH, 2)
+            config.train.update(steps=steps, batch_size=_BATCH)
+            config.checkpoint.every, config.logging.every = steps, steps // 2
+            config.optimizer.warmup_steps = 1
+            seen = []
+            workdir = folder / f"{data.source}_{workers}"
+            train(experiment.from_dict(config.to_dict()), str(workdir), lambda _, metrics: seen.append(metrics))
+            rows.append({
+                "source": data.source, "workers": workers, "images/s": round(seen[-1]["images_per_second"], 1),
+                "waited for data": f"{seen[-1]['data_wait_fraction']:.1%}",
+            })
+    return rows
+
+
 def main(argv):
     """Runs the benchmark."""
     del argv
-    if not _COMPARE.value:
+    if not (_COMPARE.value or _TRAIN.value):
         report(of_config())
         return
     with tempfile.TemporaryDirectory() as folder:
-        report(compared(pathlib.Path(folder)))
+        report((trained if _TRAIN.value else compared)(pathlib.Path(folder)))
 
 
 if __name__ == "__main__":

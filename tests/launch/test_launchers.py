@@ -223,3 +223,10 @@ def test_shellcheck(script):
         capture_output=True, text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=str)
+def test_a_sourced_script_does_not_take_our_arguments(script):
+    """`. setup_env.sh` without an argument would see those of the script that sources it."""
+    sourced = [line for line in (ROOT / script).read_text().splitlines() if line.startswith(". ")]
+    assert all(len(shlex.split(line)) > 2 for line in sourced), sourced
