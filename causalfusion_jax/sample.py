@@ -97,6 +97,7 @@ def _labels(config, video, prompts):
 def main(argv):
     """Runs the command."""
     del argv
+    from causalfusion_jax import distributed
     from causalfusion_jax.sampling.reading import read_prompts
     from causalfusion_jax.sampling.shards import SampleFolder
     from causalfusion_jax.sampling.trained import make_autoencoder
@@ -124,9 +125,9 @@ def main(argv):
         **(video.request if video else {}), **({} if prompts is None else {"prompts": prompts}),
     }
     samples = SampleFolder(pathlib.Path(_OUT.value), request, min(batch_size, len(labels)))
-    samples.check()
-    if samples.is_done:
-        print(f"{_OUT.value} already holds these {len(labels)} samples")
+    if distributed.on_primary(lambda: int(samples.check() or samples.is_done), 0):
+        if distributed.is_primary():
+            print(f"{_OUT.value} already holds these {len(labels)} samples")
         return
     _sample_to(samples, config, sampler, params, labels, vae and vae.decode, video, prompts)
 

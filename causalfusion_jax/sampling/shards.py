@@ -5,6 +5,7 @@ made and is written last. Until then its `parts` hold the same request and the b
 are done, so that any process, now or after an interruption, can make the others.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -43,7 +44,7 @@ class SampleFolder:
 
     def check(self) -> None:
         """Raises InputError where the folder holds samples of another request, or anything else."""
-        if not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir())):
+        if not self._has_content:
             return
         there = [_read(folder / "request.json") for folder in (self._folder, self._parts)]
         found = next((request for request in there if request is not None), None)
@@ -63,9 +64,22 @@ class SampleFolder:
     def claim(self) -> None:
         """Makes the folder this request's. Raises InputError as `check` does."""
         self.check()
-        self._parts.mkdir(parents=True, exist_ok=True)
-        if _read(self._parts / "request.json") is None:
-            files.write_json(self._parts / "request.json", self._request)
+        if not self._has_content:
+            # At once with its request: hosts that do not know of each other may look at any moment.
+            # Refused where another host was first, or where the folder is a mount point.
+            with contextlib.suppress(OSError):
+                files.write_folder(self._folder, lambda folder: self._put_request(folder / "parts"))
+            self.check()
+        self._put_request(self._parts)
+
+    @property
+    def _has_content(self) -> bool:
+        return self._folder.exists() and not (self._folder.is_dir() and not any(self._folder.iterdir()))
+
+    def _put_request(self, parts: pathlib.Path) -> None:
+        parts.mkdir(parents=True, exist_ok=True)
+        if _read(parts / "request.json") is None:
+            files.write_json(parts / "request.json", self._request)
 
     def missing(self, host: int = 0, hosts: int = 1) -> list[int]:
         """Batches that are not there yet, of those that fall to one of several hosts."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.sampling.shards import SampleFolder
 
@@ -52,3 +53,25 @@ def test_another_request_is_refused(tmp_path, joined):
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(InputError, match="other content"):
         SampleFolder(tmp_path / "mine", REQUEST, 3).claim()
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_claimed_while_others_look(tmp_path, monkeypatch, made_before):
+    """Neither the half-made folder of one host nor a host that was first is taken for another request."""
+    mine, other = (SampleFolder(tmp_path / "out", REQUEST, 3) for _ in range(2))
+    if made_before:
+        (tmp_path / "out").mkdir()
+    write_json = files.write_json
+
+    def watched(path, content):
+        mine.check()
+        write_json(path, content)
+        if not (tmp_path / "out" / "parts").exists():
+            monkeypatch.setattr(files, "write_json", write_json)
+            other.claim()
+            sample(other, [1])
+
+    monkeypatch.setattr(files, "write_json", watched)
+    mine.claim()
+    assert mine.missing() == other.missing() == [0, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
