@@ -49,8 +49,9 @@ class DataConfig:
     Attributes:
       source: `digits` (scikit-learn's, built in), `digit_pairs` (two of them side by side, with
         captions), `moving_digits` (clips of them), `image_folder`, `clip_folder` (videos, GIFs,
-        folders of frames), `caption_folder` (images and captions.jsonl), `tfds` (prepared by TensorFlow Datasets), `tar` (shards in WebDataset's
-        layout), `latents` (written by `encode`), or `arrays`.
+        folders of frames), `caption_folder` (images and captions.jsonl), `tfds` (prepared by
+        TensorFlow Datasets), `tar` (shards in WebDataset's layout), `latents` (written by
+        `encode`), or `arrays`.
       path: of image_folder and clip_folder, one folder for each class; of caption_folder, that of
         captions.jsonl, each line of which is {"file_name": ..., "caption": ...}; of tfds, its
         data_dir ("": the default one); of tar, the folder of shards; of latents, that of

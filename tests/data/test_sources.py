@@ -102,7 +102,7 @@ def test_tfds_video_feature_with_a_stride(tfds_folder):
         (dict(name=""), "needs the data set's name"),
         (dict(split="test"), "tiny_digits has train"),
         (dict(num_classes=9), "tiny_digits has 10"),
-        (dict(image_key="picture"), "must be an image; tiny_digits has captions/id, captions/text, clip, image, label, video"),
+        (dict(image_key="picture"), "must be an image; tiny_digits has captions/id, captions/text, clip, image, label"),
         (dict(image_key="image", frames=2), "a sequence of images"),
         (dict(label_key="clip"), "must be a class label"),
         (dict(latents=True, channels=4), "encode them by causalfusion_jax.encode"),
