@@ -137,14 +137,14 @@ def plain_i3d(weights, x):
 
 def test_logits_are_those_of_plain_numpy(weights, params):
     """17 frames are three steps in time at the end, of which two at a time are averaged."""
-    videos = np.random.default_rng(1).integers(0, 256, (2, 17, 20, 28, 3)).astype(np.uint8)
-    found = i3d.i3d_logits(params, videos, side=24)
-    resized = np.asarray(resize_bilinear(videos, (24, 24), half_pixel=False))
+    videos = np.random.default_rng(1).integers(0, 256, (1, 17, 12, 20, 3)).astype(np.uint8)
+    found = i3d.i3d_logits(params, videos, side=16)
+    resized = np.asarray(resize_bilinear(videos, (16, 16), half_pixel=False))
     expected = plain_i3d(weights, resized * 2 / 255 - 1)
-    assert found.shape == expected.shape == (2, 400) and expected.std() > 0.1
+    assert found.shape == expected.shape == (1, 400) and expected.std() > 0.1
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
     # The resize that is asked for is the one that is done, and it matters.
-    other = i3d.i3d_logits(params, videos, "half_pixel", side=24)
+    other = i3d.i3d_logits(params, videos, "half_pixel", side=16)
     assert np.linalg.norm(found - other) / np.linalg.norm(expected) > 1e-3
 
 
