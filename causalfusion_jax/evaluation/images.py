@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from causalfusion_jax.data.pipeline import Source
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, CorruptRecord
+from causalfusion_jax.data.sources import IMAGE_SUFFIXES
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, clip_indices, read_frames
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.npz import NpzReader
@@ -103,8 +103,8 @@ def _clips(field: str, folder: pathlib.Path, frames: int) -> Images:
     def load(path: pathlib.Path) -> np.ndarray:
         try:
             read = read_frames(path, lambda count: clip_indices(str(path), count, frames, 1, lambda first: 0))
-        except CorruptRecord as error:
-            raise InputError(field, str(path), error.allowed) from None
+        except InputError as error:
+            raise InputError(field, error.value, error.allowed) from None
         sizes = {frame.size for frame in read}
         require(len(sizes) == 1, field, str(path), f"its frames are of sizes {sorted(sizes)}; crop them alike")
         return np.stack([np.asarray(frame.convert("RGB")) for frame in read])

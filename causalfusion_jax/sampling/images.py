@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
+from causalfusion_jax.data.sources import ImageFormat
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, read_frames
 from causalfusion_jax.errors import InputError, require
 
@@ -126,8 +126,6 @@ def read_clip(
     require(path.exists(), field, str(path), "no such file")
     try:
         frames = read_frames(path, lambda count: range(count)[: max_frames * stride : stride])
-    except CorruptRecord as error:
-        raise InputError(field, str(path), error.allowed) from None
     except InputError as error:
         raise InputError(field, error.value, error.allowed) from None
     require(bool(frames), field, str(path), "holds no frames")
