@@ -4,9 +4,9 @@
     python -m causalfusion_jax.convert --kind=mar_vae --checkpoint=kl16.ckpt --out=converted/kl16
     python -m causalfusion_jax.sample --checkpoint=converted/xl --vae=converted/kl16 --out=samples/xl
 
-Kinds: causalfusion, acdit (image or video), mar_vae, sd_vae, fid_inception. CHECKPOINT is a
-.pt, .pth or .ckpt file of PyTorch, .safetensors or .npz; PyTorch is not needed, and nothing
-that a pickle holds is ever executed. Size and settings are recognised from names and
+Kinds: causalfusion, acdit (image or video), mar_vae, sd_vae, fid_inception, fvd_i3d. CHECKPOINT
+is a .pt, .pth or .ckpt file of PyTorch (or TorchScript), .safetensors or .npz; PyTorch is not
+needed, and nothing that a pickle holds is ever executed. Size and settings are recognised from names and
 shapes, and every name and shape is checked before OUT is written. What shapes do not tell
 (rotary positions leave no trace) comes from the training arguments in the file, else from
 the released models, else from --patch_size, --image_size, --frames and --block_size.
@@ -26,7 +26,7 @@ from absl import flags
 from causalfusion_jax import cli
 from causalfusion_jax.errors import InputError, require
 
-_KINDS = ["causalfusion", "acdit", "mar_vae", "sd_vae", "fid_inception"]
+_KINDS = ["causalfusion", "acdit", "mar_vae", "sd_vae", "fid_inception", "fvd_i3d"]
 _KIND = flags.DEFINE_enum("kind", None, _KINDS, "What CHECKPOINT is; told by itself with --reverse.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Released file; with --reverse a converted folder, or a run.")
 _OUT = flags.DEFINE_string("out", None, "New folder to write; with --reverse a new .safetensors file.")

@@ -135,6 +135,8 @@ def describe_request(data: DataConfig, source: Source, converted: Converted, set
     """What identifies the latents that are asked for, as plain values."""
     named = ("source", "name", "split", "image_key", "label_key", "caption_key", "image_size", "channels", "frames")
     values = dataclasses.asdict(data)
+    # Named where it matters, so that what was encoded before it could be chosen stays the same.
+    named += ("frame_stride",) if data.frame_stride > 1 else ()
     how = {name: value for name, value in dataclasses.asdict(settings).items() if name != "micro_batch"}
     return {
         "data": {name: values[name] for name in named} | {"examples": len(source)},

@@ -12,6 +12,10 @@ With --inception (converted by causalfusion_jax.convert, kind fid_inception) and
 defines them, in one pass over all local devices. A reference without images (arr_0) has no
 precision, recall and kid; without a reference there is the Inception Score alone.
 
+With --i3d (kind fvd_i3d) and --reference, of videos: `fvd`, by the first --fvd_frames=16 frames, resized
+as --fvd_resize says; --samples and --reference may be an .npz of videos, the OUT of sample, or a folder
+of video files, GIFs and folders of frames.
+
 With --workdir, against the training data of a run of pixels. For source digits: `accuracy`,
 how many of the images an SVC fitted on the held-out half reads as the class they were asked
 for, and `fd`, the Fréchet distance of their 64 pixels, scaled to [-1, 1], to the held-out half
@@ -30,6 +34,7 @@ References are made of images, or of the data set of a config:
 
     python -m causalfusion_jax.evaluate --make_reference --samples=IMAGES --inception=converted/inception --out=ref.npz
     python -m causalfusion_jax.evaluate --make_reference --config=CONFIG --inception=converted/inception --out=ref.npz
+    python -m causalfusion_jax.evaluate --make_reference --config=CONFIG --i3d=converted/i3d --out=videos.npz
 """
 
 import json
@@ -48,7 +53,10 @@ _CAPTIONS = flags.DEFINE_string("captions", None, "captions.jsonl, as written by
 _REFERENCE = flags.DEFINE_string("reference", None, "Reference statistics: .npz in ADM's layout.")
 _INCEPTION = flags.DEFINE_string("inception", None, "Folder of the converted Inception (kind fid_inception).")
 _METRICS = flags.DEFINE_list("metrics", None, "Some of the metrics: fid,kid [all that there are].")
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Images in the Inception at a time, over all devices.")
+_I3D = flags.DEFINE_string("i3d", None, "Folder of the converted I3D (kind fvd_i3d): samples are videos.")
+_FVD_FRAMES = flags.DEFINE_integer("fvd_frames", 16, "Frames of a video that are compared, the first ones.")
+_FVD_RESIZE = flags.DEFINE_string("fvd_resize", "tf1", "To 224x224 as TensorFlow 1 (tf1) or PyTorch (half_pixel).")
+_BATCH = flags.DEFINE_integer("batch_size", None, "In the network at a time, over all devices [64 images, 16 videos].")
 _MAKE_REFERENCE = flags.DEFINE_bool("make_reference", False, "Write reference statistics of images to --out.")
 _OUT = flags.DEFINE_string("out", None, "With --make_reference: the new .npz.")
 _NUM_IMAGES = flags.DEFINE_integer("num_reference_images", 10_000, "With --make_reference: images kept in it.")
@@ -107,7 +115,7 @@ def _pixel_scores() -> dict[str, float]:
     wanted = _chosen(PIXEL_METRICS)
     if data.latents:
         require(
-            _INCEPTION.value is not None, "--inception", None,
+            _INCEPTION.value is not None or _I3D.value is not None, "--inception", None,
             f"{_WORKDIR.value} was trained on latents, so its images are scored by --inception and --reference",
         )
     if data.latents or not wanted:
@@ -143,7 +151,7 @@ def _inception_scores() -> dict[str, float]:
     if not metrics:
         return {}
     inception_metrics.check_counts("--samples", metrics, images.num, reference)
-    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=min(_BATCH.value, images.num))
+    inception = _inception(images.num)
     if reference is not None:
         reference.prepare(metrics, inception)
     collected = inception_metrics.Collected(metrics)
@@ -153,6 +161,68 @@ def _inception_scores() -> dict[str, float]:
         print(f"warning: {warning}", file=sys.stderr)
     scores = inception_metrics.compute(metrics, collected, reference)
     return {"num": images.num, "reference": _REFERENCE.value, **scores}
+
+
+def _inception(num: int):
+    """The network of --inception, for so many images."""
+    from causalfusion_jax.evaluation.inception_metrics import BATCH_SIZE, Inception
+
+    return Inception("--inception", _INCEPTION.value, batch_size=min(_BATCH.value or BATCH_SIZE, num))
+
+
+def _i3d(num: int):
+    """The network of --i3d, for so many videos."""
+    from causalfusion_jax.evaluation.video_metrics import BATCH_SIZE, I3D
+
+    batch_size = min(_BATCH.value or BATCH_SIZE, num)
+    return I3D("--i3d", _I3D.value, batch_size=batch_size, resize=_FVD_RESIZE.value)
+
+
+def _protocol():
+    """How FVD is measured."""
+    from causalfusion_jax.evaluation.video_metrics import VideoProtocol
+
+    protocol = VideoProtocol(_FVD_FRAMES.value, _FVD_RESIZE.value)
+    protocol.check()
+    return protocol
+
+
+def _video_scores() -> dict[str, float]:
+    """Scores by I3D's features."""
+    from causalfusion_jax.evaluation import video_metrics
+    from causalfusion_jax.evaluation.images import open_videos
+    from causalfusion_jax.evaluation.settings import VIDEO_METRICS
+
+    if not _chosen(VIDEO_METRICS):
+        return {}
+    require(_REFERENCE.value is not None, "--reference", None, "is needed for fvd")
+    protocol = _protocol()
+    videos = open_videos("--samples", _SAMPLES.value, protocol.frames)
+    reference = video_metrics.VideoReference("--reference", _REFERENCE.value, protocol)
+    scores = video_metrics.score_videos(videos, reference, _i3d(videos.num), _progress(videos.num))
+    warning = video_metrics.bias_warning(videos.num)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return {"num": videos.num, "reference": _REFERENCE.value, **protocol._asdict(), **scores}
+
+
+def _make_video_reference(out: pathlib.Path) -> None:
+    """Writes --out, the statistics of videos."""
+    from causalfusion_jax import experiment
+    from causalfusion_jax.data.pipeline import make_source
+    from causalfusion_jax.evaluation import video_metrics
+    from causalfusion_jax.evaluation.images import of_source, open_videos
+
+    protocol = _protocol()
+    if _SAMPLES.value is not None:
+        videos = open_videos("--samples", _SAMPLES.value, protocol.frames)
+    else:
+        source = make_source(experiment.from_dict(_CONFIG.value.to_dict()).data)
+        videos = of_source("config.data", source, protocol.frames)
+    network = _i3d(videos.num)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    video_metrics.make_video_reference(videos, network, protocol, out, _progress(videos.num))
+    print(f"wrote statistics of {videos.num} videos of {protocol.frames} frames to {out}")
 
 
 def _progress(num: int):
@@ -174,17 +244,21 @@ def _make_reference() -> None:
         require(flag.value is None, f"--{name}", flag.value, "has no meaning with --make_reference; leave it out")
     given = (_SAMPLES.value is None) + (_CONFIG.value is None)
     require(given == 1, "--samples", _SAMPLES.value, "give --samples, or --config, and not both")
-    for name, flag in {"inception": _INCEPTION, "out": _OUT}.items():
+    needed = {"out": _OUT} if _I3D.value is not None else {"inception": _INCEPTION, "out": _OUT}
+    for name, flag in needed.items():
         require(flag.value is not None, f"--{name}", None, "is required with --make_reference")
     require(_NUM_IMAGES.value >= 2, "--num_reference_images", _NUM_IMAGES.value, "must be >= 2")
     out = pathlib.Path(_OUT.value)
     require(out.suffix == ".npz", "--out", str(out), "must be an .npz file")
     require(not out.exists(), "--out", str(out), "exists; give a new file")
+    if _I3D.value is not None:
+        _make_video_reference(out)
+        return
     if _SAMPLES.value is not None:
         images = open_images("--samples", _SAMPLES.value)
     else:
         images = of_source("config.data", make_source(experiment.from_dict(_CONFIG.value.to_dict()).data))
-    inception = inception_metrics.Inception("--inception", _INCEPTION.value, batch_size=min(_BATCH.value, images.num))
+    inception = _inception(images.num)
     out.parent.mkdir(parents=True, exist_ok=True)
     inception_metrics.make_reference(images, inception, out, _NUM_IMAGES.value, progress=_progress(images.num))
     print(f"wrote statistics of {images.num} images, {min(images.num, _NUM_IMAGES.value)} of them kept, to {out}")
@@ -193,10 +267,16 @@ def _make_reference() -> None:
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax.evaluation.settings import METRICS, PIXEL_METRICS, check_metrics
+    from causalfusion_jax.evaluation.settings import METRICS, PIXEL_METRICS, VIDEO_METRICS, check_metrics
 
-    require(_BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
-    check_metrics("--metrics", _METRICS.value or (), METRICS)
+    require(_BATCH.value is None or _BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
+    check_metrics("--metrics", _METRICS.value or (), (*METRICS, *VIDEO_METRICS))
+    both = _INCEPTION.value is not None and _I3D.value is not None
+    require(not both, "--i3d", _I3D.value, "is of videos, --inception of images; give one of them")
+    for name, flag in {"fvd_frames": _FVD_FRAMES, "fvd_resize": _FVD_RESIZE}.items():
+        require(not flag.present or _I3D.value is not None, f"--{name}", flag.value, "needs --i3d")
+    keeps = _NUM_IMAGES.present and _I3D.value is not None
+    require(not keeps, "--num_reference_images", _NUM_IMAGES.value, "has no meaning with --i3d, which keeps no videos")
     if _MAKE_REFERENCE.value:
         _make_reference()
         return
@@ -209,18 +289,22 @@ def main(argv):
         _write(json.dumps(_score_captions(path)), path.parent)
         return
     require(
-        _WORKDIR.value is not None or _INCEPTION.value is not None, "--workdir", None,
-        "is required, or --inception with --reference; see --help",
+        any(flag.value is not None for flag in (_WORKDIR, _INCEPTION, _I3D)), "--workdir", None,
+        "is required, or --inception (videos: --i3d) with --reference; see --help",
     )
     for name in _METRICS.value or ():
-        needed, flag = ("workdir", _WORKDIR) if name in PIXEL_METRICS else ("inception", _INCEPTION)
+        of_images = ("workdir", _WORKDIR) if name in PIXEL_METRICS else ("inception", _INCEPTION)
+        needed, flag = ("i3d", _I3D) if name in VIDEO_METRICS else of_images
         require(flag.value is not None, f"--{needed}", None, f"is needed for {name}")
     require(
-        _REFERENCE.value is None or _INCEPTION.value is not None, "--inception", None, "is needed with --reference"
+        _REFERENCE.value is None or _INCEPTION.value is not None or _I3D.value is not None, "--inception", None,
+        "is needed with --reference",
     )
     scores = _pixel_scores() if _WORKDIR.value is not None else {}
     if _INCEPTION.value is not None:
         scores |= _inception_scores()
+    if _I3D.value is not None:
+        scores |= _video_scores()
     path = pathlib.Path(_SAMPLES.value)
     _write(json.dumps({"samples": _SAMPLES.value, **scores}), path if path.is_dir() else path.parent)
 

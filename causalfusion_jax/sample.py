@@ -29,7 +29,8 @@ of tokens); --order, --step_sizes and --solver are free too, whatever was traine
 
 --frames makes videos longer than those trained on: a window of a training clip's length rolls
 over them, in the memory of one clip. --condition=clips.npz --keep_frames=4 continues clips
-(or an image); their frames come first, bit for bit.
+(or an image; --condition=clip.mp4, a GIF or a folder of frames, cropped as in training, with
+--labels); their frames come first, bit for bit.
 """
 
 import dataclasses

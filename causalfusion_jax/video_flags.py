@@ -11,8 +11,9 @@ from causalfusion_jax import sampling_flags
 from causalfusion_jax.errors import require
 
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video, at least the run's; more roll a window over it.")
-_CONDITION = flags.DEFINE_string("condition", None, "Clips to continue: npz with arr_0, or one image file.")
+_CONDITION = flags.DEFINE_string("condition", None, "Clips to continue: npz, video, GIF, folder of frames, image.")
 _KEEP_FRAMES = flags.DEFINE_integer("keep_frames", None, "Frames of them that are kept, the first ones [all].")
+_FRAME_STRIDE = flags.DEFINE_integer("frame_stride", None, "Every so many-th frame of a video is taken [the run's].")
 _STRIDE = flags.DEFINE_integer("window_stride", None, "Frames made each time the window rolls [as few as can be].")
 _SINK_FRAMES = flags.DEFINE_integer("sink_frames", None, "The first so many frames never leave the window [0].")
 
@@ -57,13 +58,13 @@ def read(config, sampler, vae) -> Video | None:
     from causalfusion_jax.sampling.rolling import RollingConfig, make_windows
 
     names = {"frames": _FRAMES, "condition": _CONDITION, "keep_frames": _KEEP_FRAMES, "window_stride": _STRIDE,
-             "sink_frames": _SINK_FRAMES}  # fmt: skip
+             "sink_frames": _SINK_FRAMES, "frame_stride": _FRAME_STRIDE}  # fmt: skip
     given = {name: flag.value for name, flag in names.items() if flag.value is not None}
     if not given:
         return None
     require(config.data.frames > 1, f"--{min(given)}", given[min(given)], "the model makes images, not videos")
-    alone = "keep_frames" in given and "condition" not in given
-    require(not alone, "--keep_frames", _KEEP_FRAMES.value, "needs --condition")
+    for name in ("keep_frames", "frame_stride"):
+        require(name not in given or "condition" in given, f"--{name}", given.get(name), "needs --condition")
     before, labels = _condition(config, vae) if "condition" in given else (None, None)
     frames = config.data.frames if _FRAMES.value is None else _FRAMES.value
     rolling = RollingConfig(frames, _STRIDE.value or 0, _SINK_FRAMES.value or 0)
@@ -76,12 +77,19 @@ def _condition(config, vae):
     """The kept frames of --condition, [num, frames, height, width, channels], and labels or None."""
     import numpy as np
 
-    from causalfusion_jax.sampling.images import read_images
+    from causalfusion_jax.sampling.images import is_clip, read_images
 
     latents = config.data.latents and vae is None
     channels = config.data.channels if latents or not config.data.latents else 3
     size = config.data.image_size * (vae.downsampling if vae else 1)
-    images, labels = read_images("--condition", pathlib.Path(_CONDITION.value), channels)
+    path, needs = pathlib.Path(_CONDITION.value), "float latents (or give --vae to continue pixels)"
+    if is_clip(path):
+        require(not latents, "--condition", _CONDITION.value, f"must be {needs}")
+        images, labels = _read_clip(config, path, size, channels), None
+    else:
+        stride = _FRAME_STRIDE.value
+        require(stride is None, "--frame_stride", stride, "is of videos and folders of frames")
+        images, labels = read_images("--condition", path, channels)
     if images.ndim == 4:
         # An image is a clip of one frame.
         images = images[:, None]
@@ -91,7 +99,7 @@ def _condition(config, vae):
         f"frames must be {'x'.join(map(str, wanted))} (height, width, channels), as the model's; "
         f"they are {'x'.join(map(str, images.shape[2:]))}",
     )
-    needs = "float latents (or give --vae to continue pixels)" if latents else "pixels, uint8"
+    needs = needs if latents else "pixels, uint8"
     require((images.dtype == np.uint8) != latents, "--condition", _CONDITION.value, f"must be {needs}")
     keep = images.shape[1] if _KEEP_FRAMES.value is None else _KEEP_FRAMES.value
     require(
@@ -99,6 +107,17 @@ def _condition(config, vae):
         f"must be >= 1 and <= {images.shape[1]}, the frames of --condition",
     )
     return images[:, :keep], labels
+
+
+def _read_clip(config, path, size, channels):
+    """As many frames of a clip as there are to be kept, or as the model has."""
+    from causalfusion_jax.sampling.images import read_clip
+
+    keep = config.data.frames if _KEEP_FRAMES.value is None else _KEEP_FRAMES.value
+    stride = config.data.frame_stride if _FRAME_STRIDE.value is None else _FRAME_STRIDE.value
+    for name, value in (("keep_frames", keep), ("frame_stride", stride)):
+        require(value >= 1, f"--{name}", value, "must be >= 1")
+    return read_clip("--condition", path, size, channels, keep, stride)
 
 
 def _as_model_takes(frames, vae):

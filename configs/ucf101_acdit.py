@@ -9,13 +9,14 @@
 TFDS (its data_dir as data.path, where it is not the default one) is encoded once by the
 converted VAE, the middle 16 frames of every video:
 
-    python -m causalfusion_jax.encode --config=configs/ucf101_acdit.py:XL \
-        --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS
+    python -m causalfusion_jax.encode --config=configs/ucf101_acdit.py:XL --config.data.source=tfds \
+        --config.data.workers=16 --batch_size=16 --records_per_shard=512 --vae=VAE --out=LATENTS
     python -m causalfusion_jax.train --config=configs/ucf101_acdit.py:XL \
         --config.data.path=LATENTS --workdir=runs/ucf101_acdit_xl
 
-More clips of a video: `data.source=arrays`, with DATA/image.npy [clips, 16, 32, 32, 4], latents
-times 0.18215, and DATA/label.npy as `data.path`.
+Video files in a folder for each class do as well: source=clip_folder, path=ROOT, and
+frame_stride=2 for every second frame. More clips of a video: `data.source=arrays`, with
+DATA/image.npy [clips, 16, 32, 32, 4], latents times 0.18215, and DATA/label.npy as `data.path`.
 """
 
 from causalfusion_jax.experiment import choose, default_config

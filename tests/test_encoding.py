@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import ROOT, command, command_env
-from tiny_data import NAMES, write_tars, write_tfds, write_vae
+from tiny_data import NAMES, write_clip, write_tars, write_tfds, write_vae
 
 from causalfusion_jax import encoding, files
 from causalfusion_jax.data import latents
@@ -77,6 +77,35 @@ def test_records_are_the_autoencoders_gaussians(encoded, tars, vae):
             np.testing.assert_allclose(stored, expected, rtol=1e-2, atol=1e-4)
     kept = np.stack([record["mean"] for record in records]).astype(np.float64)
     np.testing.assert_allclose(manifest["statistics"]["mean"], kept.mean((0, 1, 2, 3)), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Clips of two classes in files, which are to be read with a stride of 2."""
+    root = tmp_path_factory.mktemp("clips")
+    for i, kind in enumerate(("gif", "folder", "mp4", "gif")):
+        write_clip(root / ("a" if i < 2 else "b") / str(i), kind, 9 + i)
+    return DataConfig(
+        source="clip_folder", path=str(root), image_size=16, channels=3, num_classes=2, frames=4, frame_stride=2
+    )
+
+
+def test_every_frame_of_a_clip_is_encoded(clips, vae, tmp_path):
+    manifest = encode(clips, *open_autoencoder(vae), str(tmp_path / "out"), SETTINGS)
+    assert manifest["shape"] == [4, 4, 4, 4] and manifest["num_records"] == 4
+    assert manifest["request"]["data"]["frame_stride"] == 2 and manifest["class_names"] == ["a", "b"]
+    config = latent_config(tmp_path / "out", frames=4, num_classes=2, flip=True)
+    source, pixels = make_source(config), make_source(clips)
+    converted, settings = open_autoencoder(vae)
+    params = jax.tree.map(np.asarray, converted.params(encoding.abstract_autoencoder(settings)[1]))
+    frames = np.concatenate([pixels[i]["image"] for i in range(4)])
+    for flip, view in enumerate((frames, frames[:, :, ::-1])):
+        mean, log_variance = moments(settings, params, view)
+        for name, expected in {"mean": mean, "std": np.exp(0.5 * log_variance)}.items():
+            stored = np.concatenate([source.record(i)[name][flip] for i in range(4)]).astype(np.float32)
+            np.testing.assert_allclose(stored, expected, rtol=1e-2, atol=1e-4)
+    batch = host_batches(source, config, 4, seed=0)[0]
+    assert batch["image"].shape == (4, 4, 4, 4, 4) and sorted(batch["label"]) == [0, 0, 1, 1]
 
 
 def test_training_draws_from_seed_index_and_epoch(tmp_path):
@@ -277,6 +306,34 @@ def test_tfds_trains_as_images_and_as_latents(tfds_folder, vae, tmp_path):
         lines = [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == 6 and all(np.isfinite(line["loss"]) for line in lines)
         assert lines[-1]["corrupt_records"] == 0 and 0 <= lines[-1]["data_wait_fraction"] < 1
+
+
+VIDEO = (
+    "--config=configs/ucf101_acdit.py:XL", "--config.data.image_size=4", "--config.data.frames=4",
+    "--config.data.num_classes=2", "--config.model.patch_size=2", "--config.factorization.block_size=4",
+    "--config.mesh.preset=dp", "--config.optimizer.warmup_steps=0", *TINY[1:4], *TINY[5:],
+)
+
+
+@pytest.mark.slow
+def test_clips_are_encoded_trained_on_and_continued(clips, vae, tmp_path):
+    """The config of UCF-101, small, from files to a longer video of pixels."""
+    files_of = ("--config.data.source=clip_folder", f"--config.data.path={clips.path}", "--config.data.frame_stride=2")
+    done = command("encode", *VIDEO, *files_of, f"--vae={vae}", f"--out={tmp_path / 'latents'}", "--batch_size=2")
+    assert done.returncode == 0 and "4 latents of shape [4, 4, 4, 4]" in done.stdout, done.stderr
+    run = tmp_path / "run"
+    done = command("train", *VIDEO, f"--config.data.path={tmp_path / 'latents'}", f"--workdir={run}")
+    assert done.returncode == 0 and np.isfinite(losses(run)).all() and len(losses(run)) == 6, done.stderr
+    clip = write_clip(tmp_path / "clip", "mp4", 9)
+    continued = (f"--workdir={run}", f"--condition={clip}", "--frames=6", "--keep_frames=2", "--labels=1")
+    on = (f"--vae={vae}", "--frame_stride=2", "--solver_steps=2", f"--out={tmp_path / 'on'}")
+    done = command("sample", *continued, *on)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "on" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (1, 6, 16, 16, 3)
+        assert np.round(arrays["arr_0"][0, :2].mean(axis=(1, 2, 3)) / 10).tolist() == [1, 3]
+    done = command("sample", *continued, f"--out={tmp_path / 'none'}")
+    assert done.returncode == 2 and "must be float latents (or give --vae" in done.stderr
 
 
 def processes(name, count, *args):

@@ -24,8 +24,13 @@ NAMES = digits("train").class_names
 def digit_file(index: int, kind: str = "JPEG") -> bytes:
     """A digit as an encoded RGB image of 20x24 pixels."""
     pixels = np.uint8((digits("train").images[index, ..., 0] + 1) * 127.5)
+    return encoded(Image.fromarray(pixels).resize((24, 20)).convert("RGB"), kind)
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    """An image as the bytes of a file."""
     file = io.BytesIO()
-    Image.fromarray(pixels).resize((24, 20)).convert("RGB").save(file, kind)
+    image.save(file, kind)
     return file.getvalue()
 
 
@@ -45,6 +50,8 @@ def write_tfds(folder: str, num: int) -> str:
                 "label": features.ClassLabel(names=NAMES),
                 "clip": features.Sequence(features.Image(shape=(20, 24, 3), encoding_format="jpeg")),
                 "captions": captions,
+                # As of ucf101.
+                "video": features.Video(shape=(None, 20, 24, 3), encoding_format="jpeg"),
             }))
 
         def _split_generators(self, manager):
@@ -53,16 +60,51 @@ def write_tfds(folder: str, num: int) -> str:
 
         def _generate_examples(self):
             labels = digits("train").labels
+            # What TFDS has ffmpeg make of a file.
+            video = [encoded(Image.fromarray(clip_frame(j)), "JPEG") for j in range(12)]
             for i in range(num):
                 words = NAMES[labels[i]]
                 yield i, {
                     "image": io.BytesIO(digit_file(i)), "label": int(labels[i]),
                     "clip": [io.BytesIO(digit_file(j)) for j in range(i, i + 1 + i % 4)],
+                    "video": video,
                     "captions": [{"id": 2 * i, "text": f"the digit {words}"}, {"id": 2 * i + 1, "text": f"a {words}"}],
                 }
 
     TinyDigits(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
+
+
+def clip_frame(index: int) -> np.ndarray:
+    """A frame of 20x24 pixels whose mean, 10 (index + 1), tells its number; lighter to the right."""
+    slope = np.linspace(-8, 8, 24)[None, :, None]
+    return np.uint8(np.broadcast_to(10 * (index + 1) + slope, (20, 24, 3)))
+
+
+def write_clip(path, kind: str, frames: int):
+    """A clip of `clip_frame`s: PATH.KIND, or for kind `folder` PATH/frame*.png; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [Image.fromarray(clip_frame(i)) for i in range(frames)]
+    if kind == "folder":
+        path.mkdir()
+        for i, picture in enumerate(pictures):
+            picture.save(path / f"frame{i}.png")
+        return path
+    path = path.with_suffix(f".{kind}")
+    if kind == "gif":
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40, loop=0)
+        return path
+    import av
+
+    codec, options = {"webm": ("libvpx-vp9", {}), "avi": ("mpeg4", {"bf": "0"})}.get(kind, ("libx264", {"bf": "2"}))
+    with av.open(str(path), "w") as container:
+        # A group of pictures is shorter than the clip, so that there is something to seek.
+        stream = container.add_stream(codec, rate=25, options={"g": "7", **options})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 24, 20, "yuv420p", 4_000_000
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path
 
 
 def write_tars(folder, num: int, per_shard: int = 5, broken: tuple[int, ...] = ()) -> str:

@@ -42,6 +42,20 @@ class Storage:
         self.key, self.memory = key, memory
 
 
+class Reduced:
+    """A value that the pickle has a function make."""
+
+    def __init__(self, function: Global, arguments: tuple):
+        self.function, self.arguments = function, arguments
+
+
+class Script:
+    """An object of a TorchScript file: its class and attributes."""
+
+    def __init__(self, name: str, attributes: dict[str, Any]):
+        self.name, self.attributes = name, attributes
+
+
 class Pickler(pickle._Pickler):
     """Pickles arrays as PyTorch pickles tensors: views on storages, which are kept aside."""
 
@@ -57,6 +71,14 @@ class Pickler(pickle._Pickler):
 
     dispatch[Global] = save_named
 
+    def save_script(self, obj: Script) -> None:
+        self.save(Global(*f"__torch__.{obj.name}".rsplit(".", 1)))
+        self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+        self.save(obj.attributes)
+        self.write(pickle.BUILD)
+
+    dispatch[Script] = save_script
+
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, Storage):
             kind = Global("torch", STORAGES[obj.memory.dtype.name])
@@ -65,6 +87,8 @@ class Pickler(pickle._Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         hooks = collections.OrderedDict()
+        if isinstance(obj, Reduced):
+            return obj.function, obj.arguments
         if isinstance(obj, Parameter):
             return Global("torch._utils", "_rebuild_parameter"), (obj.array, True, hooks)
         if isinstance(obj, np.ndarray):
@@ -133,6 +157,29 @@ def save(
     records = {"data.pkl": buffer.getvalue(), "byteorder": byteorder.encode()}
     records |= {f"data/{storage.key}": raw(storage.memory, byteorder) for storage in storages}
     zip_file(path, records | {"version": b"3\n"}, folder)
+
+
+def save_script(path, weights: dict[str, np.ndarray]) -> None:
+    """What torch.jit.save writes of a scripted module with these parameters: its objects, and code beside them."""
+    tree: dict[str, Any] = {}
+    for name, array in weights.items():
+        *parents, leaf = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = array
+
+    def scripted(attributes: dict[str, Any], name: str) -> Script:
+        own = {key: scripted(value, key) if isinstance(value, dict) else value for key, value in attributes.items()}
+        sizes = Reduced(Global("torch.jit._pickle", "build_intlist"), ([1, 2],))
+        return Script(f"src.model.{name}", {"training": False, "_is_full_backward_hook": None, "sizes": sizes} | own)
+
+    buffer = io.BytesIO()
+    pickler = Pickler(buffer)
+    pickler.dump(scripted(tree, "Net"))
+    records = {"data.pkl": buffer.getvalue(), "code/__torch__/src/model.py": b"class Net(Module): ...\n"}
+    records |= {f"data/{storage.key}": raw(storage.memory) for storage in pickler.storages.values()}
+    zip_file(path, records | {"constants.pkl": b"\x80\x02).", "version": b"3\n"}, "i3d_torchscript")
 
 
 def released(model: dict, ema: dict | None = None, args: dict | None = None) -> dict:

@@ -22,6 +22,7 @@ from absl import flags
 from causalfusion_jax.data import tar_shards, tfds_source
 from causalfusion_jax.data.caption_folder import CaptionFolderSource
 from causalfusion_jax.data.captions import with_text
+from causalfusion_jax.data.clip_folder import ClipFolderSource
 from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.latents import LatentsSource, read_manifest
 from causalfusion_jax.data.moving_digits import MovingDigitsSource
@@ -30,9 +31,10 @@ from causalfusion_jax.data.tokenizers import TextConfig
 from causalfusion_jax.errors import InputError, require, require_number, require_one_of
 
 SOURCES = (
-    "digits", "digit_pairs", "moving_digits", "image_folder", "caption_folder", "tfds", "tar", "latents", "arrays"
+    "digits", "digit_pairs", "moving_digits", "image_folder", "clip_folder", "caption_folder", "tfds", "tar", "latents",
+    "arrays",
 )
-ENCODED = ("image_folder", "tfds", "tar")
+ENCODED = ("image_folder", "clip_folder", "tfds", "tar")
 """Sources of image files: with `latents` they are what `encode` makes latents of."""
 
 BUILT_IN = {"channels": 1, "path": "", "frames": 1, "latents": False}
@@ -46,10 +48,11 @@ class DataConfig:
 
     Attributes:
       source: `digits` (scikit-learn's, built in), `digit_pairs` (two of them side by side, with
-        captions), `moving_digits` (clips of them), `image_folder`, `caption_folder` (images and
-        captions.jsonl), `tfds` (prepared by TensorFlow Datasets), `tar` (shards in WebDataset's
-        layout), `latents` (written by `encode`), or `arrays`.
-      path: of image_folder, one folder of images for each class; of caption_folder, that of
+        captions), `moving_digits` (clips of them), `image_folder`, `clip_folder` (videos, GIFs,
+        folders of frames), `caption_folder` (images and captions.jsonl), `tfds` (prepared by
+        TensorFlow Datasets), `tar` (shards in WebDataset's layout), `latents` (written by
+        `encode`), or `arrays`.
+      path: of image_folder and clip_folder, one folder for each class; of caption_folder, that of
         captions.jsonl, each line of which is {"file_name": ..., "caption": ...}; of tfds, its
         data_dir ("": the default one); of tar, the folder of shards; of latents, that of
         `encode --out`; of arrays, a folder with image.npy and label.npy.
@@ -62,6 +65,8 @@ class DataConfig:
       image_width: width where it is not `image_size`, which is then the height; 0: it is.
       channels: 1 or 3; any number for latents.
       frames: 1 for images, more for videos of so many frames.
+      frame_stride: of clip_folder and tfds, every so many-th frame of a video is taken. The first
+        one is drawn anew each epoch; evaluation and `encode` take the middle of a video.
       latents: the model takes an autoencoder's latents. Arrays hold them, scaled as models take
         them; image_folder, tfds and tar are to be encoded first.
       num_classes: classes; must be what the source holds.
@@ -83,6 +88,7 @@ class DataConfig:
     image_width: int = 0
     channels: int = 1
     frames: int = 1
+    frame_stride: int = 1
     latents: bool = False
     num_classes: int = 10
     flip: bool = False
@@ -103,16 +109,19 @@ class DataConfig:
         else:
             require_one_of("channels", self.channels, (1, 3))
         require_number("frames", self.frames, 1)
+        require_number("frame_stride", self.frame_stride, 1)
+        require(
+            self.frame_stride == 1 or (self.source in ("clip_folder", "tfds") and self.frames > 1), "frame_stride",
+            self.frame_stride, "is of videos of sources clip_folder and tfds alone",
+        )
         require_number("num_classes", self.num_classes, 1)
         require_number("workers", self.workers, 0)
         require_number("max_corrupt", self.max_corrupt, 0)
         if self.source != "tfds":
             for name, neutral in {"split": "train", "image_key": "", "label_key": "", "caption_key": ""}.items():
                 require(getattr(self, name) == neutral, name, getattr(self, name), "is of source tfds alone")
-        if self.source == "image_folder":
-            require(bool(self.path), "path", self.path, "source image_folder needs the folder's path")
-        if self.source == "caption_folder":
-            require(bool(self.path), "path", self.path, "source caption_folder needs the folder's path")
+        if self.source in ("image_folder", "clip_folder", "caption_folder"):
+            require(bool(self.path), "path", self.path, f"source {self.source} needs the folder's path")
         fixed = {
             "digits": {"image_size": 8, "image_width": 0, "num_classes": 10, **BUILT_IN},
             "digit_pairs": {"image_size": 8, "image_width": 16, "num_classes": 100, "flip": False, **BUILT_IN},
@@ -120,6 +129,7 @@ class DataConfig:
                 "channels": 1, "num_classes": 10, "path": "", "latents": False, "flip": False, "image_width": 0
             },
             "image_folder": {"image_width": 0, "frames": 1},
+            "clip_folder": {"image_width": 0},
             "caption_folder": {"frames": 1, "latents": False, "num_classes": 1},
             "tfds": {"image_width": 0},
             "tar": {"image_width": 0, "frames": 1},
@@ -131,6 +141,7 @@ class DataConfig:
 
         if self.source == "moving_digits":
             require_number("image_size", self.image_size, 9)
+        if self.source in ("moving_digits", "clip_folder"):
             require_number("frames", self.frames, 2)
 
     @property
@@ -170,7 +181,7 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
             "config.data.source", config.source, "gives pixels, and the model takes latents: encode them by"
             " causalfusion_jax.encode, then give source=latents and as path its --out",
         )
-    if config.source in ("digits", "arrays", "image_folder"):
+    if config.source in ("digits", "arrays", "image_folder", "clip_folder"):
         require(not captions, "config.data.source", config.source, "has no captions")
     if config.source == "digits":
         return digits("train")
@@ -189,7 +200,7 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
     if config.source == "tfds":
         source = tfds_source.TfdsSource(
             config.name, config.path, config.split, _keys(config), config.image_size, config.channels, config.frames,
-            captions,
+            captions, config.frame_stride,
         )
         require(
             source.num_classes == config.num_classes, "num_classes", config.num_classes,
@@ -200,7 +211,12 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
         # The papers' configs are whole but for where the latents lie.
         require(bool(config.path), "config.data.path", config.path, "source arrays needs the path of its folder")
         return ArraysSource(config.path, config.shape, config.latents, config.num_classes)
-    source = ImageFolderSource(config.path, config.image_size, config.channels, config.verify)
+    if config.source == "clip_folder":
+        source = ClipFolderSource(
+            config.path, config.frames, config.frame_stride, config.image_size, config.channels
+        )
+    else:
+        source = ImageFolderSource(config.path, config.image_size, config.channels, config.verify)
     require(
         source.num_classes == config.num_classes, "num_classes", config.num_classes,
         f"{config.path} has {source.num_classes} class folders",
@@ -220,9 +236,9 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
     names: tuple[str, ...] = ()
     if config.source == "digits":
         names = digits("train").class_names
-    elif config.source == "image_folder":
+    elif config.source in ("image_folder", "clip_folder"):
         root = pathlib.Path(config.path)
-        require(root.is_dir(), "data.path", config.path, "must be a folder with one folder of images for each class")
+        require(root.is_dir(), "data.path", config.path, "must be a folder with one folder for each class")
         names = tuple(folder.name for folder in class_folders(root))
     elif config.source == "tar" and config.path:
         names = tar_shards.class_names(pathlib.Path(config.path))

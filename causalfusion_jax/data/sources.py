@@ -3,7 +3,7 @@
 Images are float32 [(frames,) height, width, channels] in [-1, 1] (latents: scaled as the
 model takes them), labels int32. Where captions were asked for, there is "caption" too, a str.
 A record that cannot be read raises CorruptRecord. Further sources: `tfds_source`, `tar_shards`,
-`latents`.
+`clip_folder`, `latents`.
 """
 
 import concurrent.futures
@@ -45,14 +45,23 @@ class ImageFormat(NamedTuple):
         Raises:
           CorruptRecord: it cannot be decoded.
         """
-        pixels = np.asarray(center_crop(self.open(name, file), self.size), np.float32)
+        return self.fit(self.open(name, file))
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """A whole image of any mode as float32 [size, size, channels] in [-1, 1]."""
+        pixels = np.asarray(center_crop(image.convert(self.mode), self.size), np.float32)
         return pixels.reshape(self.size, self.size, self.channels) / 127.5 - 1.0
+
+    @property
+    def mode(self) -> str:
+        """What Pillow calls its colours."""
+        return "L" if self.channels == 1 else "RGB"
 
     def open(self, name: str, file: BinaryIO | pathlib.Path) -> Image.Image:
         """The whole image, decoded. Raises CorruptRecord where it cannot be."""
         try:
             with Image.open(file) as image:
-                return image.convert("L" if self.channels == 1 else "RGB")
+                return image.convert(self.mode)
         except Exception as error:  # Pillow raises whatever damage leads its decoders to
             reason = str(error).replace(name, pathlib.Path(name).name)
             raise CorruptRecord(

@@ -96,7 +96,7 @@ def prepare(name: str, path: str) -> str:
 class TfdsSource:
     """A split of a prepared data set.
 
-    Of a video, `frames` consecutive frames: the middle ones by index, from a random first one
+    Of a video, `frames` frames `stride` apart: the middle ones by index, from a random first one
     in `draw`; the last frame is repeated where the video is shorter.
 
     Args:
@@ -107,6 +107,7 @@ class TfdsSource:
       channels: 1 (grey) or 3 (RGB).
       frames: 1 for images.
       captions: give "caption" too: the first by index, a random one in `draw`.
+      stride: every so many-th frame of a video is taken.
 
     Raises:
       InputError: not prepared as ArrayRecord, no such split, or no such features.
@@ -114,14 +115,15 @@ class TfdsSource:
 
     def __init__(
         self, name: str, path: str, split: str, keys: Keys, image_size: int, channels: int, frames: int = 1,
-        captions: bool = False,
+        captions: bool = False, stride: int = 1,
     ):
         import tensorflow_datasets as tfds
 
         builder = _builder(name, path)
         info = builder.info
         self.folder, self.split, self.keys = str(builder.data_path), split, keys
-        self.format, self.frames, self.captions = ImageFormat(image_size, channels), frames, captions
+        self.format, self.captions = ImageFormat(image_size, channels), captions
+        self.frames, self.stride = frames, stride
         self.dataset = info.name
         features = _flat(info.features)
         is_image = isinstance(features.get(keys.image), tfds.features.Image if frames == 1 else tfds.features.Sequence)
@@ -210,8 +212,8 @@ class TfdsSource:
         """The image, or a clip of the video."""
         if self.frames == 1:
             return self.format.decode(name, io.BytesIO(encoded[0]))
-        first = pick(max(len(encoded) - self.frames + 1, 1))
-        chosen = np.minimum(np.arange(first, first + self.frames), len(encoded) - 1)
+        first = pick(max(len(encoded) - (self.frames - 1) * self.stride, 1))
+        chosen = np.minimum(first + self.stride * np.arange(self.frames), len(encoded) - 1)
         return np.stack([self.format.decode(name, io.BytesIO(encoded[i])) for i in chosen])
 
 

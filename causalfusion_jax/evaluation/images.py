@@ -1,4 +1,4 @@
-"""Images to be scored, a batch at a time: of an .npz file, of a folder, of a data set."""
+"""Images and videos to be scored, a batch at a time: of an .npz file, of a folder, of a data set."""
 
 import concurrent.futures
 import itertools
@@ -12,17 +12,18 @@ from PIL import Image
 
 from causalfusion_jax.data.pipeline import Source
 from causalfusion_jax.data.sources import IMAGE_SUFFIXES
+from causalfusion_jax.data.video_files import CLIP_SUFFIXES, clip_indices, read_frames
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.npz import NpzReader
 from causalfusion_jax.sampling.images import to_uint8
 
 
 class Images(NamedTuple):
-    """Images that are read anew at every pass.
+    """Images (or videos) that are read anew at every pass.
 
     Attributes:
       num: how many.
-      shape: of one: (height, width, channels).
+      shape: of one: ((frames,) height, width, channels).
       batches: size -> uint8 [size, *shape] of all images in order, the last one shorter.
     """
 
@@ -41,14 +42,9 @@ def open_images(field: str, path: str) -> Images:
     Raises:
       InputError: it is none of these, or its images are not uint8 and of one size.
     """
-    place = pathlib.Path(path)
+    place = _samples_file(field, path)
     if place.is_dir():
-        if not (place / "samples.npz").is_file():
-            require(
-                not (place / "parts").is_dir(), field, path, "is not complete; run the same `sample` command again"
-            )
-            return _folder(field, place)
-        place = place / "samples.npz"
+        return _folder(field, place)
     reader = NpzReader(field, place)
     shape, dtype = reader.shape("arr_0")
     require(
@@ -57,6 +53,75 @@ def open_images(field: str, path: str) -> Images:
         + (" (latents; sample with --vae=FOLDER)" if dtype.kind == "f" else ""),
     )
     return Images(shape[0], shape[1:], lambda size: reader.batches("arr_0", size))
+
+
+def open_videos(field: str, path: str, frames: int) -> Images:
+    """The first frames of videos of an .npz (`arr_0`), of a folder with samples.npz, or of a folder of clips.
+
+    Args:
+      field: the option that names it, for errors.
+      path: the file, or the folder: video files and GIFs anywhere below it, and folders of frames.
+      frames: of a video.
+
+    Raises:
+      InputError: it is none of these, or its videos are too short, not uint8 or not of one size.
+    """
+    place = _samples_file(field, path)
+    if place.is_dir():
+        return _clips(field, place, frames)
+    reader = NpzReader(field, place)
+    shape, dtype = reader.shape("arr_0")
+    require(
+        dtype == np.uint8 and len(shape) == 5 and shape[-1] in (1, 3) and shape[1] >= frames, field, str(place),
+        f"not videos: arr_0 must be uint8 [num, frames >= {frames}, height, width, 1 or 3]; it is {dtype} {list(shape)}"
+        + (" (latents; sample with --vae=FOLDER)" if dtype.kind == "f" else ""),
+    )
+    return Images(
+        shape[0], (frames, *shape[2:]), lambda size: (batch[:, :frames] for batch in reader.batches("arr_0", size))
+    )
+
+
+def _samples_file(field: str, path: str) -> pathlib.Path:
+    """The samples.npz of a folder that `sample` wrote; else what was given."""
+    place = pathlib.Path(path)
+    if not place.is_dir():
+        return place
+    if (place / "samples.npz").is_file():
+        return place / "samples.npz"
+    require(not (place / "parts").is_dir(), field, path, "is not complete; run the same `sample` command again")
+    return place
+
+
+def _clips(field: str, folder: pathlib.Path, frames: int) -> Images:
+    """All clips below a folder, by name."""
+    found = {path for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file()}
+    found |= {path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
+    paths = sorted(found)
+    kinds = ", ".join(CLIP_SUFFIXES)
+    require(bool(paths), field, str(folder), f"holds neither samples.npz nor clips ({kinds}, folders of frames)")
+
+    def load(path: pathlib.Path) -> np.ndarray:
+        try:
+            read = read_frames(path, lambda count: clip_indices(str(path), count, frames, 1, lambda first: 0))
+        except InputError as error:
+            raise InputError(field, error.value, error.allowed) from None
+        sizes = {frame.size for frame in read}
+        require(len(sizes) == 1, field, str(path), f"its frames are of sizes {sorted(sizes)}; crop them alike")
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in read])
+
+    return _of_files(field, paths, load)
+
+
+def _of_files(field: str, paths: list[pathlib.Path], load: Callable[[pathlib.Path], np.ndarray]) -> Images:
+    """Images (or videos) of files, all of the first one's shape."""
+    shape = load(paths[0]).shape
+
+    def load_same(path: pathlib.Path) -> np.ndarray:
+        image = load(path)
+        require(image.shape == shape, field, str(path), f"is {image.shape}, the first one {shape}; crop them alike")
+        return image
+
+    return Images(len(paths), shape, lambda size: _loaded(load_same, paths, size))
 
 
 def _folder(field: str, folder: pathlib.Path) -> Images:
@@ -71,29 +136,33 @@ def _folder(field: str, folder: pathlib.Path) -> Images:
         except (OSError, ValueError, SyntaxError) as error:
             raise InputError(field, str(path), f"not a readable image ({error})") from None
 
-    shape = load(paths[0]).shape
-
-    def load_same(path: pathlib.Path) -> np.ndarray:
-        image = load(path)
-        require(image.shape == shape, field, str(path), f"is {image.shape}, the first one {shape}; crop them alike")
-        return image
-
-    return Images(len(paths), shape, lambda size: _loaded(load_same, paths, size))
+    return _of_files(field, paths, load)
 
 
-def of_source(field: str, source: Source) -> Images:
-    """The images of a data set, in its order.
+def of_source(field: str, source: Source, frames: int = 1) -> Images:
+    """The images of a data set, in its order; or the first so many `frames` of its videos.
 
     Raises:
-      InputError: it holds no images of one or three channels.
+      InputError: it holds no images (or videos so long) of one or three channels.
     """
     shape = np.shape(source[0]["image"])
-    require(
-        len(shape) == 3 and shape[-1] in (1, 3), field, shape, "the data must be images of 1 or 3 channels, not latents"
-    )
-    return Images(
-        len(source), shape, lambda size: _loaded(lambda i: to_uint8(source[i]["image"]), range(len(source)), size)
-    )
+    if frames == 1:
+        require(
+            len(shape) == 3 and shape[-1] in (1, 3), field, shape,
+            "the data must be images of 1 or 3 channels, not latents",
+        )
+    else:
+        require(
+            len(shape) == 4 and shape[-1] in (1, 3) and shape[0] >= frames, field, shape,
+            f"the data must be videos of at least {frames} frames (data.frames) and 1 or 3 channels, not latents",
+        )
+        shape = (frames, *shape[1:])
+
+    def load(index: int) -> np.ndarray:
+        image = source[index]["image"]
+        return to_uint8(image if frames == 1 else image[:frames])
+
+    return Images(len(source), shape, lambda size: _loaded(load, range(len(source)), size))
 
 
 def _loaded(load: Callable, items, size: int) -> Iterator[np.ndarray]:

@@ -24,6 +24,7 @@ from causalfusion_jax.evaluation.distribution import (
 )
 from causalfusion_jax.evaluation.images import Images
 from causalfusion_jax.evaluation.settings import OF_REFERENCE_IMAGES, WITHOUT_REFERENCE
+from causalfusion_jax.models import i3d
 from causalfusion_jax.models.inception import SPATIAL_CHANNELS, abstract_inception, inception_features
 from causalfusion_jax.models.store import open_converted
 from causalfusion_jax.npz import NpzReader, NpzWriter
@@ -35,40 +36,53 @@ NUM_REFERENCE_IMAGES = 10_000
 NUM_NEIGHBORS = 3
 BATCH_SIZE = 64
 KID_SUBSET_SIZE = 1000
-POOLED, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"
-STATISTICS = {POOLED: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
-"""Names of mean and covariance in ADM's layout, by feature."""
+POOLED, SPATIAL, LOGITS, I3D_LOGITS = "2048", "spatial", "logits_unbiased", "i3d_logits"
+STATISTICS = {POOLED: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s"), I3D_LOGITS: ("mu_i3d", "sigma_i3d")}
+"""Names of mean and covariance in ADM's layout (of I3D in our own), by feature."""
+FRECHET = {"fid": POOLED, "sfid": SPATIAL, "fvd": I3D_LOGITS}
+"""The feature whose Fréchet distance a metric is."""
+DIMS = {POOLED: int(POOLED), SPATIAL: SPATIAL_CHANNELS * 17 * 17, I3D_LOGITS: i3d.LOGITS}
 
 Features = dict[str, np.ndarray]
 
 
-class Inception:
-    """The converted Inception, whole on every device, which share a batch.
+class Network:
+    """A converted network whose features are compared, whole on every device, which share a batch.
 
     Args:
       field: the option that names the folder, for errors.
-      folder: of kind fid_inception.
+      folder: of kind KIND.
       devices: default: all.
-      batch_size: images at a time; rounded up to a multiple of the devices.
+      batch_size: images (or videos) at a time; rounded up to a multiple of the devices.
 
     Raises:
       InputError: it is not one.
     """
 
+    KIND: str
+
     def __init__(self, field: str, folder: str, devices=None, batch_size: int = BATCH_SIZE):
-        converted = open_converted(field, folder, ("fid_inception",))
+        converted = open_converted(field, folder, (self.KIND,))
         mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
         self.fingerprint = converted.fingerprint
-        self._params = jax.device_put(converted.params(abstract_inception()[1]), sharding.replicated(mesh))
+        self._params = jax.device_put(converted.params(self._shapes()), sharding.replicated(mesh))
         self._split = sharding.batch_sharding(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
+
+    def _shapes(self):
+        """Its parameters as jax.ShapeDtypeStruct."""
+        raise NotImplementedError
+
+    def _compute(self, images: jax.Array) -> dict[str, jax.Array]:
+        """Features of uint8 [batch, (frames,) height, width, 3]."""
+        raise NotImplementedError
 
     def features(self, batches: Callable[[int], Iterator[np.ndarray]], names: Iterable[str]) -> Iterator[Features]:
         """Features of all images, batch by batch; the device computes one batch ahead.
 
         Args:
-          batches: size -> uint8 [size, height, width, 1 or 3], as of `Images`.
-          names: of the features wanted, as of `inception_features`.
+          batches: size -> uint8 [size, (frames,) height, width, 1 or 3], as of `Images`.
+          names: of the features wanted.
         """
         ahead = None
         for images in batches(self._batch_size):
@@ -85,9 +99,9 @@ class Inception:
 
     def _start(self, images: np.ndarray, names: Iterable[str]):
         # Filled up, so that one program serves all batches.
-        filled = np.zeros((self._batch_size, *images.shape[1:3], 3), np.uint8)
+        filled = np.zeros((self._batch_size, *images.shape[1:-1], 3), np.uint8)
         filled[:len(images)] = images
-        found = inception_features(self._params, jax.device_put(filled, self._split))
+        found = self._compute(jax.device_put(filled, self._split))
         return {name: found[name] for name in names}, len(images)
 
     @staticmethod
@@ -95,21 +109,29 @@ class Inception:
         return {name: distributed.everywhere(values)[:num] for name, values in features.items()}
 
 
+class Inception(Network):
+    """The Inception of FID; features as of `inception_features`."""
+
+    KIND = "fid_inception"
+
+    def _shapes(self):
+        return abstract_inception()[1]
+
+    def _compute(self, images: jax.Array) -> dict[str, jax.Array]:
+        return inception_features(self._params, images)
+
+
 class Collected:
     """What is kept of the features of images that are seen once.
 
     Args:
-      metrics: of `settings.INCEPTION_METRICS`; what none of them needs is not kept.
+      metrics: of `settings.INCEPTION_METRICS` or VIDEO_METRICS; what none of them needs is not kept.
     """
 
     def __init__(self, metrics: Iterable[str]):
         metrics = set(metrics)
         self.count = 0
-        self.statistics = {}
-        if "fid" in metrics:
-            self.statistics[POOLED] = FeatureStatistics(int(POOLED))
-        if "sfid" in metrics:
-            self.statistics[SPATIAL] = None
+        self.statistics = {name: FeatureStatistics(DIMS[name]) for metric, name in FRECHET.items() if metric in metrics}
         self.score = InceptionScore() if "inception_score" in metrics else None
         self._kept = [] if metrics & set(OF_REFERENCE_IMAGES) else None
 
@@ -124,8 +146,6 @@ class Collected:
     def add(self, features: Features) -> None:
         """Adds a batch."""
         for name, statistics in self.statistics.items():
-            if statistics is None:
-                statistics = self.statistics[name] = FeatureStatistics(features[name].shape[1])
             statistics.update(features[name])
         if self.score is not None:
             self.score.update(features[LOGITS])
@@ -167,7 +187,7 @@ class Reference:
                 dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and shape[0] >= 2, field, path,
                 f"arr_0 must be uint8 images [num, height, width, 3]; it is {dtype} {list(shape)}",
             )
-        for name in (name for names in STATISTICS.values() for name in names):
+        for name in (*STATISTICS[POOLED], *STATISTICS[SPATIAL]):
             require(
                 self.has_images or name in self._reader.names, field, path,
                 f"has neither {name} nor images (arr_0); make one with `evaluate --make_reference`",
@@ -188,10 +208,10 @@ class Reference:
         metrics = set(metrics) - set(WITHOUT_REFERENCE)
         for metric in metrics:
             require(self.supports(metric), self._field, self._path, f"has no images (arr_0), which {metric} needs")
-        wanted = {name for metric, name in (("fid", POOLED), ("sfid", SPATIAL)) if metric in metrics}
+        wanted = {name for metric, name in FRECHET.items() if metric in metrics}
         read = {name for name in wanted if set(STATISTICS[name]) <= set(self._reader.names)}
         for name in read - set(self._statistics):
-            self._statistics[name] = self._read(name)
+            self._statistics[name] = read_statistics(self._reader, name)
         missing = (wanted - set(self._statistics)) and {"fid", "sfid"}
         keep = set(OF_REFERENCE_IMAGES) & metrics if self._features is None else set()
         if not missing and not keep:
@@ -204,16 +224,6 @@ class Reference:
         if keep:
             self._features = collected.kept
 
-    def _read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        mean, cov = (np.asarray(self._reader.array(part), np.float64) for part in STATISTICS[name])
-        dim = int(POOLED) if name == POOLED else SPATIAL_CHANNELS * 17 * 17
-        for part, array, shape in zip(STATISTICS[name], (mean, cov), ((dim,), (dim, dim)), strict=True):
-            require(
-                array.shape == shape and bool(np.isfinite(array).all()), self._field, self._path,
-                f"{part} must be finite {list(shape)}; it is {list(array.shape)}",
-            )
-        return mean, cov
-
     def statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of a feature, once prepared."""
         return self._statistics[name]
@@ -222,6 +232,18 @@ class Reference:
     def features(self) -> np.ndarray:
         """Pooled features of its images, once prepared."""
         return self._features
+
+
+def read_statistics(reader: NpzReader, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of a feature, as an .npz keeps them. Raises InputError for arrays of another shape."""
+    mean, cov = (np.asarray(reader.array(part), np.float64) for part in STATISTICS[name])
+    dim = DIMS[name]
+    for part, array, shape in zip(STATISTICS[name], (mean, cov), ((dim,), (dim, dim)), strict=True):
+        require(
+            array.shape == shape and bool(np.isfinite(array).all()), reader.field, str(reader.path),
+            f"{part} must be finite {list(shape)}; it is {list(array.shape)}",
+        )
+    return mean, cov
 
 
 def compute(metrics: Iterable[str], collected: Collected, reference: Reference | None) -> dict[str, float]:
@@ -236,7 +258,7 @@ def compute(metrics: Iterable[str], collected: Collected, reference: Reference |
       Every metric, and `inception_score_std`, `kid_std`, `kid_subset_size` beside theirs.
     """
     metrics, scores = set(metrics), {}
-    for metric, name in (("fid", POOLED), ("sfid", SPATIAL)):
+    for metric, name in FRECHET.items():
         if metric in metrics:
             ours = collected.statistics[name]
             scores[metric] = frechet_from_statistics(ours.mean, ours.cov, *reference.statistics(name))
@@ -308,6 +330,6 @@ def make_reference(
                     yield batch
 
             collected.add_all(inception.features(kept, collected.names), progress)
-        for name, (mean, cov) in STATISTICS.items():
-            writer.array(mean, collected.statistics[name].mean)
-            writer.array(cov, collected.statistics[name].cov)
+        for name, statistics in collected.statistics.items():
+            for part, array in zip(STATISTICS[name], (statistics.mean, statistics.cov), strict=True):
+                writer.array(part, array)

@@ -10,6 +10,9 @@ PIXEL_METRICS = ("fd", "accuracy")
 INCEPTION_METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 """Of `evaluation.inception_metrics`: they need a converted Inception."""
 METRICS = (*PIXEL_METRICS, *INCEPTION_METRICS)
+"""Those that training can evaluate."""
+VIDEO_METRICS = ("fvd",)
+"""Of `evaluation.video_metrics`: they need a converted I3D."""
 WITHOUT_REFERENCE = ("inception_score",)
 OF_REFERENCE_IMAGES = ("precision", "recall", "kid")
 """Compare images with images, where the others compare statistics."""

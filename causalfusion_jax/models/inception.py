@@ -8,8 +8,6 @@ and branch names are theirs. Images are NHWC.
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,15 @@ import numpy as np
 from flax import nnx
 
 from causalfusion_jax.errors import require
+from causalfusion_jax.models.inception_layers import (
+    PRECISION,
+    Block,
+    Branch,
+    Conv,
+    LayerStack,
+    Pool,
+    block_channels,
+)
 from causalfusion_jax.models.transformer import Params
 
 SIDE = 299
@@ -24,47 +31,6 @@ SIDE = 299
 SPATIAL_CHANNELS = 7
 """Channels of the spatial features, so that their number, 17 * 17 * 7, is near 2048."""
 LOGITS = 1008
-BATCH_NORM_EPS = 1e-3
-# Anything less (bfloat16 on a TPU, TF32 on a GPU) moves the scores.
-PRECISION = jax.lax.Precision.HIGHEST
-
-
-class Conv(NamedTuple):
-    """A convolution without bias, batch norm, ReLU.
-
-    Attributes:
-      channels: channels out.
-      size: rows and columns of the kernel.
-      stride, padding: as in jax.lax.conv.
-      name: its name in its block.
-    """
-
-    channels: int
-    size: tuple[int, int] = (1, 1)
-    stride: int = 1
-    padding: str = "SAME"
-    name: str = ""
-
-
-class Pool(NamedTuple):
-    """A 3x3 pool; `average` leaves the padding out of the mean."""
-
-    kind: str
-    stride: int = 1
-    padding: str = "SAME"
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, height, width, channels] to the same, fewer rows and columns if strided."""
-        window, strides = (3, 3), (self.stride, self.stride)
-        if self.kind == "max":
-            return nnx.max_pool(x, window, strides, self.padding)
-        return nnx.avg_pool(x, window, strides, self.padding, count_include_pad=False)
-
-
-Branch = tuple[Pool | tuple[Conv, ...], ...]
-"""Steps in a row; the convolutions of one step run side by side on the same input."""
-Block = tuple[Branch, ...]
-"""Branches that run side by side on the same input."""
 
 AVERAGE = Pool("average")
 HALVE = Pool("max", 2, "VALID")
@@ -156,91 +122,22 @@ SPATIAL_LAYER = "Mixed_6d"
 """`mixed_6` of the TensorFlow graph."""
 
 
-def convolutions() -> Iterator[tuple[tuple[str, ...], int, Conv]]:
-    """All convolutions in order: names of layer and, in a block, convolution; channels in; itself."""
-    channels = 3
-    for layer_name, layer in LAYERS.items():
-        if isinstance(layer, Conv):
-            yield (layer_name,), channels, layer
-            channels = layer.channels
-        elif not isinstance(layer, Pool):
-            channels_out = 0
-            for branch in layer:
-                inner = channels
-                for step in branch:
-                    if isinstance(step, Pool):
-                        continue
-                    for conv in step:
-                        yield (layer_name, conv.name), inner, conv
-                    inner = sum(conv.channels for conv in step)
-                channels_out += inner
-            channels = channels_out
-
-
 def feature_channels() -> int:
     """Channels of the last block's output."""
-    last = list(LAYERS.values())[-1]
-    return sum(conv.channels for branch in last for conv in branch[-1])
+    return block_channels(list(LAYERS.values())[-1])
 
 
-class ConvUnit(nnx.Module):
-    """A `Conv` with its parameters; batch norm is `scale * (x - mean) / sqrt(var + eps) + bias`."""
-
-    def __init__(self, in_channels: int, conv: Conv):
-        self.conv = conv
-        self.kernel = nnx.Param(jnp.zeros((*conv.size, in_channels, conv.channels)))
-        self.scale, self.bias = nnx.Param(jnp.ones(conv.channels)), nnx.Param(jnp.zeros(conv.channels))
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(conv.channels)), nnx.BatchStat(jnp.ones(conv.channels))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        strides = (self.conv.stride, self.conv.stride)
-        x = jax.lax.conv_general_dilated(
-            x, self.kernel[...], strides, self.conv.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=PRECISION,
-        )
-        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + BATCH_NORM_EPS)
-        return jax.nn.relu((x - self.mean[...]) * scale + self.bias[...])
-
-
-class Mixed(nnx.Module):
-    """The convolutions of a block, by name."""
-
-    def __call__(self, x: jax.Array, block: Block) -> jax.Array:
-        """The outputs of all branches, one after another along the channels."""
-        return jnp.concatenate([self._run(branch, x) for branch in block], axis=-1)
-
-    def _run(self, branch: Branch, x: jax.Array) -> jax.Array:
-        for step in branch:
-            if isinstance(step, Pool):
-                x = step(x)
-            else:
-                x = jnp.concatenate([getattr(self, conv.name)(x) for conv in step], axis=-1)
-        return x
-
-
-class InceptionV3(nnx.Module):
+class InceptionV3(LayerStack):
     """Inception-v3 with fixed batch statistics."""
 
     def __init__(self):
-        for (*block, name), in_channels, conv in convolutions():
-            parent = self
-            if block:
-                if not hasattr(self, block[0]):
-                    setattr(self, block[0], Mixed())
-                parent = getattr(self, block[0])
-            setattr(parent, name, ConvUnit(in_channels, conv))
+        super().__init__(LAYERS)
         self.fc = nnx.Linear(feature_channels(), LOGITS, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
 
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         """Features of images [batch, 299, 299, 3] with values in 0..255; see `inception_features`."""
-        features, x = {}, (images - 128.0) / 128.0
-        for name, layer in LAYERS.items():
-            if isinstance(layer, Pool):
-                x = layer(x)
-            elif isinstance(layer, Conv):
-                x = getattr(self, name)(x)
-            else:
-                x = getattr(self, name)(x, layer)
+        features = {}
+        for name, x in self.run(LAYERS, (images - 128.0) / 128.0):
             if name in POOLED_FEATURES:
                 features[POOLED_FEATURES[name]] = jnp.mean(x, axis=(1, 2))
             if name == SPATIAL_LAYER:
@@ -282,32 +179,39 @@ def init_inception(key: jax.Array) -> Params:
     return jax.tree.unflatten(tree, params)
 
 
-def _source_places(num_in: int, num_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _source_places(num_in: int, num_out: int, half_pixel: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For every place out: the places below and above it, and how far it is from the one below."""
-    source = np.arange(num_out, dtype=np.float32) * np.float32(num_in / num_out)
+    offset = np.float32(0.5 if half_pixel else 0.0)
+    source = (np.arange(num_out, dtype=np.float32) + offset) * np.float32(num_in / num_out) - offset
+    source = np.clip(source, 0, num_in - 1)
     low = source.astype(np.int32)
     return low, np.minimum(low + 1, num_in - 1), source - low.astype(np.float32)
 
 
-def resize_tf1(images: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear resize as TensorFlow 1 does it, which puts place i out at i * in / out.
-
-    No half-pixel offset and no smoothing before it is made smaller: FID is defined so.
+def resize_bilinear(images: jax.Array, size: tuple[int, int], half_pixel: bool) -> jax.Array:
+    """Bilinear resize without smoothing before it is made smaller.
 
     Args:
-      images: [batch, height, width, channels], any type.
+      images: [..., height, width, channels], any type.
       size: rows and columns out.
+      half_pixel: as PyTorch, which puts the middle of pixel i out at (i + 1/2) * in / out;
+        else as TensorFlow 1, which puts place i out at i * in / out.
 
     Returns:
-      float32 [batch, *size, channels], in the range of `images`.
+      float32 [..., *size, channels], in the range of `images`.
     """
     x = jnp.asarray(images, jnp.float32)
-    for axis in (2, 1):
-        low, high, weight = _source_places(x.shape[axis], size[axis - 1])
-        weight = weight.reshape([-1 if a == axis else 1 for a in range(4)])
+    for axis in (-2, -3):
+        low, high, weight = _source_places(x.shape[axis], size[axis + 3], half_pixel)
+        weight = weight.reshape(-1, *(1,) * (-1 - axis))
         below = jnp.take(x, low, axis=axis)
         x = below + (jnp.take(x, high, axis=axis) - below) * weight
     return x
+
+
+def resize_tf1(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """`resize_bilinear` as TensorFlow 1 does it: FID is defined so."""
+    return resize_bilinear(images, size, half_pixel=False)
 
 
 _resize = jax.jit(resize_tf1, static_argnums=1)

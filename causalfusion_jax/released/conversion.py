@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from causalfusion_jax.errors import InputError, require_one_of
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
+from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
-from causalfusion_jax.released import autoencoders, inception, names, transformers
+from causalfusion_jax.released import autoencoders, i3d, inception, names, transformers
 from causalfusion_jax.released.transformers import Geometry, Shapes
 
 
@@ -58,6 +59,13 @@ def _inception(shapes: Shapes, metadata, geometry: Geometry, network: Network) -
     return Plan({}, inception.inception_table(), abstract_inception()[1], inception.ignored_names())
 
 
+def _i3d(shapes: Shapes, metadata, geometry: Geometry, network: Network) -> Plan:
+    del metadata, network
+    _refuse(geometry)
+    layout = i3d.recognise(shapes)
+    return Plan({}, i3d.i3d_table(layout), abstract_i3d()[1], i3d.ignored_names(layout))
+
+
 def _refuse(geometry: Geometry) -> None:
     for name, value in geometry.items():
         if value is not None:
@@ -70,6 +78,7 @@ KINDS = {
     "mar_vae": _autoencoder(autoencoders.mar_vae_config, autoencoders.mar_vae_table),
     "sd_vae": _autoencoder(autoencoders.sd_vae_config, autoencoders.sd_vae_table),
     "fid_inception": _inception,
+    "fvd_i3d": _i3d,
 }
 
 
@@ -110,6 +119,8 @@ def export_table(kind: str, settings: Mapping[str, Any], model: TransformerConfi
         return table(model), abstract_model(model)[1]
     if kind == "fid_inception":
         return inception.inception_table(), abstract_inception()[1]
+    if kind == "fvd_i3d":
+        return i3d.i3d_table(), abstract_i3d()[1]
     config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
     table = autoencoders.mar_vae_table if kind == "mar_vae" else autoencoders.sd_vae_table
     return table(config), abstract_autoencoder(config)[1]

@@ -4,13 +4,14 @@ Both release the same weights, as `weights-` and `pt_inception-2015-12-05-672682
 """
 
 from causalfusion_jax.models import inception
+from causalfusion_jax.models.inception_layers import convolutions
 from causalfusion_jax.released import names
 
 
 def inception_table() -> names.Table:
     """Every released array that the network uses."""
     table = []
-    for path, in_channels, conv in inception.convolutions():
+    for path, in_channels, conv in convolutions(inception.LAYERS):
         name, channels = ".".join(path), conv.channels
         table += names.conv(f"{name}.conv", path, in_channels, channels, conv.size, bias=False)
         table += names.norm(f"{name}.bn", path, channels)
@@ -21,4 +22,4 @@ def inception_table() -> names.Table:
 
 def ignored_names() -> list[str]:
     """Released arrays that the network does not use: counts of training batches."""
-    return [f"{'.'.join(path)}.bn.num_batches_tracked" for path, _, _ in inception.convolutions()]
+    return [f"{'.'.join(path)}.bn.num_batches_tracked" for path, _, _ in convolutions(inception.LAYERS)]

@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     """One released array, and where it goes.
 
     Attributes:
-      name: its released name.
+      name: its released name; "" for ones, which are not released.
       shape: its released shape.
       path: keys of our nested parameters down to the array.
       permutation: the released axes in our order; the result is reshaped to our shape.
@@ -42,6 +42,11 @@ def array(name: str, shape: tuple[int, ...], path: Path, layer: int | None = Non
     return [Entry(name, shape, path, tuple(range(len(shape))), layer)]
 
 
+def ones(shape: tuple[int, ...], path: Path) -> Table:
+    """An array that the release does without, as it would be all ones."""
+    return [Entry("", shape, path, tuple(range(len(shape))))]
+
+
 def linear(
     name: str, path: Path, in_features: int, out_features: int, *, bias: bool = True, layer: int | None = None
 ) -> Table:
@@ -51,10 +56,11 @@ def linear(
 
 
 def conv(
-    name: str, path: Path, in_channels: int, out_channels: int, size: tuple[int, int] = (3, 3), *, bias: bool = True
+    name: str, path: Path, in_channels: int, out_channels: int, size: tuple[int, ...] = (3, 3), *, bias: bool = True
 ) -> Table:
-    """PyTorch's Conv2d: weight [out, in, height, width] to kernel [height, width, in, out]."""
-    weight = Entry(f"{name}.weight", (out_channels, in_channels, *size), (*path, "kernel"), (2, 3, 1, 0))
+    """PyTorch's convolutions: weight [out, in, (frames,) height, width] to kernel [(frames,) ..., in, out]."""
+    permutation = (*range(2, 2 + len(size)), 1, 0)
+    weight = Entry(f"{name}.weight", (out_channels, in_channels, *size), (*path, "kernel"), permutation)
     return [weight] + (array(f"{name}.bias", (out_channels,), (*path, "bias")) if bias else [])
 
 
@@ -72,7 +78,7 @@ def check_shapes(table: Table, found: Mapping[str, tuple[int, ...]], ignored: It
       found: names and shapes of a checkpoint.
       ignored: names that may be there and are not used.
     """
-    expected = {entry.name: entry.shape for entry in table}
+    expected = {entry.name: entry.shape for entry in table if entry.name}
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected) - set(ignored))
     if missing:
@@ -110,7 +116,7 @@ def from_released(table: Table, arrays: Mapping[str, np.ndarray], shapes: Any) -
     for entry in table:
         ours = _leaf(params, entry.path)
         target = ours if entry.layer is None else ours[entry.layer]
-        released = np.asarray(arrays[entry.name])
+        released = np.asarray(arrays[entry.name] if entry.name else np.ones(entry.shape, np.float32))
         if not jnp.issubdtype(released.dtype, jnp.floating):
             raise InputError("--checkpoint", entry.name, f"must be of a float type, not {released.dtype}")
         target[...] = released.transpose(entry.permutation).reshape(target.shape)
@@ -121,6 +127,8 @@ def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
     """Our nested parameters as released arrays, by name; exact inverse of `from_released`."""
     arrays = {}
     for entry in table:
+        if not entry.name:
+            continue
         ours = np.asarray(_leaf(params, entry.path))
         ours = ours if entry.layer is None else ours[entry.layer]
         permuted = ours.reshape([entry.shape[axis] for axis in entry.permutation])

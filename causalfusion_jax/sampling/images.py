@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from causalfusion_jax.data.sources import ImageFormat
+from causalfusion_jax.data.video_files import CLIP_SUFFIXES, read_frames
 from causalfusion_jax.errors import InputError, require
 
 
@@ -95,6 +97,40 @@ def read_images(field: str, path: pathlib.Path, channels: int) -> tuple[np.ndarr
         f"arr_1 must be int [{len(images)}], the labels",
     )
     return images, labels
+
+
+def is_clip(path: pathlib.Path) -> bool:
+    """Whether `read_clip` reads it."""
+    return path.is_dir() or path.suffix.lower() in CLIP_SUFFIXES
+
+
+def read_clip(
+    field: str, path: pathlib.Path, size: int, channels: int, max_frames: int, stride: int = 1
+) -> np.ndarray:
+    """The first frames of a video, a GIF or a folder of images, scaled and cropped as in training.
+
+    Args:
+      field: what to call the path in errors.
+      path: the clip.
+      size: side in pixels.
+      channels: 1 (grey) or 3 (RGB).
+      max_frames: so many, or fewer where it ends before.
+      stride: every so many-th frame of it.
+
+    Returns:
+      uint8 [1, frames, size, size, channels].
+
+    Raises:
+      InputError: it cannot be read, or holds no frames.
+    """
+    require(path.exists(), field, str(path), "no such file")
+    try:
+        frames = read_frames(path, lambda count: range(count)[: max_frames * stride : stride])
+    except InputError as error:
+        raise InputError(field, error.value, error.allowed) from None
+    require(bool(frames), field, str(path), "holds no frames")
+    fit = ImageFormat(size, channels).fit
+    return np.stack([to_uint8(fit(frame)) for frame in frames])[None]
 
 
 MASKED = (228, 87, 86)

@@ -83,6 +83,17 @@ def test_tfds_captions_and_videos(tfds_folder):
     assert batch["image"].shape == (4, 2, 16, 16, 3)
 
 
+def test_tfds_video_feature_with_a_stride(tfds_folder):
+    """Encoded frames, as of ucf101: every second one, around the middle, or from a drawn first one."""
+    config = tfds_config(tfds_folder, image_key="video", frames=4, frame_stride=2)
+    source = make_source(config)
+    numbers = lambda clip: tuple(np.round((clip.mean(axis=(1, 2, 3)) + 1) * 12.75).astype(int) - 1)  # noqa: E731
+    assert {numbers(source[i]["image"]) for i in range(24)} == {(2, 4, 6, 8)}
+    rng = np.random.default_rng(0)
+    assert {numbers(source.draw(0, rng)["image"]) for _ in range(60)} == {tuple(range(i, i + 8, 2)) for i in range(6)}
+    assert host_batches(source, config, 2, seed=0)[0]["image"].shape == (2, 4, 16, 16, 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

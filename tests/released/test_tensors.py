@@ -548,3 +548,32 @@ def test_against_pytorch(tmp_path, legacy):
 def to_numpy(torch, value):
     value = value.detach().contiguous()
     return value.view(torch.int16).numpy().view(BFLOAT16) if value.dtype == torch.bfloat16 else value.numpy().copy()
+
+
+def test_torchscript_is_read_as_its_state_dict(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = {f"block.{i}.conv.weight": rng.normal(size=(2, 3)).astype(np.float32) for i in range(3)}
+    weights |= {"count": np.array(7), "block.1.running": np.arange(4, dtype=np.float32)}
+    torch_format.save_script(tmp_path / "net.pt", weights)
+    with open_checkpoint(tmp_path / "net.pt") as checkpoint:
+        assert set(checkpoint) == set(weights) and checkpoint.metadata == {}
+        for name, array in weights.items():
+            np.testing.assert_array_equal(checkpoint[name], array)
+
+
+def test_torchscript_of_objects_without_end_is_refused(tmp_path):
+    """Objects that hold themselves, and objects that hold one another twice, thirty times over."""
+    for name, pickled in {
+        "loop": b"\x80\x02c__torch__.a\nLoop\n)\x81q\x00}(X\x04\x00\x00\x00selfh\x00ub.",
+        "bomb": b"\x80\x02c__torch__.a\nA\n)\x81}bq\x00" + b"".join(
+            b"c__torch__.a\nA\n)\x81}(X\x01\x00\x00\x00ah%bX\x01\x00\x00\x00bh%bubq%b"
+            % (bytes([i]), bytes([i]), bytes([i + 1])) for i in range(30)
+        ) + b".",
+    }.items():
+        torch_format.zip_file(tmp_path / f"{name}.pt", {"data.pkl": pickled})
+        with pytest.raises(InputError, match="nested too deeply"):
+            open_checkpoint(tmp_path / f"{name}.pt")
+    # Its state is a dict, and nothing else is one.
+    torch_format.zip_file(tmp_path / "state.pt", {"data.pkl": b"\x80\x02c__torch__.a\nA\n)\x81K\x01b."})
+    with pytest.raises(InputError, match="sets the state of"):
+        open_checkpoint(tmp_path / "state.pt")

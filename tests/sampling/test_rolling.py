@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import command, random_params, tiny_config
 from PIL import Image
+from tiny_data import write_clip
 
 from causalfusion_jax import experiment
 from causalfusion_jax.errors import InputError
@@ -173,6 +174,13 @@ def test_sample_longer_videos_and_continue_them(run, tmp_path):
     with np.load(tmp_path / "on" / "samples.npz") as arrays:
         np.testing.assert_array_equal(arrays["arr_0"][:, :2], videos[:, :2])
         assert arrays["arr_0"].shape[1] == 6 and arrays["arr_1"].tolist() == labels.tolist()
+    # The frames of a GIF, every second one.
+    continued = [f"--condition={write_clip(tmp_path / 'clip', 'gif', 7)}", "--keep_frames=3", "--frame_stride=2"]
+    done = sample(run, tmp_path / "gif", "--frames=6", "--labels=3", *continued)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "gif" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (1, 6, 12, 12, 1)
+        assert np.round(arrays["arr_0"][0, :3].mean(axis=(1, 2, 3)) / 10).tolist() == [1, 3, 5]
     scored = command("evaluate", f"--workdir={run}", f"--samples={out / 'samples.npz'}")
     assert scored.returncode == 0 and {"accuracy", "motion_error_beyond"} <= set(json.loads(scored.stdout))
 
@@ -183,6 +191,10 @@ def test_sample_longer_videos_and_continue_them(run, tmp_path):
         (["--frames=3"], "--frames=3: must be >= 4"),
         (["--keep_frames=2"], "--keep_frames=2: needs --condition"),
         (["--frames=8", "--window_stride=4"], "--window_stride=4: must be >= 1 and <= 3"),
+        (["--frame_stride=2"], "--frame_stride=2: needs --condition"),
+        (["--condition=nowhere.mp4"], "--condition='nowhere.mp4': no such file"),
+        (["--condition=configs"], "--condition='configs': holds no frames"),
+        (["--condition=LICENSE", "--frame_stride=2"], "--frame_stride=2: is of videos and folders of frames"),
         (["--condition=configs/digits.py"], "--condition='configs/digits.py': neither an image nor an npz"),
     ],
 )

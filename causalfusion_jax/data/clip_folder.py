@@ -1,0 +1,82 @@
+"""Clips of any length in folders of classes, of which a few frames are trained on."""
+
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, class_folders
+from causalfusion_jax.data.video_files import (
+    CLIP_SUFFIXES,
+    VIDEO_SUFFIXES,
+    clip_indices,
+    frame_files,
+    read_frames,
+    require_decoder,
+)
+from causalfusion_jax.errors import require
+
+
+class ClipFolderSource:
+    """Clips at `root/class/*.gif|mp4|...`, or `root/class/clip/*.png|jpg`; classes are the folders, sorted by name.
+
+    `image` is float32 [frames, size, size, channels] in [-1, 1], every frame scaled and cropped
+    at the centre: the middle of the clip by index, from a random first frame in `draw`. A clip
+    that is too short is a corrupt record, as one that cannot be read.
+
+    Args:
+      root: the folder.
+      frames: frames of an example.
+      stride: every so many-th frame of a clip is taken.
+      image_size: side in pixels.
+      channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+      InputError: no such folder, no clips in it, or videos without PyAV.
+    """
+
+    def __init__(self, root: str, frames: int, stride: int, image_size: int, channels: int):
+        self.root, self.frames, self.stride = pathlib.Path(root), frames, stride
+        self.format = ImageFormat(image_size, channels)
+        require(self.root.is_dir(), "path", root, "must be a folder with one folder of clips for each class")
+        folders = class_folders(self.root)
+        found = [
+            (path, label)
+            for label, folder in enumerate(folders)
+            for path in sorted(folder.iterdir())
+            if path.is_dir() or path.suffix.lower() in CLIP_SUFFIXES
+        ]
+        require(
+            any(path.is_file() or frame_files(path) for path, _ in found), "path", root,
+            f"holds no clips: need {root}/CLASS/*{'|'.join(CLIP_SUFFIXES)}, or frames as "
+            f"{root}/CLASS/CLIP/*{'|'.join(IMAGE_SUFFIXES)}",
+        )
+        self.class_names = tuple(folder.name for folder in folders)
+        self.num_classes = len(folders)
+        self.paths = [path for path, _ in found]
+        self.labels = np.array([label for _, label in found], np.int32)
+        for path in self.paths:
+            if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+                require_decoder(path)
+                break
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """The clip's path."""
+        return str(self.paths[index])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._example(index, lambda count: (count - 1) // 2)
+
+    def draw(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The example with a random first frame."""
+        place = rng.random()
+        return self._example(index, lambda count: int(place * count))
+
+    def _example(self, index: int, pick: Callable[[int], int]) -> dict[str, np.ndarray]:
+        """The example; `pick` chooses the first of so many possible frames."""
+        path = self.paths[index]
+        chosen = read_frames(path, lambda count: clip_indices(str(path), count, self.frames, self.stride, pick))
+        return {"image": np.stack([self.format.fit(image) for image in chosen]), "label": self.labels[index]}
