@@ -68,7 +68,7 @@ _MAKE_REFERENCE = flags.DEFINE_bool("make_reference", False, "Write reference st
 _OUT = flags.DEFINE_string("out", None, "The new file: with --make_reference an .npz, with --probe a .json.")
 _NUM_IMAGES = flags.DEFINE_integer("num_reference_images", 10_000, "With --make_reference: images kept in it.")
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "With --make_reference: config whose data it is made of; with --probe: whose data are probed, and how."
+    "config", None, "With --make_reference: config whose data it is made of; with --probe: says on which data, and how."
 )
 flags.adopt_module_key_flags(probe_flags)
 flags.adopt_module_key_flags(cli)

@@ -181,7 +181,8 @@ def _finetuned(study, of, folder: pathlib.Path, request: dict[str, Any]) -> dict
         distributed.on_primary(lambda tuning=tuning: _claim(tuning.folder, request), None)
     try:
         with diverged_is_one_line():
-            return _beside({name: study.finetune(tunings[name], params) for name, params in of.items()}, study.described)
+            found = {name: study.finetune(tunings[name], params) for name, params in of.items()}
+            return _beside(found, study.described)
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(1)

@@ -57,9 +57,8 @@ class Standard(NamedTuple):
 
 def make_linear_optimizer(settings: ProbeConfig, epoch_steps: int) -> optax.GradientTransformation:
     """AdamW or LARS with warm-up and cosine; weight decay spares the bias."""
-    rate = OptimizerConfig(
-        learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=round(settings.warmup_epochs * epoch_steps)
-    )
+    warmup = round(settings.warmup_epochs * epoch_steps)
+    rate = OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=warmup)
     schedule = learning_rate_schedule(rate, settings.epochs * epoch_steps)
     matrices = {"kernel": True, "bias": False}
     if settings.optimizer == "lars":
@@ -116,9 +115,8 @@ def fit_linear(settings: ProbeConfig, features: np.ndarray, labels: np.ndarray, 
     batch = min(settings.batch_size, num)
     epoch_steps = num // batch
     # What does not say how to learn would compile the same program again.
-    static = ProbeConfig(**{
-        name: getattr(settings, name) for name in ("optimizer", "epochs", "learning_rate", "weight_decay", "warmup_epochs")
-    })
+    learned = ("optimizer", "epochs", "learning_rate", "weight_decay", "warmup_epochs")
+    static = ProbeConfig(**{name: getattr(settings, name) for name in learned})
     kernel = 0.01 * jax.random.truncated_normal(jax.random.key(settings.seed), -2.0, 2.0, (dim, num_classes))
     weights = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
     opt_state = make_linear_optimizer(static, epoch_steps).init(weights)

@@ -68,7 +68,7 @@ def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
 
 
 def place_abstract(shapes, axes, mesh: Mesh):
-    """Where the arrays of a state lie: parameters, and all that is shaped like them, by their axes; the rest everywhere.
+    """Where the arrays of a state lie: parameters, and what is shaped like them, by their axes; the rest everywhere.
 
     Args:
       shapes: any tree; every dict in it is nested like the parameters.
