@@ -134,6 +134,9 @@ def logits_of(config: FinetuneStep, params: Params, images, keys, branch_scale=N
     return x @ classifier["kernel"] + classifier["bias"]
 
 
+_predict = jax.jit(logits_of, static_argnums=0)
+
+
 def finetune_loss(config: FinetuneStep, params: Params, batch, keys) -> jax.Array:
     """Cross-entropy of augmented images and smoothed, mixed labels; [].
 
@@ -313,8 +316,6 @@ class Finetuning:
 
     def test(self, params: Params, held_out: Source, probe: ProbeConfig) -> dict[str, float]:
         """Accuracies on all of `held_out`; `probe` says how many images are read at a time, and the seed."""
-        predict = jax.jit(functools.partial(logits_of, self.step))
+        predict = functools.partial(_predict, self.step, params)
         images = images_in_order(held_out, probe.read_batch_size, None, self.data.workers, self.data.max_corrupt)
-        return top_accuracies(*over_images(
-            functools.partial(predict, params), self.mesh, images, probe.read_batch_size, probe.seed
-        ))
+        return top_accuracies(*over_images(predict, self.mesh, images, probe.read_batch_size, probe.seed))

@@ -20,6 +20,7 @@ from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConf
 CONFIG = experiment.from_dict(tiny_config())
 READING = make_reading(CONFIG, ProbeConfig())
 PLAIN = FinetuneConfig(epochs=4, batch_size=16, warmup_epochs=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0)
+DECAYING = dict(layer_decay=0.5, weight_decay=0.0, learning_rate=1e-2, ema_decay=0.99)
 
 
 def some(num=16):
@@ -30,6 +31,7 @@ def some(num=16):
 # --- One step ---------------------------------------------------------------------
 
 
+@functools.cache
 def one_step(**changes):
     """Parameters before and after the first step."""
     config = finetune.FinetuneStep(READING, dataclasses.replace(PLAIN, **changes), 10, 1)
@@ -45,7 +47,7 @@ def one_step(**changes):
 
 def test_layer_decay_is_applied_layer_by_layer():
     """Adam's first step is the rate itself, whatever the gradient; so is the ratio of the layers' steps."""
-    before, after = one_step(layer_decay=0.5, weight_decay=0.0, learning_rate=1e-2)
+    before, after = one_step(**DECAYING)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b), after.params, before)
     rate = {name: np.median(moved["classifier"][name]) for name in ("kernel", "bias", "shift")}
     np.testing.assert_allclose(list(rate.values()), 1e-2, rtol=1e-3)
@@ -81,10 +83,10 @@ def test_weight_decay_spares_vectors():
 
 
 def test_average_follows():
-    before, after = one_step(ema_decay=0.99)
+    before, after = one_step(**DECAYING)
     expected = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, before, after.params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), after.ema, expected)
-    assert one_step()[1].ema is None
+    assert finetune.init_finetune(finetune.FinetuneStep(READING, PLAIN, 10, 1), before["network"]).ema is None
 
 
 def test_loss_is_cross_entropy_of_smoothed_labels():
@@ -172,6 +174,21 @@ class Few:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+@functools.cache
+def compiled(config, mesh):
+    shapes = {"image": ((16, 8, 8, 1), np.float32), "label": ((16,), np.int32)}
+    return compile_finetune_step(config, mesh, shapes, jax.random.key(0))
+
+
+compile_finetune_step = finetune.compile_finetune_step
+
+
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """A program for all runs of the same settings."""
+    monkeypatch.setattr(finetune, "compile_finetune_step", lambda config, mesh, shapes, key: compiled(config, mesh))
+
+
 def run(folder, devices=1, **changes):
     settings = dataclasses.replace(
         PLAIN, mixup=0.8, cutmix=1.0, drop_path=0.1, shift=1, layer_decay=0.8, checkpoint_epochs=1, **changes
@@ -183,7 +200,7 @@ def run(folder, devices=1, **changes):
     return jax.device_get(weights), tuning.test(weights, Few(50, "held_out"), ProbeConfig(read_batch_size=32))
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, compiled_once):
     whole, found = run(tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and set(found) == {"top1", "top5"}
@@ -198,8 +215,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "parts")[0], whole)
 
 
-def test_devices_share_a_step(tmp_path):
-    alone, shared = (run(tmp_path / str(n), n, epochs=1, weight_decay=0.0)[0] for n in (1, 2))
+def test_devices_share_a_step(tmp_path, compiled_once):
+    alone, shared = (run(tmp_path / str(n), n)[0] for n in (1, 2))
     # Adam divides by the gradient's size, and makes rounding of a tiny one large.
     for name in ("kernel", "bias"):
         np.testing.assert_allclose(shared["classifier"][name], alone["classifier"][name], atol=1e-3)
