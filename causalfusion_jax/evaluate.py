@@ -1,4 +1,4 @@
-"""Scores generated images.
+"""Scores generated images, captions, and what a network understands of images.
 
     python -m causalfusion_jax.evaluate --workdir=runs/digits --samples=runs/digits/samples_4/samples.npz
     python -m causalfusion_jax.evaluate --samples=samples/xl --reference=VIRTUAL_imagenet256_labeled.npz \
@@ -30,6 +30,21 @@ read as both digits of their prompt (or class), and `left` and `right` alone.
 For captions, as written by causalfusion_jax.caption, of images that came with references:
 `exact_match`, and `cider` (CIDEr-D, times 10 as published).
 
+    python -m causalfusion_jax.evaluate --workdir=runs/digits --probe=linear --untrained
+
+Probes: how well classes are told by what a network of images makes of them, without being told.
+`linear` and `knn` classify features of one layer as they are, `finetune` trains all weights
+further, `map` does `linear` for every layer and noise level and draws a PNG; all learn from the
+training data and are tested on held-out ones. Settings are `config.probe` and `config.finetune`
+(causalfusion_jax/evaluation/probe_settings.py), those of the run, or of --config:
+
+    python -m causalfusion_jax.evaluate --workdir=runs/digits --probe=finetune --config=configs/digits.py \
+        --config.finetune.epochs=30 --out=runs/digits/finetuned_30.json
+
+Prints one JSON line with `top1` (and `top5`) and writes it to WORKDIR/probe_PROBE.json, or --out; a
+result that is there is never replaced. Fine-tuning keeps checkpoints in the folder of that name
+without .json, goes on from them, and takes the flags of several processes that training takes.
+
 References are made of images, or of the data set of a config:
 
     python -m causalfusion_jax.evaluate --make_reference --samples=IMAGES --inception=converted/inception --out=ref.npz
@@ -44,10 +59,10 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax import cli
+from causalfusion_jax import cli, probe_flags
 from causalfusion_jax.errors import InputError, require
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from, or to be probed.")
 _SAMPLES = flags.DEFINE_string("samples", None, "Images: .npz, OUT of causalfusion_jax.sample, or folder of files.")
 _CAPTIONS = flags.DEFINE_string("captions", None, "captions.jsonl, as written by causalfusion_jax.caption, instead.")
 _REFERENCE = flags.DEFINE_string("reference", None, "Reference statistics: .npz in ADM's layout.")
@@ -58,9 +73,13 @@ _FVD_FRAMES = flags.DEFINE_integer("fvd_frames", 16, "Frames of a video that are
 _FVD_RESIZE = flags.DEFINE_string("fvd_resize", "tf1", "To 224x224 as TensorFlow 1 (tf1) or PyTorch (half_pixel).")
 _BATCH = flags.DEFINE_integer("batch_size", None, "In the network at a time, over all devices [64 images, 16 videos].")
 _MAKE_REFERENCE = flags.DEFINE_bool("make_reference", False, "Write reference statistics of images to --out.")
-_OUT = flags.DEFINE_string("out", None, "With --make_reference: the new .npz.")
+_OUT = flags.DEFINE_string("out", None, "The new file: with --make_reference an .npz, with --probe a .json.")
 _NUM_IMAGES = flags.DEFINE_integer("num_reference_images", 10_000, "With --make_reference: images kept in it.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "With --make_reference: config whose data it is made of.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "With --make_reference: config whose data it is made of; with --probe: says on which data, and how."
+)
+flags.adopt_module_key_flags(probe_flags)
+flags.adopt_module_key_flags(cli)
 
 
 def _read(path: pathlib.Path):
@@ -269,6 +288,12 @@ def main(argv):
     del argv
     from causalfusion_jax.evaluation.settings import METRICS, PIXEL_METRICS, VIDEO_METRICS, check_metrics
 
+    if probe_flags.given():
+        others = _SAMPLES, _CAPTIONS, _REFERENCE, _INCEPTION, _METRICS, _BATCH, _MAKE_REFERENCE, _NUM_IMAGES
+        for flag in (*others, _I3D, _FVD_FRAMES, _FVD_RESIZE):
+            require(not flag.present, f"--{flag.name}", flag.value, "has no meaning with --probe; leave it out")
+        probe_flags.run(_WORKDIR.value, _CONFIG.value, _OUT.value)
+        return
     require(_BATCH.value is None or _BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
     check_metrics("--metrics", _METRICS.value or (), (*METRICS, *VIDEO_METRICS))
     both = _INCEPTION.value is not None and _I3D.value is not None
@@ -281,7 +306,7 @@ def main(argv):
         _make_reference()
         return
     for name, flag in {"out": _OUT, "config": _CONFIG}.items():
-        require(flag.value is None, f"--{name}", str(flag.value), "needs --make_reference")
+        require(flag.value is None, f"--{name}", str(flag.value), "needs --make_reference or --probe")
     given = (_SAMPLES.value is None) + (_CAPTIONS.value is None)
     require(given == 1, "--samples", _SAMPLES.value, "give --samples, or --captions, and not both; see --help")
     if _CAPTIONS.value is not None:

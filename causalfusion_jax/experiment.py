@@ -18,6 +18,7 @@ from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError, nearest, require, require_number
+from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
 from causalfusion_jax.evaluation.settings import EvaluationConfig
 from causalfusion_jax.factorization import FactorizationConfig, static_steps
 from causalfusion_jax.models.transformer import TransformerConfig
@@ -136,6 +137,8 @@ class ExperimentConfig:
     logging: LoggingConfig = LoggingConfig()
     sampling: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    probe: ProbeConfig = ProbeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -340,7 +343,7 @@ def _typed(name: str, value: Any, default: Any):
 
 # --- The run's own copy -----------------------------------------------------------
 
-FREE_SECTIONS = ("checkpoint", "logging", "sampling", "evaluation", "mesh")
+FREE_SECTIONS = ("checkpoint", "logging", "sampling", "evaluation", "probe", "finetune", "mesh")
 """May change between starts of one run: they do not change what is learned."""
 
 

@@ -253,9 +253,10 @@ def _flag(config: ExperimentConfig, path: str) -> str:
 
 
 def _label(path: str) -> str:
-    """The path's last part, where no other section has a setting of that name."""
-    sections = experiment.to_dict(ExperimentConfig()).values()
-    counts = collections.Counter(name for section in sections for name in section)
+    """The path's last part, where no other section that a sweep's commands read has a setting of that name."""
+    sections = experiment.to_dict(ExperimentConfig())
+    read = (names for section, names in sections.items() if section not in ("probe", "finetune"))
+    counts = collections.Counter(name for names in read for name in names)
     name = path.rpartition(".")[2]
     return name if counts[name] == 1 else path
 

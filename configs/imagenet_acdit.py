@@ -16,6 +16,7 @@ data_dir as data.path, where it is not the default one) is encoded once by the c
         --config.data.path=LATENTS --workdir=runs/imagenet_acdit_xl
 """
 
+from causalfusion_jax.evaluation.probe_settings import IMAGENET_LINEAR
 from causalfusion_jax.experiment import choose, default_config
 from causalfusion_jax.models.presets import ACDIT, preset
 
@@ -37,6 +38,7 @@ def get_config(arg: str = "XL"):
     config.checkpoint.update(every=2500, keep_every=100_000)
     config.logging.sample_every = 10_000
     config.evaluation.update(metric="fid", num_images=10_000)
+    config.probe.update(IMAGENET_LINEAR)
     config.sampling.update(solver="dpmpp_2m", solver_steps=25, ar_steps=4, cfg_scale=1.5)
     config.mesh.preset = "fsdp"
     return config

@@ -24,6 +24,7 @@ what it trains on; VAE is the converted autoencoder:
 `data.source=arrays` with `data.flip=False` trains on image.npy, scaled latents, and label.npy.
 """
 
+from causalfusion_jax.evaluation.probe_settings import IMAGENET_LINEAR
 from causalfusion_jax.experiment import choose, default_config
 from causalfusion_jax.models.presets import preset
 
@@ -54,6 +55,7 @@ def get_config(arg: str = "L"):
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.sample_every = 10_000
     config.evaluation.update(metric="fid", num_images=10_000)
+    config.probe.update(IMAGENET_LINEAR)
     config.sampling.update(solver="ddpm", solver_steps=250, variance="large", ar_steps=1)
     config.mesh.preset = "fsdp"
     return config

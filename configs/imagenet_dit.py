@@ -20,6 +20,7 @@ data.path, where it is not the default one) is encoded once by the converted VAE
         --config.data.path=LATENTS --workdir=runs/imagenet_dit_l
 """
 
+from causalfusion_jax.evaluation.probe_settings import IMAGENET_LINEAR
 from causalfusion_jax.experiment import choose, default_config
 from causalfusion_jax.models.presets import DIT, preset
 
@@ -50,6 +51,7 @@ def get_config(arg: str = "L"):
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.sample_every = 10_000
     config.evaluation.update(metric="fid", num_images=10_000)
+    config.probe.update(IMAGENET_LINEAR)
     config.sampling.update(solver="ddpm", solver_steps=250, variance="large", ar_steps=1)
     config.mesh.preset = "fsdp"
     return config

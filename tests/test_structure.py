@@ -13,8 +13,8 @@ FLOORS = (
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
     (
-        "cli", "sampling_flags", "video_flags", "train", "sample", "edit", "caption", "evaluate", "encode", "convert",
-        "preflight", "sweeps",
+        "cli", "sampling_flags", "video_flags", "probe_flags", "train", "sample", "edit", "caption", "evaluate",
+        "encode", "convert", "preflight", "sweeps",
     ),
 )
 

@@ -224,6 +224,37 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
     return source
 
 
+def make_held_out_source(config: DataConfig, path: str = "", split: str = "validation") -> Source:
+    """Opens labelled images of the training source's kind that training does not see.
+
+    Args:
+      config: of the training source.
+      path: where they lie, for sources that are a folder; of tfds, its data_dir, "": the same.
+      split: of tfds.
+
+    Raises:
+      InputError: as `make_source`; no path, or that of the training source; without classes.
+    """
+    require(config.num_classes > 1, "config.data.num_classes", config.num_classes, "needs classes to tell apart")
+    if config.source in ("digits", "digit_pairs", "moving_digits"):
+        require(path == "", "config.probe.held_out_path", path, f"must be '': source {config.source} has its own")
+        if config.source == "moving_digits":
+            return MovingDigitsSource(config.frames, config.image_size, "held_out")
+        return digits("held_out") if config.source == "digits" else digit_pairs("held_out_digits", captions=False)
+    if config.source == "tfds":
+        field, value, different = "config.probe.held_out_split", split, split != config.split
+        changed = dataclasses.replace(config, split=split, path=path or config.path)
+    else:
+        field, value = "config.probe.held_out_path", path
+        different = bool(path) and pathlib.Path(path).resolve() != pathlib.Path(config.path).resolve()
+        changed = dataclasses.replace(config, path=path)
+    require(different, field, value, "must say where images are that were not trained on")
+    source, trained = make_source(changed), class_names(config)
+    known = tuple(source.class_names) and trained
+    require(not known or tuple(source.class_names) == trained, field, value, "has other classes than those trained on")
+    return source
+
+
 def _keys(config: DataConfig) -> tfds_source.Keys:
     return tfds_source.keys_of(config.name, config.image_key, config.label_key, config.caption_key)
 

@@ -78,7 +78,7 @@ class Block(nnx.Module):
         self.mlp_out = linear(c.mlp_hidden, c.hidden, ("mlp", "embed"), c, rngs)
         self.modulation = modulation_layer(6, c, rngs)
 
-    def __call__(self, h, context: Context, cached, num_clean: int):
+    def __call__(self, h, context: Context, cached, num_clean: int, branch_scale: jax.Array | None = None):
         """Runs the block.
 
         Args:
@@ -87,6 +87,7 @@ class Block(nnx.Module):
           cached: keys, values [batch / copies, slots, heads, head_dim] of earlier tokens,
             or None.
           num_clean: the first so many tokens are not modulated.
+          branch_scale: float32 [2, batch], what attention and MLP add is multiplied by, or None.
 
         Returns:
           h, and the keys and values of the new tokens.
@@ -105,7 +106,8 @@ class Block(nnx.Module):
 
         def gated(x, i):
             x = x.reshape(whole)
-            return on_noisy(x, num_clean, gates[i]) if modulated else x
+            x = on_noisy(x, num_clean, gates[i]) if modulated else x
+            return x if branch_scale is None else x * branch_scale[i][:, None, None].astype(x.dtype)
 
         with jax.named_scope("attention"):
             qkv = self.qkv(normed(self.attention_norm, 0))

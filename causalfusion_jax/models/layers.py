@@ -1,6 +1,6 @@
-"""Pointwise layers with backward passes of their own.
+"""Pointwise layers with backward passes of their own, and drop path.
 
-Both keep only their input for the backward pass and recompute the rest there, in one
+Norm and GELU keep only their input for the backward pass and recompute the rest there, in one
 pass over it. Autodiff would keep several arrays of the input's size: on a CPU, and on any
 device bound by memory, reading them back costs more than computing them again.
 """
@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
@@ -115,3 +116,24 @@ def _gelu_backward(x, d_out):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def drop_path_scale(rate: float, layers: int, keys: jax.Array) -> jax.Array | None:
+    """Drop path (Huang et al. 2016, arXiv 1603.09382): whole branches left out, by example.
+
+    The rate rises linearly over the layers from 0 to `rate`. What is kept is divided by the
+    probability of keeping it, so that the expectation is that of leaving nothing out.
+
+    Args:
+      rate: probability of leaving out a branch of the last layer, >= 0 and < 1.
+      layers: number of layers.
+      keys: one PRNG key an example, [batch].
+
+    Returns:
+      float32 [layers, 2, batch], for `Transformer.trunk`; None where the rate is 0.
+    """
+    if rate == 0.0:
+        return None
+    keep = 1.0 - rate * np.arange(layers) / max(layers - 1, 1)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep[:, None], (layers, 2)))(keys)
+    return jnp.moveaxis(kept / jnp.asarray(keep[:, None], jnp.float32), 0, -1)

@@ -16,6 +16,7 @@ the new tokens. Both run `Transformer.trunk`.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -259,7 +260,8 @@ class Transformer(nnx.Module):
         return self.timestep_out(jax.nn.silu(self.timestep_in(features)))
 
     def trunk(
-        self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0, document=None
+        self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0, document=None,
+        branch_scale=None, of_layer: Callable[[jax.Array], Any] | None = None,
     ):
         """Runs all layers on new tokens, which see the cache and each other by the rule.
 
@@ -272,6 +274,10 @@ class Transformer(nnx.Module):
           condition: from `noise_condition`, or None.
           num_clean: the first so many tokens are not noisy; the condition passes them by.
           document: int [batch, n], where they are several sequences packed into one.
+          branch_scale: float32 [layers, 2, batch], what attention and MLP of every layer add is
+            multiplied by (`layers.drop_path_scale`); None: they are added as they are.
+          of_layer: what of a layer's h [batch, n, hidden] is returned, stacked over the layers,
+            in place of the keys and values.
 
         Returns:
           h, and the new tokens' keys and values, [layers, batch, n, heads, head_dim].
@@ -287,12 +293,14 @@ class Transformer(nnx.Module):
         h = constrain(h, ("batch", "sequence", None))
 
         def layer(h, scanned):
-            layer_params, layer_kv = scanned
-            return nnx.merge(graph, layer_params)(h, context, layer_kv or None, num_clean)
+            layer_params, layer_kv, *scale = scanned
+            h, kv = nnx.merge(graph, layer_params)(h, context, layer_kv or None, num_clean, *scale)
+            return h, kv if of_layer is None else of_layer(h)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMATS[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(layer, h, (params, cached_kv), unroll=self.config.scan_unroll)
+        scanned = (params, cached_kv) if branch_scale is None else (params, cached_kv, branch_scale)
+        return jax.lax.scan(layer, h, scanned, unroll=self.config.scan_unroll)
 
     def _rope(self, ids):
         """Cosines and sines of the tokens' positions, or None; condition tokens stay unturned."""

@@ -64,8 +64,20 @@ def init_state(config: StepConfig, key: jax.Array) -> TrainState:
 def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
     """Shape, type and sharding of every array of the state, without allocating any."""
     shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    _, _, axes = abstract_model(config.objective.model)
+    return place_abstract(shapes, abstract_model(config.objective.model)[2], mesh)
 
+
+def place_abstract(shapes, axes, mesh: Mesh):
+    """Where the arrays of a state lie: parameters, and what is shaped like them, by their axes; the rest everywhere.
+
+    Args:
+      shapes: any tree; every dict in it is nested like the parameters.
+      axes: logical axes of the parameters.
+      mesh: the mesh.
+
+    Returns:
+      jax.ShapeDtypeStruct with sharding for each array.
+    """
     def place(leaf, axes):
         where = sharding.sharding(mesh, axes, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

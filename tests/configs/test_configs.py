@@ -31,6 +31,7 @@ CASES = {
     "moving_digits": (0.7, 256, 0, 16, 2400),
     "digits": (0.5, 16, 4, 48, 2300),
     "digits:acdit": (0.7, 16, 0, 48, 2300),
+    "digits:dit": (0.7, 16, 0, 48, 2300),
     "digit_pairs": (0.6, 32, 4, 48, 3000),
     "digit_pairs:transfusion": (0.6, 32, 4, 48, 3000),
 }
@@ -67,7 +68,7 @@ def test_every_config_has_a_case():
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("imagenet_acdit:XXL", "did you mean XL"), ("imagenet_dit:L,XL", "already"), ("digits:dit", "acdit")],
+    [("imagenet_acdit:XXL", "did you mean XL"), ("imagenet_dit:L,XL", "already"), ("digits:acdti", "mean acdit")],
 )
 def test_wrong_argument(name, word):
     with pytest.raises(InputError, match=word):

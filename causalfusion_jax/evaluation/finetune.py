@@ -1,0 +1,321 @@
+"""Fine-tuning: all weights of a network learn to classify what it was trained to generate."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from causalfusion_jax import distributed, sharding
+from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, host_batches
+from causalfusion_jax.errors import require
+from causalfusion_jax.evaluation.augment import cropped, mixed, shifted, smooth_one_hot
+from causalfusion_jax.evaluation.features import Reading, hidden_states, images_in_order, mean_of_tokens, over_images
+from causalfusion_jax.evaluation.probe import top_accuracies
+from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
+from causalfusion_jax.models.layers import drop_path_scale, normalize
+from causalfusion_jax.models.transformer import Params, abstract_model
+from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from causalfusion_jax.training.loop import StopSignal, TrainingDiverged
+from causalfusion_jax.training.objective import example_keys
+from causalfusion_jax.training.optimizer import OptimizerConfig, make_optimizer
+from causalfusion_jax.training.state import place_abstract
+
+CLASSIFIER_AXES = {"kernel": ("embed", "classes"), "bias": ("classes",), "scale": ("embed",), "shift": ("embed",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneStep:
+    """Static settings of a step.
+
+    Attributes:
+      reading: how images are read.
+      settings: how the weights learn.
+      num_classes: classes to tell apart.
+      epoch_steps: steps in an epoch.
+    """
+
+    reading: Reading
+    settings: FinetuneConfig
+    num_classes: int
+    epoch_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """Length of fine-tuning."""
+        return self.settings.epochs * self.epoch_steps
+
+
+class FinetuneState(NamedTuple):
+    """All that fine-tuning changes.
+
+    Attributes:
+      step: int32 [], steps taken.
+      params: `network`, the Transformer's, and `classifier`.
+      ema: their moving average, or None.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params | None
+    opt_state: optax.OptState
+
+
+# --- One step ---------------------------------------------------------------------
+
+
+def layer_scales(params: Params, layers: int, decay: float) -> Params:
+    """What the learning rate of every parameter is multiplied by (Clark et al. 2020, section 3.1).
+
+    1 for the classifier, decay for the last layer, decay^layers for the first, decay^(layers + 1)
+    for the embeddings. Layers are stacked: theirs is [layers, 1, ...].
+    """
+    def scale(path, leaf):
+        part, *inner = (key.key for key in path)
+        if part == "classifier":
+            return np.float32(1.0)
+        if inner[0] != "blocks":
+            return np.float32(decay ** (layers + 1))
+        by_layer = np.power(decay, layers - np.arange(layers, dtype=np.float64))
+        return by_layer.reshape(-1, *[1] * (len(leaf.shape) - 1)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def make_finetune_optimizer(config: FinetuneStep) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine, its steps made smaller from layer to layer towards the input."""
+    s = config.settings
+    adamw = make_optimizer(OptimizerConfig(
+        learning_rate=s.learning_rate, schedule="cosine", warmup_steps=round(s.warmup_epochs * config.epoch_steps),
+        b1=s.b1, b2=s.b2, eps=1e-8, weight_decay=s.weight_decay, clip_norm=s.clip_norm,
+    ), config.total_steps)
+
+    def by_layer(updates, params):
+        scales = layer_scales(params, config.reading.model.layers, s.layer_decay)
+        return jax.tree.map(jnp.multiply, updates, scales)
+
+    return optax.chain(adamw, optax.stateless(by_layer))
+
+
+def init_finetune(config: FinetuneStep, network: Params) -> FinetuneState:
+    """A classifier that knows nothing on top of a network."""
+    hidden = config.reading.model.hidden
+    classifier = {
+        "kernel": jnp.zeros((hidden, config.num_classes)), "bias": jnp.zeros(config.num_classes),
+        "scale": jnp.ones(hidden), "shift": jnp.zeros(hidden),
+    }
+    params = {"network": network, "classifier": classifier}
+    ema = jax.tree.map(jnp.copy, params) if config.settings.ema_decay else None
+    return FinetuneState(jnp.zeros((), jnp.int32), params, ema, make_finetune_optimizer(config).init(params))
+
+
+def abstract_finetune(config: FinetuneStep, mesh: Mesh) -> FinetuneState:
+    """Shape, type and sharding of every array of the state."""
+    _, shapes, axes = abstract_model(config.reading.model)
+    state = jax.eval_shape(functools.partial(init_finetune, config), shapes)
+    return place_abstract(state, {"network": axes, "classifier": CLASSIFIER_AXES}, mesh)
+
+
+def logits_of(config: FinetuneStep, params: Params, images, keys, branch_scale=None) -> jax.Array:
+    """float32 [batch, classes]: a linear classifier on the normalized mean of the last layer's tokens."""
+    h, _ = hidden_states(config.reading, params["network"], images, keys, branch_scale)
+    classifier = params["classifier"]
+    x = normalize(mean_of_tokens(h), classifier["scale"], classifier["shift"])
+    return x @ classifier["kernel"] + classifier["bias"]
+
+
+_predict = jax.jit(logits_of, static_argnums=0)
+
+
+def finetune_loss(config: FinetuneStep, params: Params, batch, keys) -> jax.Array:
+    """Cross-entropy of augmented images and smoothed, mixed labels; [].
+
+    Args:
+      config: static settings.
+      params: `network` and `classifier`.
+      batch: `image` float32 [batch, (frames,) height, width, channels], `label` int [batch].
+      keys: one key an example, [batch].
+    """
+    s = config.settings
+    parts = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
+    shift_key, crop_key, mix_key, read_key, drop_key = (parts[:, i] for i in range(5))
+    images = jax.vmap(functools.partial(shifted, most=s.shift))(batch["image"], shift_key)
+    images = jax.vmap(functools.partial(cropped, least_area=s.crop_area))(images, crop_key)
+    target = jax.vmap(lambda label: smooth_one_hot(label, config.num_classes, s.label_smoothing))(batch["label"])
+    if s.mixup or s.cutmix:
+        # The batch is in random order: the next one is any other.
+        others, other_targets = (jnp.roll(a, -1, axis=0) for a in (images, target))
+        mix = functools.partial(mixed, mixup=s.mixup, cutmix=s.cutmix)
+        images, target = jax.vmap(mix)(images, others, target, other_targets, mix_key)
+    branch_scale = drop_path_scale(s.drop_path, config.reading.model.layers, drop_key)
+    logits = logits_of(config, params, images, read_key, branch_scale)
+    return jnp.mean(optax.softmax_cross_entropy(logits, target))
+
+
+def finetune_step(config: FinetuneStep, state: FinetuneState, batch, key: jax.Array) -> tuple[FinetuneState, jax.Array]:
+    """One step; its number is folded into `key`. Returns the next state and the loss."""
+    keys = example_keys(jax.random.fold_in(key, state.step), batch["label"].shape[0])
+    loss, grads = jax.value_and_grad(functools.partial(finetune_loss, config))(state.params, batch, keys)
+    updates, opt_state = make_finetune_optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        decay = jnp.minimum(config.settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+    return FinetuneState(state.step + 1, params, ema, opt_state), loss
+
+
+def compile_finetune_step(config: FinetuneStep, mesh: Mesh, batch_shapes, key: jax.Array):
+    """Compiles `finetune_step` for a mesh; (state, batch, key) -> (state, loss), which donates the state.
+
+    Args:
+      config: static settings.
+      mesh: where it runs.
+      batch_shapes: (shape, dtype) of each array of a global batch, by name.
+      key: PRNG key (its shape and type).
+    """
+    state, where = abstract_finetune(config, mesh), sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in batch_shapes.items()
+    }
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, key))
+    step = jax.jit(
+        functools.partial(finetune_step, config), in_shardings=placed,
+        out_shardings=(placed[0], sharding.replicated(mesh)), donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch, key).compile()
+
+
+# --- The whole --------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A signal ended fine-tuning early; what it had learned is saved."""
+
+
+class Finetuning:
+    """Fine-tunes one network on one data set, and tests it.
+
+    Args:
+      reading, settings: how images are read and learned from.
+      data, source: the training images.
+      num_classes: classes to tell apart.
+      mesh: the devices.
+      folder: of checkpoints and metrics.jsonl; the same call goes on from there.
+      progress: called with a line of text now and then.
+
+    Raises:
+      InputError: the batch does not split over the devices, or is larger than the data.
+    """
+
+    def __init__(
+        self, reading: Reading, settings: FinetuneConfig, data: DataConfig, source: Source, mesh: Mesh,
+        folder: pathlib.Path, progress: Callable[[str], None] = lambda line: None,
+    ):
+        size, devices = settings.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
+        field = "config.finetune.batch_size"
+        require(size <= len(source), field, size, f"must be <= {len(source)}, the training images")
+        require(size % devices == 0, field, size, f"must be a multiple of {devices}, the devices of the batch")
+        self.step = FinetuneStep(reading, settings, data.num_classes, len(source) // size)
+        self.settings, self.data, self.source, self.mesh = settings, data, source, mesh
+        self.folder, self.progress = folder, progress
+        self.where = sharding.batch_sharding(mesh)
+        make_keys = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=sharding.replicated(mesh))
+        self.key = make_keys()
+
+    def _begin(self, network: Callable[[], Params], checkpoints: Checkpoints) -> tuple[FinetuneState, int]:
+        """The newest intact checkpoint with its data position, or the classifier on top of `network`."""
+        step = distributed.on_primary(checkpoints.good_step, None)
+        checkpoints.reload()
+        abstract = abstract_finetune(self.step, self.mesh)
+        if step is not None:
+            return checkpoints.restore(step, abstract)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        begin = jax.jit(functools.partial(init_finetune, self.step), out_shardings=shardings)
+        return begin(network()), 0
+
+    def train(self, network: Callable[[], Params]) -> Params:
+        """Fine-tunes to the end.
+
+        Args:
+          network: gives the Transformer's parameters, on the mesh.
+
+        Returns:
+          `network` and `classifier`, averaged where there is an average.
+
+        Raises:
+          Stopped: by a signal.
+          TrainingDiverged: the loss is not finite; the last checkpoint is intact.
+        """
+        checkpoints = Checkpoints(str(self.folder), CheckpointConfig(keep=1))
+        state, position = self._begin(network, checkpoints)
+        batches = host_batches(
+            self.source, self.data, self.settings.batch_size, self.settings.seed, jax.process_index(),
+            jax.process_count(),
+        )
+        threads = 16 if hasattr(self.source, "name") else 0
+        iterator = BatchIterator(batches, position, self.data.workers, threads, self.data.max_corrupt)
+        try:
+            state = self._steps(state, iterator, checkpoints)
+        finally:
+            iterator.close()
+            checkpoints.close()
+        return state.params if state.ema is None else state.ema
+
+    def _steps(self, state: FinetuneState, iterator: BatchIterator, checkpoints: Checkpoints) -> FinetuneState:
+        step, total, losses = int(state.step), self.step.total_steps, []
+        if step >= total:
+            return state
+        size = self.settings.batch_size
+        shapes = {"image": ((size, *self.data.shape), np.float32), "label": ((size,), np.int32)}
+        run, clock = compile_finetune_step(self.step, self.mesh, shapes, self.key), time.perf_counter()
+        put = functools.partial(jax.make_array_from_process_local_data, self.where)
+        with StopSignal() as stop:
+            while step < total:
+                batch = next(iterator)
+                batch = {name: put(batch[name], shape) for name, (shape, _) in shapes.items()}
+                state, loss = run(state, batch, self.key)
+                losses.append(loss)
+                step += 1
+                stopping = distributed.should_stop(step, bool(stop.received))
+                epoch, rest = divmod(step, self.step.epoch_steps)
+                if rest == 0:
+                    self._report(epoch, losses, time.perf_counter() - clock)
+                    losses, clock = [], time.perf_counter()
+                if step == total or stopping or (rest == 0 and epoch % self.settings.checkpoint_epochs == 0):
+                    checkpoints.save(step, state, iterator.position)
+                if stopping and step < total:
+                    checkpoints.wait()
+                    raise Stopped(f"saved step {step} of {total} in {self.folder}; run the same command again to go on")
+        return state
+
+    def _report(self, epoch: int, losses: list[jax.Array], seconds: float) -> None:
+        """Keeps and shows an epoch. Raises TrainingDiverged."""
+        loss = float(np.mean(jax.device_get(losses)))
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"in epoch {epoch} of fine-tuning the loss is {loss}; lower config.finetune.learning_rate."
+                f" {self.folder} keeps the last checkpoint"
+            )
+        if distributed.is_primary():
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"epoch": epoch, "loss": loss, "seconds": seconds}) + "\n")
+        self.progress(f"epoch {epoch}/{self.settings.epochs}: loss {loss:.4f}, {seconds:.1f} s")
+
+    def test(self, params: Params, held_out: Source, probe: ProbeConfig) -> dict[str, float]:
+        """Accuracies on all of `held_out`; `probe` says how many images are read at a time, and the seed."""
+        predict = functools.partial(_predict, self.step, params)
+        images = images_in_order(held_out, probe.read_batch_size, None, self.data.workers, self.data.max_corrupt)
+        return top_accuracies(*over_images(predict, self.mesh, images, probe.read_batch_size, probe.seed))
