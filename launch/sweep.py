@@ -64,22 +64,13 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether its file is there, whole."""
-        return _read_json(self.product) is not None
-
-
-def _read_json(path: pathlib.Path):
-    """What a JSON file holds; None where there is none, or a broken one."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-
-
-def samples_folder(workdir: pathlib.Path, run, ar_steps: int, sweep) -> pathlib.Path:
-    """Where a run is sampled: another number of images is another folder."""
-    return workdir / run.name / f"samples_ar{ar_steps}_n{sweep.num_samples}"
+        return files.read_json(self.product) is not None
 
 
 def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     """The commands of a run, in order."""
+    from causalfusion_jax.sweeps import samples_folder
+
     folder = workdir / run.name
     train = (
         "causalfusion_jax.train", f"--config={sweep.config}", f"--workdir={folder}", *run.flags,
@@ -87,7 +78,7 @@ def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     )
     # The manifest of a checkpoint is the last thing that is written of it.
     planned = [Stage("training", train, folder / "manifests" / f"{run.config.train.steps}.json")]
-    for ar_steps in sweep.ar_steps:
+    for ar_steps in run.ar_steps:
         out = samples_folder(workdir, run, ar_steps, sweep)
         sample = (
             "causalfusion_jax.sample", f"--workdir={folder}", f"--out={out}", f"--num={sweep.num_samples}",
@@ -135,7 +126,7 @@ def check_workdir(workdir: pathlib.Path, shared: dict, runs) -> list[str]:
     """
     record, names = workdir / "sweep.json", {run.name for run in runs}
     if record.is_file():
-        saved = _read_json(record)
+        saved = files.read_json(record)
         require(isinstance(saved, dict), "--workdir", str(workdir), "its sweep.json cannot be read")
         # A setting that either side does not know came or went with the code, at its default.
         changed = [
@@ -375,23 +366,6 @@ def submit(todo, workdir: pathlib.Path, template: str, dry_run: bool) -> int:
 # --- Results ----------------------------------------------------------------------
 
 
-def gather(sweep, runs, workdir: pathlib.Path, states: dict[str, str]) -> list:
-    """The scores of all runs, the best first."""
-    from causalfusion_jax import sweeps
-
-    results = []
-    for run in runs:
-        scores = {}
-        for ar_steps in sweep.ar_steps:
-            read = _read_json(samples_folder(workdir, run, ar_steps, sweep) / "evaluation.json") or {}
-            kept = {n: float(v) for n, v in read.items() if isinstance(v, (int, float)) and n != "num"}
-            if kept:
-                scores[ar_steps] = kept
-        state = "finished" if len(scores) == len(sweep.ar_steps) else states.get(run.name, "unfinished")
-        results.append(sweeps.Result(run, state, scores))
-    return sweeps.sort(sweep, results)
-
-
 def write_results(sweep, results, workdir: pathlib.Path) -> None:
     """Writes and prints the table, and plots it."""
     from causalfusion_jax import sweeps
@@ -447,6 +421,8 @@ def check_can_score(runs) -> None:
 
 def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:
     """Runs the sweep on this machine. Returns the exit status."""
+    from causalfusion_jax import sweeps
+
     shared = shared_settings(sweep, base)
     names = check_workdir(workdir, shared, runs)
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
@@ -454,7 +430,7 @@ def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:
         files.write_json(workdir / "sweep.json", {"sweep": _SWEEP.value, "shared": shared, "runs": names})
         jobs = [Job(run, stages(sweep, run, workdir), workdir / "logs" / f"{run.name}.log") for run in runs]
         stopped_by = run_jobs(jobs, _PARALLEL.value, lock)
-        results = gather(sweep, runs, workdir, {job.run.name: job.state for job in jobs})
+        results = sweeps.gather(sweep, runs, workdir, {job.run.name: job.state for job in jobs})
         write_results(sweep, results, workdir)
     # In full: a terminal's lines are cut to its width.
     for job in jobs:
@@ -480,8 +456,10 @@ def main(argv):
     # Elsewhere a path means what it means there.
     workdir = pathlib.Path(_WORKDIR.value) if _LAUNCHER.value else pathlib.Path(_WORKDIR.value).absolute()
     if _RESULTS_ONLY.value:
+        from causalfusion_jax import sweeps
+
         require(workdir.is_dir(), "--workdir", str(workdir), "no such folder")
-        write_results(sweep, gather(sweep, runs, workdir, {}), workdir)
+        write_results(sweep, sweeps.gather(sweep, runs, workdir, {}), workdir)
         return
     if not _DRY_RUN.value:
         check_can_score(runs)

@@ -18,6 +18,7 @@ GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.
 FILES = {
     # file: runs on digits, runs on ImageNet
     "fixed_steps": (6, 6), "gamma": (5, 5), "order": (4, 5), "ar_weight": (5, 5), "condition_tokens": (3, 3),
+    "t_sharing": (2, 2), "baseline": (5, 6), "block_size": (3, 3),
 }
 
 
@@ -54,6 +55,8 @@ def test_algebra():
         (lambda: product(grid({GAMMA: [0.9]}), grid({GAMMA: [1.0]})), "set twice"),
         (lambda: Sweep("configs/digits.py", ()), "at least one run"),
         (lambda: Sweep("configs/digits.py", ({},), ar_steps=(4, 4)), "different numbers"),
+        (lambda: Sweep("configs/digits.py", ({},), ar_steps=((4,), (1,))), "for each of the 1 runs"),
+        (lambda: Sweep("configs/digits.py", grid({SEED: [0, 1]}), ar_steps=((4,), (1, 1))), "different numbers"),
     ],
 )
 def test_wrong_algebra(make, words):
@@ -124,7 +127,8 @@ def test_papers_ablations(name, data, column):
     assert sweep.num_samples == {"digits": 1000, "imagenet": 10_000}[data]
     # The paper's one ablation of weights found 2; those before it trained with none.
     weighs = {run.config.factorization.weight for run in runs}
-    assert weighs == {"linear" if name in ("ar_weight", "condition_tokens") else "none"}
+    linear = {"ar_weight": {"linear", "none"}, "condition_tokens": {"linear"}, "t_sharing": {"linear"}}
+    assert weighs == linear.get(name, {"none"})
 
 
 def test_every_sweep_has_a_case():
