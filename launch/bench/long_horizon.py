@@ -15,8 +15,9 @@ A clip of N frames, a block of B tokens each, L = N B tokens, is made in R solve
 counted as often as they run, a multiply-add as two. Dense attention computes hidden pairs too: the
 clip's whole sampler, one program, attends at every step to all slots of the cache, also those still
 empty (on long sequences attention in tiles skips them). So what is counted here, and timed, is one
-program for each frame: its solver step against a cache of the frames before it, of which nothing is
-hidden. Without cache hidden pairs are computed, and counted.
+program for a frame: its solver step against a cache of the frames before it, of which nothing is
+hidden. Without cache hidden pairs are computed, and counted. Only frames at which a clip of the
+table ends have a program; those between are interpolated, which is exact for FLOPs with cache.
 
 **The formula** (ACDiT, section 3.4) is, for a layer whose matrix products have theta parameters and
 hidden size h, 2 L theta + 4 h L^2 for full-sequence diffusion and 2 L theta + 2 h L^2 + 2 h L B for
@@ -27,7 +28,7 @@ These are (L - B) more tokens, once in R solver steps; with them ACDiT costs les
 full-sequence diffusion where L > B and 2 h L (R - 1) > 2 theta, so from L > theta / (h (R - 1)).
 
 Costs are a solver step's, of one clip, divided by its frames. Time is the median of interleaved
-rounds, of one solver step of each frame, added up. Memory is what the clip's last program
+rounds, of one solver step of a frame, added up. Memory is what the clip's last program
 keeps and makes beside the parameters: cache, tokens, temporaries. Prints a Markdown table and one
 JSON line.
 """
@@ -39,6 +40,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from common import interleaved, report, seconds
 from flax import nnx
@@ -104,7 +106,7 @@ class Cost(NamedTuple):
     Attributes:
       flops: of matrix products.
       bytes: beside the parameters, at the end.
-      seconds: or NaN.
+      seconds: median.
     """
 
     flops: float
@@ -225,17 +227,15 @@ class Program:
 
 
 def compile_all(setting: Setting, lengths: tuple[int, ...]) -> dict[tuple[str, int], Program]:
-    """Every program that clips of `lengths` need, by what it does and the frame, or frames, it does it to."""
+    """The programs of clips of `lengths`, by what they do and the frame, or number of frames, they do it to."""
     params = jax.jit(init_params, static_argnums=0)(setting.model(1), jax.random.key(0))
-    longest, made = max(lengths), {}
+    made = {}
     for frames in lengths:
         made["full", frames] = denoise(setting, frames, 0, frames * setting.block)
-    for frame in range(1, longest + 1):
-        made["without", frame] = denoise_without_cache(setting, frame)
-        made["cached", frame] = denoise(setting, frame, frame - 1, setting.block)
-        if frame < longest:
-            made["commit", frame] = commit(setting, frame, frame - 1, 1)
-    if longest > setting.window:
+        made["without", frames] = denoise_without_cache(setting, frames)
+        made["cached", frames] = denoise(setting, frames, frames - 1, setting.block)
+        made["commit", frames] = commit(setting, frames, frames - 1, 1)
+    if max(lengths) > setting.window > 1:
         made["refill", setting.window] = commit(setting, setting.window, 0, setting.window - 1)
     return {key: Program(setting, params, program) for key, program in made.items()}
 
@@ -259,22 +259,30 @@ def clip_parts(setting: Setting, way: str, frames: int) -> list[tuple[tuple[str,
     return parts + ([(("cached", filled), float(rolls)), (("refill", filled), rolls * often)] if rolls else [])
 
 
-def clip_cost(setting: Setting, programs, times: dict[str, float], way: str, frames: int) -> Cost:
+def interpolated(values: dict[tuple[str, int], float], name: str, frames: int) -> float:
+    """The value of programs of this name at so many frames."""
+    known = sorted((n, value) for (kind, n), value in values.items() if kind == name)
+    return float(np.interp(frames, *zip(*known, strict=True)))
+
+
+def clip_cost(setting: Setting, programs, times: dict[tuple[str, int], float], way: str, frames: int) -> Cost:
     """The sum of a clip's parts; memory is that of the last frame's solver step."""
     parts = clip_parts(setting, way, frames)
+    flops = {key: program.flops for key, program in programs.items()}
+    kept = {key: program.bytes for key, program in programs.items()}
     last = [key for key, _ in parts if key[0] in ("full", "without", "cached")][-1]
     return Cost(
-        sum(count * programs[key].flops for key, count in parts),
-        programs[last].bytes,
-        sum(count * times.get(f"{key[0]} {key[1]}", float("nan")) for key, count in parts) / setting.batch,
+        sum(count * interpolated(flops, *key) for key, count in parts),
+        interpolated(kept, *last),
+        sum(count * interpolated(times, *key) for key, count in parts) / setting.batch,
     )
 
 
 def measure(setting: Setting, lengths: tuple[int, ...], rounds: int) -> dict[str, dict[int, Cost]]:
-    """Costs of a solver step of a clip, by way and frames; no times where `rounds` is 0."""
+    """Costs of a solver step of a clip, by way and frames."""
     programs = compile_all(setting, lengths)
-    runs = {f"{name} {frames}": program.call for (name, frames), program in programs.items()}
-    times = interleaved(rounds, **runs) if rounds else {}
+    found = interleaved(rounds, **{f"{name} {frames}": program.call for (name, frames), program in programs.items()})
+    times = {key: found[f"{key[0]} {key[1]}"] for key in programs}
     return {way: {n: clip_cost(setting, programs, times, way, n) for n in lengths} for way in (*WAYS, NO_COMMITS)}
 
 
@@ -351,7 +359,7 @@ def main(argv):
         tuple(int(side) for side in _GRID.value), _HIDDEN.value, _HIDDEN.value // 64, _LAYERS.value, _BATCH.value,
         _WINDOW.value, _SOLVER_STEPS.value,
     )
-    lengths = tuple(n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= _FRAMES.value)
+    lengths = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= _FRAMES.value)
     found = measure(setting, lengths, _ROUNDS.value)
     report(table_rows(setting, found, lengths))
     parted = [abs(ratio - 1) for n in lengths for ratio in against_formula(setting, found, n)]

@@ -32,7 +32,6 @@ CASES = {
     "digits": (0.5, 16, 4, 48, 2300),
     "digits:acdit": (0.7, 16, 0, 48, 2300),
     "digits:short": (0.2, 16, 4, 48, 400),
-    "digits:acdit,short": (0.3, 16, 0, 48, 400),
     "digit_pairs": (0.6, 32, 4, 48, 3500),
     "digit_pairs:transfusion": (0.6, 32, 4, 48, 3500),
 }
