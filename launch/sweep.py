@@ -20,7 +20,6 @@ table. A model of latents needs --sample_flags=--vae=FOLDER and --evaluate_flags
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import json
@@ -35,6 +34,7 @@ import sys
 import time
 
 from absl import flags
+from command_server import Forked, die_with_parent
 
 from causalfusion_jax import cli, files
 from causalfusion_jax.errors import InputError, require
@@ -50,6 +50,7 @@ _SAMPLE_FLAGS = flags.DEFINE_string("sample_flags", "", "Further flags of causal
 _EVALUATE_FLAGS = flags.DEFINE_string("evaluate_flags", "", "Further flags of causalfusion_jax.evaluate.")
 _LAUNCHER = flags.DEFINE_string("launcher", "", "Shell command that starts one job elsewhere; see above.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the sweep and print its commands; change nothing.")
+_FORK = flags.DEFINE_bool("fork", False, "Spare each command the seconds of importing; not where there is a TPU.")
 _RESULTS_ONLY = flags.DEFINE_bool("results_only", False, "Start nothing; make the table of what is there.")
 
 
@@ -166,13 +167,6 @@ def held(workdir: pathlib.Path):
 # --- Running ----------------------------------------------------------------------
 
 
-def _die_with_parent() -> None:
-    """In a new child: SIGTERM, so that it saves, should the sweep be killed."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 class Job:
     """A run on its way through its stages.
 
@@ -181,8 +175,9 @@ class Job:
       message: why it failed or stopped.
     """
 
-    def __init__(self, run, planned: tuple[Stage, ...], log: pathlib.Path):
-        self.run, self.stages, self.log = run, planned, log
+    def __init__(self, run, planned: tuple[Stage, ...], log: pathlib.Path, servers: list | None = None):
+        """`servers`: command servers that are idle, for all jobs; None: each command is a process of its own."""
+        self.run, self.stages, self.log, self._servers = run, planned, log, servers
         self.state = "finished" if is_finished(planned) else "waiting"
         self.message = "was there already" if self.state == "finished" else ""
         self.stage, self._process, self._next = None, None, iter(planned)
@@ -201,22 +196,39 @@ class Job:
         with self.log.open("a") as log:
             log.write(f"$ python -m {shlex.join(self.stage.args)}\n")
             log.flush()
-            # A session of its own: the terminal's Ctrl-C must reach it once, through `signal`.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *self.stage.args], cwd=ROOT, env=self._env(), stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent,
-                pass_fds=(lock.fileno(),),
-            )
+            if self._servers is None:
+                command = ["-m", *self.stage.args]
+                self._process = self._popen(lock, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                return
+        if not self._servers:
+            command = [str(ROOT / "launch" / "command_server.py")]
+            with (self.log.parent / "command_server.log").open("a") as log:
+                self._servers.append(self._popen(
+                    lock, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0
+                ))
+        self._process = Forked(self._servers.pop(), self.stage.args, self.log)
+
+    def _popen(self, lock, args: list[str], **streams) -> subprocess.Popen:
+        # A session of its own: the terminal's Ctrl-C must reach it once, through `signal`.
+        return subprocess.Popen(
+            [sys.executable, *args], cwd=ROOT, env=self._env(), start_new_session=True, preexec_fn=die_with_parent,
+            pass_fds=(lock.fileno(),), **streams,
+        )
 
     def _env(self) -> dict[str, str]:
         """Runs of one shape share what they compile."""
-        return {"JAX_COMPILATION_CACHE_DIR": str(self.log.parent.parent / "compiled"), **os.environ}
+        cache = str(self.log.parent.parent / "compiled")
+        # As `-m` finds it: the package of this checkout.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        return {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ, "PYTHONPATH": path}
 
     def poll(self, lock, stopping: bool) -> None:
         """Goes on to the next stage where one has ended."""
         if self.state != "running" or self._process.poll() is None:
             return
         code = self._process.returncode
+        if isinstance(self._process, Forked) and self._process.server.poll() is None:
+            self._servers.append(self._process.server)
         if code == 0 and self.stage.is_done:
             if stopping:
                 self.state, self.message = "stopped", f"after {self.stage.name}"
@@ -428,8 +440,12 @@ def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
     with held(workdir) as lock:
         files.write_json(workdir / "sweep.json", {"sweep": _SWEEP.value, "shared": shared, "runs": names})
-        jobs = [Job(run, stages(sweep, run, workdir), workdir / "logs" / f"{run.name}.log") for run in runs]
+        servers = [] if _FORK.value else None
+        jobs = [Job(run, stages(sweep, run, workdir), workdir / "logs" / f"{run.name}.log", servers) for run in runs]
         stopped_by = run_jobs(jobs, _PARALLEL.value, lock)
+        for server in servers or ():
+            server.stdin.close()
+            server.wait()
         results = sweeps.gather(sweep, runs, workdir, {job.run.name: job.state for job in jobs})
         write_results(sweep, results, workdir)
     # In full: a terminal's lines are cut to its width.

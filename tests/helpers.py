@@ -96,7 +96,7 @@ def run_module(name: str, *args: str) -> subprocess.CompletedProcess:
     paths = {stream: folder / stream for stream in ("stdout", "stderr")}
     server.stdin.write(json.dumps(request | {stream: str(path) for stream, path in paths.items()}) + "\n")
     server.stdin.flush()
-    status = int(server.stdout.readline())
+    _, status = server.stdout.readline(), int(server.stdout.readline())
     written = {stream: path.read_text() for stream, path in paths.items()}
     return subprocess.CompletedProcess([name, *args], status, **written)
 
@@ -106,7 +106,7 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     """The process that `command` forks, and a folder for what commands print."""
     folder = tempfile.TemporaryDirectory(prefix="causalfusion_jax-commands-")
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "command_server.py")],
+        [sys.executable, str(ROOT / "launch" / "command_server.py")],
         cwd=ROOT, env=command_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))

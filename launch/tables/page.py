@@ -149,7 +149,7 @@ def render(scores: dict[str, Scores], on: str, seeds: int, num: int, header: str
         command = f"python launch/tables/run.py --table={name} --on={on} --seeds={seeds}"
         parts.append("\n".join([
             f"## {table.title}\n",
-            f"`{command} --workdir=DIR -- --parallel=2`: {tables.describe([name], on, seeds, num)}\n",
+            f"`{command} --workdir=DIR -- --parallel=2 --fork`: {tables.describe([name], on, seeds, num)}\n",
             *table_lines(table, of_table, metric), "", *(line for _, line in claims),
             *(["", table.note] if table.note else []),
         ]))

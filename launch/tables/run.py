@@ -1,6 +1,6 @@
 """Trains, samples and scores what tables need and is not there yet, by launch/sweep.py.
 
-    python launch/tables/run.py --workdir=tables -- --parallel=2
+    python launch/tables/run.py --workdir=tables -- --parallel=2 --fork
     python launch/tables/run.py --table=gamma,order,fixed_steps --workdir=tables
     python launch/tables/run.py --table=gamma --on=imagenet --workdir=/shared/tables --dry_run -- \
         --override=data.path=/shared/latents --sample_flags=--vae=/shared/sd_vae \

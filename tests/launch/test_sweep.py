@@ -199,10 +199,11 @@ folder = pathlib.Path(sys.argv[1])
 def stage(run, name, kind):
     product = folder / run / name / "product.json"
     return sweep.Stage(name, ("stub", kind, str(product)), product)
+servers = [] if (folder / "fork").exists() else None
 with sweep.held(folder) as lock:
     jobs = [
         sweep.Job(Run(f"{i}-{kind}"), (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
-                  folder / "logs" / f"{i}.log")
+                  folder / "logs" / f"{i}.log", servers)
         for i, kind in enumerate(sys.argv[3:])
     ]
     stopped_by = sweep.run_jobs(jobs, int(sys.argv[2]), lock)
@@ -246,6 +247,20 @@ def test_signals_reach_the_runs_which_save_and_resume(tmp_path, number):
     assert {path.read_text() for path in tmp_path.glob("*/training/saved")} == {number.name}
     output, _ = drive(tmp_path, 2, "slow", "slow", "ok").communicate(timeout=60)
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'finished']"
+
+
+@pytest.mark.slow
+def test_commands_in_forks_fail_save_and_resume_alike(tmp_path):
+    (tmp_path / "fork").touch()
+    process = drive(tmp_path, 2, "ok", "slow", "fail")
+    wait_for(lambda: list(tmp_path.glob("*/training/started")) and (tmp_path / "logs" / "2.log").exists(), 120)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert output.splitlines()[-1].startswith("SIGTERM [") and "'stopped'" in output, errors
+    assert (tmp_path / "1-slow" / "training" / "saved").read_text() == "SIGTERM"
+    output, _ = drive(tmp_path, 2, "ok", "slow", "fail").communicate(timeout=120)
+    assert output.splitlines()[-1] == "None ['finished', 'finished', 'failed']"
+    assert "failed    2-fail  training: error: no luck (see" in output
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the death of a parent is signalled on Linux only")

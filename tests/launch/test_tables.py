@@ -158,7 +158,7 @@ def test_runs_and_renders(tmp_path):
         "checkpoint.every=4"
     )
     args = ("--table=t_sharing", "--seeds=1", "--num=20", f"--workdir={tmp_path}")
-    done = run("run", *args, "--", "--parallel=2", tiny)
+    done = run("run", *args, "--", "--parallel=2", "--fork", tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "page.md"
     rendered = run("render", *args, f"--out={out}", "--header=here, today")
@@ -167,5 +167,5 @@ def test_runs_and_renders(tmp_path):
     text = out.read_text()
     assert len(scores) == 2 and all(page.number(score) in text for score in scores)
     assert "here, today" in text and "**one seed**" in text
-    again = run("run", *args, "--", "--parallel=2", tiny)
+    again = run("run", *args, "--", "--parallel=2", "--fork", tiny)
     assert again.stdout.count("was there already") == 2
