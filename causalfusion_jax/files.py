@@ -1,5 +1,6 @@
 """Files written whole, and known by their checksums."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,6 +39,13 @@ def difference(folder: pathlib.Path, expected: Description) -> str | None:
             return f"file {name} has {actual[name]['bytes']} bytes instead of {described['bytes']}"
         if actual[name] != described:
             return f"file {name} has another checksum"
+    return None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file holds; None where there is none, or a broken one."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
     return None
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from causalfusion_jax import experiment
+from causalfusion_jax import experiment, files
 from causalfusion_jax.errors import InputError, require, require_number
 from causalfusion_jax.experiment import ExperimentConfig
 
@@ -106,7 +106,8 @@ class Sweep:
       config: the config all runs start from, NAME.py or NAME.py:ARG.
       overrides: what each run changes.
       fixed: what all of them change.
-      ar_steps: numbers of AR steps that every run is sampled at.
+      ar_steps: numbers of AR steps that every run is sampled at; or, where they differ, a
+        tuple of them for each of `overrides`.
       num_samples: images sampled at each.
       metric: score, of those that evaluation gives, by which the runs are sorted.
     """
@@ -114,7 +115,7 @@ class Sweep:
     config: str
     overrides: tuple[Overrides, ...]
     fixed: Overrides = dataclasses.field(default_factory=dict)
-    ar_steps: tuple[int, ...] = (1,)
+    ar_steps: tuple[int, ...] | tuple[tuple[int, ...], ...] = (1,)
     num_samples: int = 1000
     metric: str = "fd"
 
@@ -122,10 +123,27 @@ class Sweep:
         object.__setattr__(self, "overrides", _distinct(self.overrides))
         require(bool(self.overrides), "overrides", self.overrides, "must hold at least one run")
         require(
-            bool(self.ar_steps) and len(set(self.ar_steps)) == len(self.ar_steps), "ar_steps", self.ar_steps,
-            "must be one or more different numbers",
+            len(self.ar_steps_by_run) == len(self.overrides), "ar_steps", self.ar_steps,
+            f"must be numbers, or a tuple of them for each of the {len(self.overrides)} runs",
         )
+        for ar_steps in self.ar_steps_by_run:
+            require(
+                bool(ar_steps) and len(set(ar_steps)) == len(ar_steps), "ar_steps", self.ar_steps,
+                "must be one or more different numbers",
+            )
         require_number("num_samples", self.num_samples, 2)
+
+    @property
+    def ar_steps_by_run(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of AR steps that each run is sampled at."""
+        shared = all(isinstance(ar_steps, int) for ar_steps in self.ar_steps)
+        return (self.ar_steps,) * len(self.overrides) if shared else self.ar_steps
+
+    @property
+    def all_ar_steps(self) -> tuple[int, ...]:
+        """Numbers of AR steps that any run is sampled at."""
+        numbers = dict.fromkeys(itertools.chain(*self.ar_steps_by_run))
+        return tuple(numbers) if numbers.keys() == set(self.ar_steps) else tuple(sorted(numbers))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -141,11 +159,13 @@ class Run:
       name: says what it overrides; a file name, and the same whatever else the sweep holds.
       config: all its settings.
       flags: of `causalfusion_jax.train`, that make the sweep's config this run's.
+      ar_steps: numbers of AR steps that it is sampled at.
     """
 
     name: str
     config: ExperimentConfig
     flags: tuple[str, ...]
+    ar_steps: tuple[int, ...]
 
 
 def load(flag: str, location: str, function: str, root: pathlib.Path) -> Any:
@@ -190,17 +210,17 @@ def expand(sweep: Sweep, base: Mapping[str, Any]) -> tuple[Run, ...]:
     for path in sweep.paths:
         require(path not in fixed, path, fixed.get(path), "the sweep sets it run by run; it cannot be fixed")
     runs: dict[ExperimentConfig, Run] = {}
-    for overrides in sweep.overrides:
+    for overrides, numbers in zip(sweep.overrides, sweep.ar_steps_by_run, strict=True):
         config = merge(base, {**fixed, **overrides})
         name = _name(config, sorted(overrides))
         require(config not in runs, "sweep", name, f"has the same settings as {getattr(runs.get(config), 'name', '')}")
-        for ar_steps in sweep.ar_steps:
+        for ar_steps in numbers:
             sampler = dataclasses.replace(config.sampling, ar_steps=ar_steps, step_sizes=())
             try:
                 config.check_sampler(sampler)
             except InputError as error:
                 raise error.under(f"{name}: sampling") from None
-        runs[config] = Run(name, config, tuple(_flag(config, path) for path in (*fixed, *overrides)))
+        runs[config] = Run(name, config, tuple(_flag(config, path) for path in (*fixed, *overrides)), numbers)
     return tuple(runs.values())
 
 
@@ -305,6 +325,33 @@ class Result:
         return math.fsum(scores) / len(scores) if scores else None
 
 
+def samples_folder(workdir: pathlib.Path, run: Run, ar_steps: int, sweep: Sweep) -> pathlib.Path:
+    """Where a run is sampled: another number of images is another folder."""
+    return workdir / run.name / f"samples_ar{ar_steps}_n{sweep.num_samples}"
+
+
+def gather(sweep: Sweep, runs: Iterable[Run], workdir: pathlib.Path, states: Mapping[str, str]) -> list[Result]:
+    """The scores of all runs, as far as they are there, the best first.
+
+    Args:
+      sweep: the sweep.
+      runs: its runs.
+      workdir: folder of all runs.
+      states: by name, of runs without all their scores; default: unfinished.
+    """
+    results = []
+    for run in runs:
+        scores = {}
+        for ar_steps in run.ar_steps:
+            read = files.read_json(samples_folder(workdir, run, ar_steps, sweep) / "evaluation.json") or {}
+            kept = {n: float(v) for n, v in read.items() if isinstance(v, (int, float)) and n != "num"}
+            if kept:
+                scores[ar_steps] = kept
+        state = "finished" if len(scores) == len(run.ar_steps) else states.get(run.name, "unfinished")
+        results.append(Result(run, state, scores))
+    return sort(sweep, results)
+
+
 def metrics(sweep: Sweep, results: Iterable[Result]) -> tuple[str, ...]:
     """The scores that were measured, the sweep's metric first."""
     names = {name for result in results for scores in result.scores.values() for name in scores}
@@ -324,7 +371,7 @@ def sort(sweep: Sweep, results: Iterable[Result]) -> list[Result]:
 
 def table(sweep: Sweep, results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: the settings swept over, every score at every number of AR steps, the state."""
-    columns = [(metric, ar_steps) for metric in metrics(sweep, results) for ar_steps in sweep.ar_steps]
+    columns = [(metric, ar_steps) for metric in metrics(sweep, results) for ar_steps in sweep.all_ar_steps]
     header = [_label(path) for path in sweep.paths] + [f"{metric} S={s}" for metric, s in columns] + ["state"]
     rows = [
         [_text(_value(result.run.config, path)) for path in sweep.paths]
@@ -399,11 +446,12 @@ def _ticks(low: float, high: float) -> list[float]:
 def _panel(draw, font, box, metric, sweep, results) -> None:
     """One score: axes with their numbers, and the runs' lines."""
     left, top, right, bottom = box
-    values = [v for r in results for s in sweep.ar_steps if (v := r.score(metric, s)) is not None and math.isfinite(v)]
+    scores = (result.score(metric, s) for result in results for s in sweep.all_ar_steps)
+    values = [value for value in scores if value is not None and math.isfinite(value)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     margin = 0.08 * (high - low) or 0.5
     low, high = low - margin, high + margin
-    ar_steps = sorted(sweep.ar_steps)
+    ar_steps = sorted(sweep.all_ar_steps)
 
     def x_of(column, columns):
         return left + (right - left) * (column + 0.5) / columns

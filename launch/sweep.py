@@ -20,7 +20,6 @@ table. A model of latents needs --sample_flags=--vae=FOLDER and --evaluate_flags
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import json
@@ -35,6 +34,7 @@ import sys
 import time
 
 from absl import flags
+from command_server import Forked, die_with_parent
 
 from causalfusion_jax import cli, files
 from causalfusion_jax.errors import InputError, require
@@ -50,6 +50,7 @@ _SAMPLE_FLAGS = flags.DEFINE_string("sample_flags", "", "Further flags of causal
 _EVALUATE_FLAGS = flags.DEFINE_string("evaluate_flags", "", "Further flags of causalfusion_jax.evaluate.")
 _LAUNCHER = flags.DEFINE_string("launcher", "", "Shell command that starts one job elsewhere; see above.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the sweep and print its commands; change nothing.")
+_FORK = flags.DEFINE_bool("fork", False, "Spare each command the seconds of importing; not where there is a TPU.")
 _RESULTS_ONLY = flags.DEFINE_bool("results_only", False, "Start nothing; make the table of what is there.")
 
 
@@ -64,22 +65,13 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether its file is there, whole."""
-        return _read_json(self.product) is not None
-
-
-def _read_json(path: pathlib.Path):
-    """What a JSON file holds; None where there is none, or a broken one."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-
-
-def samples_folder(workdir: pathlib.Path, run, ar_steps: int, sweep) -> pathlib.Path:
-    """Where a run is sampled: another number of images is another folder."""
-    return workdir / run.name / f"samples_ar{ar_steps}_n{sweep.num_samples}"
+        return files.read_json(self.product) is not None
 
 
 def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     """The commands of a run, in order."""
+    from causalfusion_jax.sweeps import samples_folder
+
     folder = workdir / run.name
     train = (
         "causalfusion_jax.train", f"--config={sweep.config}", f"--workdir={folder}", *run.flags,
@@ -87,7 +79,7 @@ def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     )
     # The manifest of a checkpoint is the last thing that is written of it.
     planned = [Stage("training", train, folder / "manifests" / f"{run.config.train.steps}.json")]
-    for ar_steps in sweep.ar_steps:
+    for ar_steps in run.ar_steps:
         out = samples_folder(workdir, run, ar_steps, sweep)
         sample = (
             "causalfusion_jax.sample", f"--workdir={folder}", f"--out={out}", f"--num={sweep.num_samples}",
@@ -135,7 +127,7 @@ def check_workdir(workdir: pathlib.Path, shared: dict, runs) -> list[str]:
     """
     record, names = workdir / "sweep.json", {run.name for run in runs}
     if record.is_file():
-        saved = _read_json(record)
+        saved = files.read_json(record)
         require(isinstance(saved, dict), "--workdir", str(workdir), "its sweep.json cannot be read")
         # A setting that either side does not know came or went with the code, at its default.
         changed = [
@@ -175,13 +167,6 @@ def held(workdir: pathlib.Path):
 # --- Running ----------------------------------------------------------------------
 
 
-def _die_with_parent() -> None:
-    """In a new child: SIGTERM, so that it saves, should the sweep be killed."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 class Job:
     """A run on its way through its stages.
 
@@ -190,8 +175,9 @@ class Job:
       message: why it failed or stopped.
     """
 
-    def __init__(self, run, planned: tuple[Stage, ...], log: pathlib.Path):
-        self.run, self.stages, self.log = run, planned, log
+    def __init__(self, run, planned: tuple[Stage, ...], log: pathlib.Path, servers: list | None = None):
+        """`servers`: command servers that are idle, for all jobs; None: each command is a process of its own."""
+        self.run, self.stages, self.log, self._servers = run, planned, log, servers
         self.state = "finished" if is_finished(planned) else "waiting"
         self.message = "was there already" if self.state == "finished" else ""
         self.stage, self._process, self._next = None, None, iter(planned)
@@ -210,22 +196,39 @@ class Job:
         with self.log.open("a") as log:
             log.write(f"$ python -m {shlex.join(self.stage.args)}\n")
             log.flush()
-            # A session of its own: the terminal's Ctrl-C must reach it once, through `signal`.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *self.stage.args], cwd=ROOT, env=self._env(), stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent,
-                pass_fds=(lock.fileno(),),
-            )
+            if self._servers is None:
+                command = ["-m", *self.stage.args]
+                self._process = self._popen(lock, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                return
+        if not self._servers:
+            command = [str(ROOT / "launch" / "command_server.py")]
+            with (self.log.parent / "command_server.log").open("a") as log:
+                self._servers.append(self._popen(
+                    lock, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0
+                ))
+        self._process = Forked(self._servers.pop(), self.stage.args, self.log)
+
+    def _popen(self, lock, args: list[str], **streams) -> subprocess.Popen:
+        # A session of its own: the terminal's Ctrl-C must reach it once, through `signal`.
+        return subprocess.Popen(
+            [sys.executable, *args], cwd=ROOT, env=self._env(), start_new_session=True, preexec_fn=die_with_parent,
+            pass_fds=(lock.fileno(),), **streams,
+        )
 
     def _env(self) -> dict[str, str]:
         """Runs of one shape share what they compile."""
-        return {"JAX_COMPILATION_CACHE_DIR": str(self.log.parent.parent / "compiled"), **os.environ}
+        cache = str(self.log.parent.parent / "compiled")
+        # As `-m` finds it: the package of this checkout.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        return {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ, "PYTHONPATH": path}
 
     def poll(self, lock, stopping: bool) -> None:
         """Goes on to the next stage where one has ended."""
         if self.state != "running" or self._process.poll() is None:
             return
         code = self._process.returncode
+        if isinstance(self._process, Forked) and self._process.server.poll() is None:
+            self._servers.append(self._process.server)
         if code == 0 and self.stage.is_done:
             if stopping:
                 self.state, self.message = "stopped", f"after {self.stage.name}"
@@ -375,23 +378,6 @@ def submit(todo, workdir: pathlib.Path, template: str, dry_run: bool) -> int:
 # --- Results ----------------------------------------------------------------------
 
 
-def gather(sweep, runs, workdir: pathlib.Path, states: dict[str, str]) -> list:
-    """The scores of all runs, the best first."""
-    from causalfusion_jax import sweeps
-
-    results = []
-    for run in runs:
-        scores = {}
-        for ar_steps in sweep.ar_steps:
-            read = _read_json(samples_folder(workdir, run, ar_steps, sweep) / "evaluation.json") or {}
-            kept = {n: float(v) for n, v in read.items() if isinstance(v, (int, float)) and n != "num"}
-            if kept:
-                scores[ar_steps] = kept
-        state = "finished" if len(scores) == len(sweep.ar_steps) else states.get(run.name, "unfinished")
-        results.append(sweeps.Result(run, state, scores))
-    return sweeps.sort(sweep, results)
-
-
 def write_results(sweep, results, workdir: pathlib.Path) -> None:
     """Writes and prints the table, and plots it."""
     from causalfusion_jax import sweeps
@@ -447,14 +433,20 @@ def check_can_score(runs) -> None:
 
 def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:
     """Runs the sweep on this machine. Returns the exit status."""
+    from causalfusion_jax import sweeps
+
     shared = shared_settings(sweep, base)
     names = check_workdir(workdir, shared, runs)
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
     with held(workdir) as lock:
         files.write_json(workdir / "sweep.json", {"sweep": _SWEEP.value, "shared": shared, "runs": names})
-        jobs = [Job(run, stages(sweep, run, workdir), workdir / "logs" / f"{run.name}.log") for run in runs]
+        servers = [] if _FORK.value else None
+        jobs = [Job(run, stages(sweep, run, workdir), workdir / "logs" / f"{run.name}.log", servers) for run in runs]
         stopped_by = run_jobs(jobs, _PARALLEL.value, lock)
-        results = gather(sweep, runs, workdir, {job.run.name: job.state for job in jobs})
+        for server in servers or ():
+            server.stdin.close()
+            server.wait()
+        results = sweeps.gather(sweep, runs, workdir, {job.run.name: job.state for job in jobs})
         write_results(sweep, results, workdir)
     # In full: a terminal's lines are cut to its width.
     for job in jobs:
@@ -480,8 +472,10 @@ def main(argv):
     # Elsewhere a path means what it means there.
     workdir = pathlib.Path(_WORKDIR.value) if _LAUNCHER.value else pathlib.Path(_WORKDIR.value).absolute()
     if _RESULTS_ONLY.value:
+        from causalfusion_jax import sweeps
+
         require(workdir.is_dir(), "--workdir", str(workdir), "no such folder")
-        write_results(sweep, gather(sweep, runs, workdir, {}), workdir)
+        write_results(sweep, sweeps.gather(sweep, runs, workdir, {}), workdir)
         return
     if not _DRY_RUN.value:
         check_can_score(runs)

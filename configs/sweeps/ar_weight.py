@@ -6,7 +6,7 @@ The paper chose 2 (FID-10k 12.13, 15.15 and 18.09 at 1, 2 and 4 AR steps).
 """
 
 from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, grid
+from causalfusion_jax.sweeps import Sweep, chain, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 
@@ -16,7 +16,10 @@ def get_sweep(arg: str = "digits"):
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],
-        overrides=grid({"factorization.weight_max": [1.0, 1.5, 2.0, 2.5, 3.0]}),
+        # From 1 to 1 is no weight, as in the ablations before this one.
+        overrides=chain(
+            grid({"factorization.weight": ["none"]}), grid({"factorization.weight_max": [1.5, 2.0, 2.5, 3.0]})
+        ),
         fixed={"logging.sample_every": 0},
         ar_steps=(1, 2, 4),
         num_samples={"digits": 1000, "imagenet": 10_000}[data],

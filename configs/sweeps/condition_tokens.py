@@ -10,7 +10,6 @@ from causalfusion_jax.experiment import choose
 from causalfusion_jax.sweeps import Sweep, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
-COUNTS = {"digits": [1, 4, 16], "imagenet": [4, 16, 64]}
 
 
 def get_sweep(arg: str = "digits"):
@@ -18,7 +17,7 @@ def get_sweep(arg: str = "digits"):
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],
-        overrides=grid({"model.num_condition_tokens": COUNTS[data]}),
+        overrides=grid({"model.num_condition_tokens": [4, 16, 64]}),
         fixed={"logging.sample_every": 0},
         ar_steps=(1,),
         num_samples={"digits": 1000, "imagenet": 10_000}[data],

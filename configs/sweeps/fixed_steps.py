@@ -23,7 +23,8 @@ def get_sweep(arg: str = "digits"):
                 grid({"factorization.steps": ["fixed"]}),
                 grid({"factorization.num_steps": [1, 2, 4, 8, TOKENS[data]]}),
             ),
-            grid({"factorization.steps": ["uniform"]}),
+            # Drawn uniformly from 1..L.
+            grid({"factorization.gamma": [1.0]}),
         ),
         # Of all the paper's ablations, only those of weights and condition tokens weigh AR steps.
         fixed={"factorization.weight": "none", "logging.sample_every": 0},

@@ -32,6 +32,7 @@ CASES = {
     "digits": (0.5, 16, 4, 48, 2300),
     "digits:acdit": (0.7, 16, 0, 48, 2300),
     "digits:dit": (0.7, 16, 0, 48, 2300),
+    "digits:short": (0.2, 16, 4, 48, 300),
     "digit_pairs": (0.6, 32, 4, 48, 3000),
     "digit_pairs:transfusion": (0.6, 32, 4, 48, 3000),
 }

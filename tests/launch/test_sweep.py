@@ -18,6 +18,7 @@ GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.
 FILES = {
     # file: runs on digits, runs on ImageNet
     "fixed_steps": (6, 6), "gamma": (5, 5), "order": (4, 5), "ar_weight": (5, 5), "condition_tokens": (3, 3),
+    "t_sharing": (2, 2), "baseline": (5, 6), "block_size": (3, 3),
 }
 
 
@@ -54,6 +55,8 @@ def test_algebra():
         (lambda: product(grid({GAMMA: [0.9]}), grid({GAMMA: [1.0]})), "set twice"),
         (lambda: Sweep("configs/digits.py", ()), "at least one run"),
         (lambda: Sweep("configs/digits.py", ({},), ar_steps=(4, 4)), "different numbers"),
+        (lambda: Sweep("configs/digits.py", ({},), ar_steps=((4,), (1,))), "for each of the 1 runs"),
+        (lambda: Sweep("configs/digits.py", grid({SEED: [0, 1]}), ar_steps=((4,), (1, 1))), "different numbers"),
     ],
 )
 def test_wrong_algebra(make, words):
@@ -124,7 +127,8 @@ def test_papers_ablations(name, data, column):
     assert sweep.num_samples == {"digits": 1000, "imagenet": 10_000}[data]
     # The paper's one ablation of weights found 2; those before it trained with none.
     weighs = {run.config.factorization.weight for run in runs}
-    assert weighs == {"linear" if name in ("ar_weight", "condition_tokens") else "none"}
+    linear = {"ar_weight": {"linear", "none"}, "condition_tokens": {"linear"}, "t_sharing": {"linear"}}
+    assert weighs == linear.get(name, {"none"})
 
 
 def test_every_sweep_has_a_case():
@@ -195,10 +199,11 @@ folder = pathlib.Path(sys.argv[1])
 def stage(run, name, kind):
     product = folder / run / name / "product.json"
     return sweep.Stage(name, ("stub", kind, str(product)), product)
+servers = [] if (folder / "fork").exists() else None
 with sweep.held(folder) as lock:
     jobs = [
         sweep.Job(Run(f"{i}-{kind}"), (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
-                  folder / "logs" / f"{i}.log")
+                  folder / "logs" / f"{i}.log", servers)
         for i, kind in enumerate(sys.argv[3:])
     ]
     stopped_by = sweep.run_jobs(jobs, int(sys.argv[2]), lock)
@@ -242,6 +247,20 @@ def test_signals_reach_the_runs_which_save_and_resume(tmp_path, number):
     assert {path.read_text() for path in tmp_path.glob("*/training/saved")} == {number.name}
     output, _ = drive(tmp_path, 2, "slow", "slow", "ok").communicate(timeout=60)
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'finished']"
+
+
+@pytest.mark.slow
+def test_commands_in_forks_fail_save_and_resume_alike(tmp_path):
+    (tmp_path / "fork").touch()
+    process = drive(tmp_path, 2, "ok", "slow", "fail")
+    wait_for(lambda: list(tmp_path.glob("*/training/started")) and (tmp_path / "logs" / "2.log").exists(), 120)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert output.splitlines()[-1].startswith("SIGTERM [") and "'stopped'" in output, errors
+    assert (tmp_path / "1-slow" / "training" / "saved").read_text() == "SIGTERM"
+    output, _ = drive(tmp_path, 2, "ok", "slow", "fail").communicate(timeout=120)
+    assert output.splitlines()[-1] == "None ['finished', 'finished', 'failed']"
+    assert "failed    2-fail  training: error: no luck (see" in output
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the death of a parent is signalled on Linux only")

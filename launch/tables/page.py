@@ -1,0 +1,166 @@
+"""The page of tables: our scores beside the papers', and whether the papers' claims hold of them."""
+
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import scipy.stats
+import tables
+from tables import Claim, Place, Table
+
+from causalfusion_jax import sweeps
+
+METRICS = {"digits": "fd", "imagenet": "fid"}
+CONFIDENCE = 0.95
+RULE = f"""\
+**Rule.** A claim says that one score is lower than another. Δ is the mean of the one that should be higher
+less the mean of the other, over seeds; its margin is Student's t at {CONFIDENCE:.0%}, two-sided, times the pooled
+standard error, sqrt(s² (1/n + 1/m)) with s² the pooled variance of n and m seeds. *agrees*: Δ above the
+margin; *disagrees*: below minus the margin; *within the spread*: between them. A claim that something is
+immaterial *agrees* where Δ is within the margin, which with few seeds is weak support, and *disagrees*
+beyond it. *not run*, or *one seed*: nothing is said. Claims are tested one by one, so of twenty that are
+false one may seem to hold."""
+
+Scores = dict[Place, dict[str, list[float]]]
+"""Of each place, by metric, a score for each seed that is there."""
+
+
+class Verdict(NamedTuple):
+    """What became of a claim.
+
+    Attributes:
+      word: agrees, disagrees, within the spread, one seed, not run.
+      difference, margin: of the scores; NaN where there are too few.
+    """
+
+    word: str
+    difference: float = math.nan
+    margin: float = math.nan
+
+
+def verdict(claim: Claim, better: Sequence[float], worse: Sequence[float]) -> Verdict:
+    """Whether `claim` holds of our scores, by RULE.
+
+    Args:
+      claim: what the paper says.
+      better, worse: scores of the two places, one a seed; less is better.
+    """
+    if not better or not worse:
+        return Verdict("not run")
+    difference = statistics.fmean(worse) - statistics.fmean(better)
+    if len(better) < 2 or len(worse) < 2:
+        return Verdict("one seed", difference)
+    freedom = len(better) + len(worse) - 2
+    squares = sum((len(scores) - 1) * statistics.variance(scores) for scores in (better, worse))
+    error = math.sqrt(squares / freedom * (1 / len(better) + 1 / len(worse)))
+    margin = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    if claim.immaterial:
+        return Verdict("agrees" if abs(difference) <= margin else "disagrees", difference, margin)
+    word = "agrees" if difference > margin else "disagrees" if difference < -margin else "within the spread"
+    return Verdict(word, difference, margin)
+
+
+def collect(workdir: pathlib.Path, names: Sequence[str], on: str, seeds: int, num: int) -> dict[str, Scores]:
+    """The scores of each table that are in `workdir`."""
+    found = {}
+    for folder, group in tables.groups(names, on).items():
+        sweep = tables.joined(group, on, seeds, num)
+        runs = sweeps.expand(sweep, tables.base_of(sweep.config))
+        results = {result.run.name: result for result in sweeps.gather(sweep, runs, workdir / folder, {})}
+        by_key = {
+            tuple(sorted(overrides.items())): results[run.name]
+            for overrides, run in zip(sweep.overrides, runs, strict=True)
+        }
+        for name in group:
+            scores: Scores = {}
+            for entry in tables.entries(tables.TABLES[name], on, seeds):
+                for ar_steps in entry.ar_steps:
+                    of_place = scores.setdefault(Place(entry.row, ar_steps), {})
+                    for metric, value in by_key[entry.key].scores.get(ar_steps, {}).items():
+                        of_place.setdefault(metric, []).append(value)
+            found[name] = scores
+    return {name: found[name] for name in names}
+
+
+def number(value: float) -> str:
+    """A score to three digits or so."""
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def ours(scores: dict[str, list[float]], metric: str) -> str:
+    """Mean ± standard deviation over seeds, and the mean accuracy."""
+    values = scores.get(metric, [])
+    if not values:
+        return ""
+    text = number(statistics.fmean(values))
+    text += f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""
+    return text + (f" ({statistics.fmean(scores['accuracy']):.3f})" if "accuracy" in scores else "")
+
+
+def table_lines(table: Table, scores: Scores, metric: str) -> Iterable[str]:
+    """The table in Markdown: for each number of AR steps the paper's figure, then our score."""
+    columns = sorted({s for figures in table.figures.values() for s in figures} | {place.ar_steps for place in scores})
+    rows = dict.fromkeys([*table.figures, *(place.row for place in scores)])
+    paper = bool(table.figures)
+    header = [""] + [name for s in columns for name in ([f"paper, S_eval = {s}"] if paper else []) + [f"ours, {s}"]]
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in rows:
+        cells = [row]
+        for s in columns:
+            figure = table.figures.get(row, {}).get(s)
+            cells += ["" if figure is None else f"{figure:g}"] if paper else []
+            cells.append(ours(scores[Place(row, s)], metric) if Place(row, s) in scores else "—")
+        yield f"| {' | '.join(cells)} |"
+
+
+def figures_of(table: Table, claim: Claim) -> tuple[float, float]:
+    """The paper's figures of the two places that a claim compares."""
+    return claim.figures or tuple(table.figures[row][s] for row, s in (claim.better, claim.worse))
+
+
+def claim_lines(table: Table, scores: Scores, metric: str) -> Iterable[tuple[Verdict, str]]:
+    """Each claim about places that we run: what became of it, and a line that says so with all its numbers."""
+    for claim in table.claims:
+        if claim.better not in scores or claim.worse not in scores:
+            continue
+        better, worse = (scores[place].get(metric, []) for place in (claim.better, claim.worse))
+        found = verdict(claim, better, worse)
+        paper = "{:g} against {:g}".format(*figures_of(table, claim))
+        line = f"- {claim.text}: **{found.word}** (paper {paper}"
+        if not math.isnan(found.difference):
+            line += f"; ours {number(statistics.fmean(better))} against {number(statistics.fmean(worse))}"
+            line += f", Δ = {found.difference:.3f}"
+        if not math.isnan(found.margin):
+            line += f", margin {found.margin:.3f}"
+        yield found, f"{line})"
+
+
+def render(scores: dict[str, Scores], on: str, seeds: int, num: int, header: str = "") -> str:
+    """The whole page."""
+    metric, parts, counts = METRICS[on], [], {}
+    for name, of_table in scores.items():
+        table = tables.TABLES[name]
+        claims = list(claim_lines(table, of_table, metric))
+        for found, _ in claims:
+            counts[found.word] = counts.get(found.word, 0) + 1
+        command = f"python launch/tables/run.py --table={name} --on={on} --seeds={seeds}"
+        parts.append("\n".join([
+            f"## {table.title}\n",
+            f"`{command} --workdir=DIR -- --parallel=2 --fork`: {tables.describe([name], on, seeds, num)}\n",
+            *table_lines(table, of_table, metric), "", *(line for _, line in claims),
+            *(["", table.note] if table.note else []),
+        ]))
+    sweep = tables.joined(tables.groups(list(scores), on).popitem()[1], on, seeds, num)
+    score = f"{metric} of {sweep.num_samples} images, mean ± standard deviation over {seeds} seeds"
+    score += " (mean accuracy)" if on == "digits" else ""
+    total = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
+    lines = [
+        "# The papers' ablations beside ours\n", *([f"{header}\n"] if header else []),
+        f"Ours: {on}, {score}; less is better but for accuracy. Papers: FID-10k on ImageNet at 256x256, so numbers do "
+        "not compare, only what is said of them. S_eval is the number of AR steps in sampling; — is not run.\n",
+        f"{RULE}\n", f"Of all claims: {total}.\n",
+    ]
+    return "\n".join(lines) + "\n" + "\n\n".join(parts) + "\n"

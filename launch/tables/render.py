@@ -1,0 +1,43 @@
+"""Sets our scores beside the papers', and says of each of their claims whether it holds here.
+
+    python launch/tables/render.py --workdir=tables [--on=digits] [--table=gamma,order] --out=launch/tables/RESULTS.md
+
+Reads what run.py left in WORKDIR; what is not there yet stays empty. Whether a claim holds is
+computed, by the rule that is printed above the tables. Without --out the page is printed.
+"""
+
+import pathlib
+
+import page
+import tables
+from absl import flags
+
+from causalfusion_jax import cli
+from causalfusion_jax.errors import require
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that run.py was given.")
+_ON = flags.DEFINE_enum("on", "digits", tables.DATA, "What was trained on.")
+_TABLE = flags.DEFINE_list("table", [], f"Some of {', '.join(tables.TABLES)} [all].")
+_SEEDS = flags.DEFINE_integer("seeds", tables.SEEDS, "Runs of every setting.")
+_NUM = flags.DEFINE_integer("num", 0, "Images in a score, as given to run.py.")
+_OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
+_HEADER = flags.DEFINE_string("header", "", "Line to print below the title: date and machine.")
+
+
+def main(argv):
+    """Runs the command."""
+    del argv
+    workdir = pathlib.Path(_WORKDIR.value)
+    require(workdir.is_dir(), "--workdir", str(workdir), "no such folder")
+    require(_SEEDS.value >= 1, "--seeds", _SEEDS.value, "must be >= 1")
+    asked = _ON.value, _SEEDS.value, _NUM.value
+    scores = page.collect(workdir, tables.check_names(_TABLE.value), *asked)
+    text = page.render(scores, *asked, _HEADER.value)
+    if _OUT.value:
+        pathlib.Path(_OUT.value).write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("workdir",))
