@@ -349,7 +349,7 @@ def processes(name, count, *args):
         )
         for i in range(count)
     ]
-    printed = [process.communicate(timeout=300) for process in running]
+    printed = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0] * count, printed
 
 
@@ -376,7 +376,7 @@ def test_kill_9_at_three_random_points(tfds_folder, vae, tmp_path):
         args += ["--batch_size=4", "--records_per_shard=10"]
         return subprocess.Popen(args, cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, text=True)
 
-    assert start(tmp_path / "straight").wait(timeout=300) == 0
+    assert start(tmp_path / "straight").wait(timeout=600) == 0
     whole = 32
     points = sorted(rng.sample(range(1, whole), 3))
     for point in points:
@@ -386,6 +386,6 @@ def test_kill_9_at_three_random_points(tfds_folder, vae, tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"it was done before it was killed at {points}"
         assert not (tmp_path / "killed" / "manifest.json").exists()
-    assert start(tmp_path / "killed").wait(timeout=300) == 0
+    assert start(tmp_path / "killed").wait(timeout=600) == 0
     assert files.describe(tmp_path / "killed") == files.describe(tmp_path / "straight")
     print("killed at shards", points)

@@ -1,7 +1,7 @@
 """Clips of scikit-learn's digits that move over a small canvas: real pixels, known motion.
 
-A digit moves straight, a whole number of pixels a frame on each axis, and bounces off the
-sides. So what a model should have generated is known exactly: the class in every frame, and
+A digit begins in the middle, moves straight, STRIDE pixels a frame on one axis or both, and
+bounces off the sides. So what a model should have generated is known exactly: the class in every frame, and
 where the digit is in a frame once it has been seen in some before.
 """
 
@@ -11,7 +11,7 @@ from causalfusion_jax.data.sources import digits
 
 SIDE = 8
 """Pixels of a digit."""
-MAX_SPEED = 2
+STRIDE = 2
 """Pixels a frame, on either axis."""
 MOTIONS_PER_DIGIT = 64
 
@@ -36,7 +36,7 @@ class MovingDigitsSource:
     """`image` float32 [frames, size, size, 1] in [-1, 1], black but for the digit; `label` int32.
 
     Every digit of a half (`DigitsSource`) is there with MOTIONS_PER_DIGIT motions, which the
-    clip's number alone decides: place and speed on each axis, uniform, never standing still.
+    clip's number alone decides: one of eight directions.
 
     Args:
       frames: frames of a clip.
@@ -56,9 +56,9 @@ class MovingDigitsSource:
     def path(self, index: int) -> np.ndarray:
         """Row and column of the digit's corner in every frame; int [frames, 2]."""
         rng, room = np.random.default_rng(index), self.size - SIDE
-        speeds = [(y, x) for y in range(-MAX_SPEED, MAX_SPEED + 1) for x in range(-MAX_SPEED, MAX_SPEED + 1) if y or x]
-        start = rng.integers(0, room + 1, 2), np.array(speeds[rng.integers(len(speeds))])
-        return bounce(start, np.arange(self.frames), room).T
+        directions = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
+        direction = np.array(directions[rng.integers(len(directions))])
+        return bounce((np.full(2, room // 2), STRIDE * direction), np.arange(self.frames), room).T
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         digit = int(index) % len(self.digits)

@@ -25,7 +25,7 @@ from causalfusion_jax.data.captions import with_text
 from causalfusion_jax.data.clip_folder import ClipFolderSource
 from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.latents import LatentsSource, read_manifest
-from causalfusion_jax.data.moving_digits import MovingDigitsSource
+from causalfusion_jax.data.moving_digits import SIDE, STRIDE, MovingDigitsSource
 from causalfusion_jax.data.sources import ArraysSource, CorruptRecord, ImageFolderSource, class_folders, digits
 from causalfusion_jax.data.tokenizers import TextConfig
 from causalfusion_jax.errors import InputError, require, require_number, require_one_of
@@ -140,7 +140,8 @@ class DataConfig:
             require(given == value, name, given, f"must be {value!r} for source {self.source}")
 
         if self.source == "moving_digits":
-            require_number("image_size", self.image_size, 9)
+            # Room for a step to either side of the middle.
+            require_number("image_size", self.image_size, SIDE + 2 * STRIDE)
         if self.source in ("moving_digits", "clip_folder"):
             require_number("frames", self.frames, 2)
 

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from causalfusion_jax.data.moving_digits import MAX_SPEED, SIDE, bounce
+from causalfusion_jax.data.moving_digits import SIDE, STRIDE, bounce
 from causalfusion_jax.data.sources import digits
 
 FRAMES_AT_A_TIME = 64
@@ -68,7 +68,8 @@ def path_error(position: np.ndarray, room: int) -> np.ndarray:
       speeds of a straight line with bounce through all frames.
     """
     # Half of them, at one speed and from one end, are the others moving backwards.
-    phase, speed = np.meshgrid(np.arange(2 * room), np.arange(MAX_SPEED + 1), indexing="ij")
+    places = np.arange(room // 2 % STRIDE, 2 * room, STRIDE)
+    phase, speed = np.meshgrid(places, (0, STRIDE), indexing="ij")
     paths = bounce((phase.ravel(), speed.ravel()), np.arange(position.shape[1]), room)
     error = np.abs(position.swapaxes(1, 2)[:, :, None] - paths).mean(axis=-1)
     return error.min(axis=-1)

@@ -10,7 +10,7 @@
 # is there. STEPS and EPOCHS are those of training and of fine-tuning.
 
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../../understanding}")"
-. "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh" ""
 
 models="causalfusion dit"
 for model in $models; do

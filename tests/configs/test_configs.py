@@ -28,7 +28,7 @@ CASES = {
     "imagenet_dit:L": (457.8, 256, 0, 256, 1_201_094),
     "imagenet_dit:XL,adaln": (674.8, 256, 0, 256, 1_201_094),
     "imagenet_dit:L,in_context": (307.7, 256, 4, 2048, 150_136),
-    "moving_digits": (0.7, 256, 0, 16, 2400),
+    "moving_digits": (2.9, 64, 0, 8, 7200),
     "digits": (0.5, 16, 4, 48, 2300),
     "digits:acdit": (0.7, 16, 0, 48, 2300),
     "digits:dit": (0.7, 16, 0, 48, 2300),

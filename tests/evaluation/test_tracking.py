@@ -35,11 +35,14 @@ def test_training_digits_are_found_and_read():
 
 def test_path_error_by_hand():
     """A straight line with bounce costs nothing; one frame k pixels off it, k of all frames."""
-    for y, x in (((0, 2), (7, -1)), ((3, 0), (8, -2)), ((5, -2), (1, 1))):
+    for y, x in (((0, 2), (6, -2)), ((4, 0), (8, -2)), ((6, -2), (2, 0))):
         path = np.stack([bounce(y, np.arange(16), 8), bounce(x, np.arange(16), 8)], axis=-1)
         np.testing.assert_array_equal(path_error(path[None], 8), [[0, 0]])
     path[9, 0] += 3
     np.testing.assert_allclose(path_error(path[None], 8), [[3 / 16, 0]])
+    # Where the middle is an odd place.
+    path = MovingDigitsSource(16, 14).path(3)
+    assert path[0].tolist() == [3, 3] and not path_error(path[None], 6).any()
 
 
 def test_scores_tell_motion_and_class_apart():

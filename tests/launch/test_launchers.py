@@ -206,7 +206,7 @@ def test_a_stopped_pod_does_not_count_as_complete(tmp_path):
     while not (tmp_path / "started").exists():
         time.sleep(0.05)
     pod.terminate()
-    output, _ = pod.communicate(timeout=20)
+    output, _ = pod.communicate(timeout=120)
     assert pod.returncode == 143 and "saved" in output and "training: -m causalfusion_jax.train --multihost" in output
 
 

@@ -228,12 +228,12 @@ def wait_for(condition, seconds=30):
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path):
-    output, errors = drive(tmp_path, 2, "ok", "fail", "ok").communicate(timeout=60)
+    output, errors = drive(tmp_path, 2, "ok", "fail", "ok").communicate(timeout=600)
     assert output.splitlines()[-1] == "None ['finished', 'failed', 'finished']", errors
     assert "failed    1-fail  training: error: no luck (see" in output
     assert (tmp_path / "2-ok" / "scoring" / "product.json").is_file()
     assert not (tmp_path / "1-fail" / "scoring").exists()
-    again, _ = drive(tmp_path, 1, "ok").communicate(timeout=60)
+    again, _ = drive(tmp_path, 1, "ok").communicate(timeout=600)
     assert "finished  0-ok  was there already" in again
 
 
@@ -242,10 +242,10 @@ def test_signals_reach_the_runs_which_save_and_resume(tmp_path, number):
     process = drive(tmp_path, 2, "slow", "slow", "ok")
     wait_for(lambda: len(list(tmp_path.glob("*/training/started"))) == 2)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert output.splitlines()[-1] == f"{number.name} ['stopped', 'stopped', 'waiting']", errors
     assert {path.read_text() for path in tmp_path.glob("*/training/saved")} == {number.name}
-    output, _ = drive(tmp_path, 2, "slow", "slow", "ok").communicate(timeout=60)
+    output, _ = drive(tmp_path, 2, "slow", "slow", "ok").communicate(timeout=600)
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'finished']"
 
 
@@ -255,10 +255,10 @@ def test_commands_in_forks_fail_save_and_resume_alike(tmp_path):
     process = drive(tmp_path, 2, "ok", "slow", "fail")
     wait_for(lambda: list(tmp_path.glob("*/training/started")) and (tmp_path / "logs" / "2.log").exists(), 120)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert output.splitlines()[-1].startswith("SIGTERM [") and "'stopped'" in output, errors
     assert (tmp_path / "1-slow" / "training" / "saved").read_text() == "SIGTERM"
-    output, _ = drive(tmp_path, 2, "ok", "slow", "fail").communicate(timeout=120)
+    output, _ = drive(tmp_path, 2, "ok", "slow", "fail").communicate(timeout=600)
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'failed']"
     assert "failed    2-fail  training: error: no luck (see" in output
 
@@ -268,7 +268,7 @@ def test_runs_save_when_the_sweep_is_killed(tmp_path):
     process = drive(tmp_path, 1, "slow")
     wait_for(lambda: list(tmp_path.glob("*/training/started")))
     # Another sweep stays out meanwhile.
-    _, errors = drive(tmp_path, 1, "ok").communicate(timeout=60)
+    _, errors = drive(tmp_path, 1, "ok").communicate(timeout=600)
     assert "a sweep, or a run that it left to save, is at work there" in errors
     process.kill()
     process.communicate()
@@ -358,7 +358,7 @@ def test_sweep_is_interrupted_resumed_extended_and_refused(tmp_path):
     log = folder / "logs" / "gamma=0.9.log"
     wait_for(lambda: log.is_file() and "\nstep " in log.read_text(), 300)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGINT and "SIGINT: 0 of 1 runs finished" in output
     assert "SIGINT: saved step" in log.read_text()
 

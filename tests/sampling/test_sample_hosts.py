@@ -68,7 +68,7 @@ def test_two_processes(workdir, expected, tmp_path):
         port = free.getsockname()[1]
     job = f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"
     pair = [start(workdir, tmp_path / "out", *job, f"--process_id={i}") for i in range(2)]
-    printed = [process.communicate(timeout=240) for process in pair]
+    printed = [process.communicate(timeout=600) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], printed
     assert "sampled" in printed[0][0] and "sampled" not in printed[1][0]
     assert contents(tmp_path / "out") == expected

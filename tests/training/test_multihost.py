@@ -49,7 +49,7 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
         if line.startswith("step") and int(re.search(r"\d+", line)[0]) >= 6:
             break
     pair[1].send_signal(signal.SIGTERM)
-    printed = [process.communicate(timeout=120) for process in pair]
+    printed = [process.communicate(timeout=600) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], printed
     step = int(re.search(r"saved step (\d+) of 24", printed[0][0])[1])
     assert step < 24 and "step" not in printed[1][0]
@@ -57,7 +57,7 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
     assert list((tmp_path / "pair" / "samples").iterdir())
     for workdir in ("pair", "alone"):
         process = start(tmp_path / workdir)
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=600)
         assert process.returncode == 0, stderr
         assert (f"resuming {tmp_path / workdir} at step {step}" in stdout) == (workdir == "pair")
     pair, alone = losses(tmp_path / "pair"), losses(tmp_path / "alone")
