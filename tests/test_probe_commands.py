@@ -82,7 +82,8 @@ def test_map(workdir):
 def test_bad_input_is_one_clear_line(workdir, tmp_path):
     refused(probe(workdir, "liner"), "--probe='liner'", "did you mean linear?")
     refused(probe(workdir, "linear", "--samples=x"), "--samples", "leave it out")
-    refused(probe(workdir, "linear", *SMALL, "--config.probe.layer=3"), "config.probe.layer=3", "<= 2")
+    deeper = ("--config.probe.layer=3", f"--out={tmp_path / 'a.json'}")
+    refused(probe(workdir, "linear", *SMALL, *deeper), "config.probe.layer=3", "<= 2")
     refused(probe(workdir, "linear", *SMALL, "--config.probe.layers=3"), "unknown key", "did you mean layer?")
     refused(probe(workdir, "linear", "--step=5", f"--out={tmp_path / 'a.json'}"), "step=5", "must be one of")
     refused(probe(workdir, "linear", "--out=a.txt"), "--out='a.txt'", ".json")

@@ -144,6 +144,7 @@ def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("videos") / "run"
     done = command(
         "train", "--config=configs/moving_digits.py", f"--workdir={workdir}", "--config.data.image_size=12",
+        "--config.model.patch_size=4",
         "--config.data.frames=4", "--config.factorization.block_size=9", "--config.model.hidden=32",
         "--config.model.heads=2", "--config.model.layers=2", "--config.train.steps=2", "--config.train.batch_size=4",
         "--config.optimizer.warmup_steps=0", "--config.logging.sample_every=0",
