@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from causalfusion_jax import files
 from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer
 from causalfusion_jax.diffusion import DiffusionConfig
@@ -254,9 +255,14 @@ def check_mesh(config: ExperimentConfig, mesh: Mesh) -> None:
     )
     model = config.transformer
     tokens = model.num_condition_tokens + model.text_tokens + config.step.objective.num_clean + model.num_tokens
+    check_model_mesh(model, mesh, tokens_in_training=tokens)
+
+
+def check_model_mesh(model: TransformerConfig, mesh: Mesh, **tokens: int) -> None:
+    """Raises InputError where the model, or a sequence of so many `tokens`, does not split over the mesh."""
     check_divides(mesh, "fsdp", hidden=model.hidden)
     check_divides(mesh, "tensor", heads=model.heads, mlp_hidden=model.mlp_hidden)
-    check_divides(mesh, "sequence", tokens_in_training=tokens)
+    check_divides(mesh, "sequence", **tokens)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -368,7 +374,7 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
     folder = pathlib.Path(workdir)
     if (folder / "config.json").is_file():
         _check_same(workdir, load(workdir), config)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif not files.is_new(folder):
         raise InputError("workdir", workdir, "must be a new or empty folder, or that of a run to continue")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "config.json.part"

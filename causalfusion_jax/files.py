@@ -59,9 +59,14 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     part.replace(path)
 
 
+def is_new(folder: pathlib.Path) -> bool:
+    """Whether `folder` does not exist or is empty."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def require_new(field: str, folder: pathlib.Path) -> None:
     """Raises InputError unless `folder` does not exist or is empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_new(folder):
         raise InputError(field, str(folder), "exists with other content; give a new or empty folder")
 
 

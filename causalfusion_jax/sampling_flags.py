@@ -6,12 +6,12 @@ command's --help.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run; or give --checkpoint.")
@@ -78,12 +78,9 @@ def sampler(default):
 
 def is_done(out: pathlib.Path, request: dict, written: Sequence[str]) -> bool:
     """Whether OUT already holds this request and the files `written`. Raises InputError where it holds another."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if files.is_new(out):
         return False
-    try:
-        same = json.loads((out / "request.json").read_text()) == request
-    except (OSError, ValueError):
-        same = False
+    same = files.read_json(out / "request.json") == request
     require(same, "--out", str(out), "exists with other content; give a new or empty folder")
     return all((out / name).is_file() for name in written)
 

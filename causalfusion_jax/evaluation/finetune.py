@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from causalfusion_jax import distributed, sharding
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, host_batches
+from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, host_batches, reading_threads
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.augment import cropped, mixed, shifted, smooth_one_hot
 from causalfusion_jax.evaluation.features import Reading, hidden_states, images_in_order, mean_of_tokens, over_images
@@ -28,7 +28,7 @@ from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from causalfusion_jax.training.loop import StopSignal, TrainingDiverged
 from causalfusion_jax.training.objective import example_keys
 from causalfusion_jax.training.optimizer import OptimizerConfig, make_optimizer
-from causalfusion_jax.training.state import place_abstract
+from causalfusion_jax.training.state import lower_step, place_abstract, update_ema
 
 CLASSIFIER_AXES = {"kernel": ("embed", "classes"), "bias": ("classes",), "scale": ("embed",), "shift": ("embed",)}
 
@@ -170,8 +170,7 @@ def finetune_step(config: FinetuneStep, state: FinetuneState, batch, key: jax.Ar
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        decay = jnp.minimum(config.settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+        ema = update_ema(ema, params, state.step, config.settings.ema_decay)
     return FinetuneState(state.step + 1, params, ema, opt_state), loss
 
 
@@ -184,18 +183,8 @@ def compile_finetune_step(config: FinetuneStep, mesh: Mesh, batch_shapes, key: j
       batch_shapes: (shape, dtype) of each array of a global batch, by name.
       key: PRNG key (its shape and type).
     """
-    state, where = abstract_finetune(config, mesh), sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in batch_shapes.items()
-    }
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    placed = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, key))
-    step = jax.jit(
-        functools.partial(finetune_step, config), in_shardings=placed,
-        out_shardings=(placed[0], sharding.replicated(mesh)), donate_argnums=0,
-    )
-    with jax.set_mesh(mesh):
-        return step.lower(state, batch, key).compile()
+    step = functools.partial(finetune_step, config)
+    return lower_step(step, abstract_finetune(config, mesh), mesh, batch_shapes, key).compile()
 
 
 # --- The whole --------------------------------------------------------------------
@@ -265,7 +254,7 @@ class Finetuning:
             self.source, self.data, self.settings.batch_size, self.settings.seed, jax.process_index(),
             jax.process_count(),
         )
-        threads = 16 if hasattr(self.source, "name") else 0
+        threads = reading_threads(self.data.source)
         iterator = BatchIterator(batches, position, self.data.workers, threads, self.data.max_corrupt)
         try:
             state = self._steps(state, iterator, checkpoints)

@@ -25,7 +25,7 @@ from causalfusion_jax.evaluation.features import (
 )
 from causalfusion_jax.evaluation.probe import Classified
 from causalfusion_jax.evaluation.probe_settings import ProbeConfig
-from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.experiment import ExperimentConfig, check_model_mesh
 from causalfusion_jax.models.transformer import Params, init_params
 
 SAME_WEIGHTS = ("attention", "dtype", "remat", "scan_unroll")
@@ -72,15 +72,10 @@ class Study:
         self.reading = make_reading(config, config.probe)
         self.layer = layer_to_read(config.transformer, config.probe.layer)
         self.mesh = sharding.make_mesh(config.mesh)
-        self._check_mesh()
+        model = config.transformer
+        check_model_mesh(model, self.mesh, tokens=model.num_condition_tokens + model.num_tokens)
         self.source = make_source(data)
         self.held_out = make_held_out_source(data, self.probe.held_out_path, self.probe.held_out_split)
-
-    def _check_mesh(self) -> None:
-        model = self.config.transformer
-        sharding.check_divides(self.mesh, "fsdp", hidden=model.hidden)
-        sharding.check_divides(self.mesh, "tensor", heads=model.heads, mlp_hidden=model.mlp_hidden)
-        sharding.check_divides(self.mesh, "sequence", tokens=model.num_condition_tokens + model.num_tokens)
 
     def untrained(self) -> Params:
         """The weights that the run began with."""

@@ -6,7 +6,6 @@ are done, so that any process, now or after an interruption, can make the others
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
@@ -44,9 +43,9 @@ class SampleFolder:
 
     def check(self) -> None:
         """Raises InputError where the folder holds samples of another request, or anything else."""
-        if not self._has_content:
+        if files.is_new(self._folder):
             return
-        there = [_read(folder / "request.json") for folder in (self._folder, self._parts)]
+        there = [files.read_json(folder / "request.json") for folder in (self._folder, self._parts)]
         found = next((request for request in there if request is not None), None)
         allowed = "exists with other content; give a new or empty folder"
         if found is not None and found != self._request:
@@ -59,12 +58,12 @@ class SampleFolder:
     def is_done(self) -> bool:
         """Whether everything is there."""
         files_there = all((self._folder / name).is_file() for name in ("samples.npz", "grid.png"))
-        return files_there and _read(self._folder / "request.json") == self._request
+        return files_there and files.read_json(self._folder / "request.json") == self._request
 
     def claim(self) -> None:
         """Makes the folder this request's. Raises InputError as `check` does."""
         self.check()
-        if not self._has_content:
+        if files.is_new(self._folder):
             # At once with its request: hosts that do not know of each other may look at any moment.
             # Refused where another host was first, or where the folder is a mount point.
             with contextlib.suppress(OSError):
@@ -72,13 +71,9 @@ class SampleFolder:
             self.check()
         self._put_request(self._parts)
 
-    @property
-    def _has_content(self) -> bool:
-        return self._folder.exists() and not (self._folder.is_dir() and not any(self._folder.iterdir()))
-
     def _put_request(self, parts: pathlib.Path) -> None:
         parts.mkdir(parents=True, exist_ok=True)
-        if _read(parts / "request.json") is None:
+        if files.read_json(parts / "request.json") is None:
             files.write_json(parts / "request.json", self._request)
 
     def missing(self, host: int = 0, hosts: int = 1) -> list[int]:
@@ -124,11 +119,3 @@ class SampleFolder:
     def tidy(self) -> None:
         """Removes the parts of a folder that is done."""
         shutil.rmtree(self._parts, ignore_errors=True)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
-    """What a JSON file holds; None where there is none, or a broken one."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -123,8 +123,7 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+    ema = update_ema(state.ema, params, state.step, config.ema_decay)
 
     def keep_if_finite(new, old):
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
@@ -143,6 +142,12 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
         nonfinite_run=run,
         nonfinite_worst=jnp.maximum(run, state.nonfinite_worst),
     ), metrics
+
+
+def update_ema(ema, params, step: jax.Array, ema_decay: float):
+    """The moving average after `params`, the result of step number `step`; warmed up as StepConfig says."""
+    decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
 
 
 def _gradients(config: StepConfig, params, batch, keys, shared_key):
@@ -185,18 +190,27 @@ def lower_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Arra
       batch_shapes: (shape, dtype) of each array of a global batch, by name.
       key: the run's base key (its shape and type).
     """
-    state = abstract_state(config, mesh)
+    return lower_step(functools.partial(train_step, config), abstract_state(config, mesh), mesh, batch_shapes, key)
+
+
+def lower_step(step, state, mesh: Mesh, batch_shapes, key: jax.Array) -> jax.stages.Lowered:
+    """Any step (state, batch, key) -> (state, metrics) traced for a mesh; compiled, it donates the state.
+
+    Args:
+      step: the function.
+      state: its state's shapes, types and shardings.
+      mesh: where it runs.
+      batch_shapes: (shape, dtype) of each array of a global batch, by name.
+      key: PRNG key (its shape and type).
+    """
     where = sharding.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in batch_shapes.items()
     }
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     in_shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, key))
-    step = jax.jit(
-        functools.partial(train_step, config),
-        in_shardings=in_shardings,
-        out_shardings=(in_shardings[0], sharding.replicated(mesh)),
-        donate_argnums=0,
+    jitted = jax.jit(
+        step, in_shardings=in_shardings, out_shardings=(in_shardings[0], sharding.replicated(mesh)), donate_argnums=0
     )
     with jax.set_mesh(mesh):
-        return step.lower(state, batch, key)
+        return jitted.lower(state, batch, key)
