@@ -328,7 +328,7 @@ def plot(setting: Setting, found, lengths, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     drawn = (
@@ -340,14 +340,17 @@ def plot(setting: Setting, found, lengths, path: str) -> None:
         for way, style in zip(WAYS, ("o-", "s-", "^-", "v-"), strict=True):
             panel.plot(lengths, [value(found[way][n], n) for n in lengths], style, markersize=4, label=way)
         panel.set(title=title, xlabel=f"frames of {setting.block} tokens", yscale="log")
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_locator(ticker.NullLocator())
+        panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         panel.grid(alpha=0.3)
     tokens = [n * setting.block for n in lengths]
     formulas = (("full sequence, formula", full_sequence_formula, "k:"), ("ACDiT, formula", acdit_formula, "k--"))
     for label, formula, style in formulas:
         by_frame = [formula(setting, t) / n / 1e6 for t, n in zip(tokens, lengths, strict=True)]
         panels[0].plot(lengths, by_frame, style, label=label)
-    panels[0].axvline(break_even_tokens(setting) / setting.block, color="gray", linewidth=0.8)
-    panels[0].legend(fontsize=8)
+    panels[0].axvline(break_even_tokens(setting) / setting.block, color="gray", linewidth=0.8, label="break-even, formula")
+    panels[0].legend(fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.58))
     figure.savefig(path, dpi=90)
 
 
@@ -359,7 +362,7 @@ def main(argv):
         tuple(int(side) for side in _GRID.value), _HIDDEN.value, _HIDDEN.value // 64, _LAYERS.value, _BATCH.value,
         _WINDOW.value, _SOLVER_STEPS.value,
     )
-    lengths = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= _FRAMES.value)
+    lengths = tuple(n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= _FRAMES.value)
     found = measure(setting, lengths, _ROUNDS.value)
     report(table_rows(setting, found, lengths))
     parted = [abs(ratio - 1) for n in lengths for ratio in against_formula(setting, found, n)]
