@@ -349,7 +349,8 @@ def plot(setting: Setting, found, lengths, path: str) -> None:
     for label, formula, style in formulas:
         by_frame = [formula(setting, t) / n / 1e6 for t, n in zip(tokens, lengths, strict=True)]
         panels[0].plot(lengths, by_frame, style, label=label)
-    panels[0].axvline(break_even_tokens(setting) / setting.block, color="gray", linewidth=0.8, label="break-even, formula")
+    frames = break_even_tokens(setting) / setting.block
+    panels[0].axvline(frames, color="gray", linewidth=0.8, label="break-even, formula")
     panels[0].legend(fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.58))
     figure.savefig(path, dpi=90)
 
