@@ -156,11 +156,11 @@ def render(scores: dict[str, Scores], on: str, seeds: int, num: int, header: str
     sweep = tables.joined(tables.groups(list(scores), on).popitem()[1], on, seeds, num)
     score = f"{metric} of {sweep.num_samples} images, mean ± standard deviation over {seeds} seeds"
     score += " (mean accuracy)" if on == "digits" else ""
-    total = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
+    total = ", ".join(f"{word}: {count}" for word, count in sorted(counts.items()))
     lines = [
         "# The papers' ablations beside ours\n", *([f"{header}\n"] if header else []),
         f"Ours: {on}, {score}; less is better but for accuracy. Papers: FID-10k on ImageNet at 256x256, so numbers do "
         "not compare, only what is said of them. S_eval is the number of AR steps in sampling; — is not run.\n",
-        f"{RULE}\n", f"Of all claims: {total}.\n",
+        f"{RULE}\n", f"Of all claims, {total}.\n",
     ]
     return "\n".join(lines) + "\n" + "\n\n".join(parts) + "\n"

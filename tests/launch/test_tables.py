@@ -124,7 +124,7 @@ def test_page_of_made_up_scores(tmp_path):
     assert "| random | 12.89 | 1.91 ± 0.01 (0.500) |" in text and "| dilated | 15.54 |  |" in text
     assert "| block-raster, 4x4 blocks | 14.62 | — |" in text
     assert "random beats raster at S_eval = 1: **not run** (paper 12.89 against 14.46)" in text
-    assert "Of all claims: 4 agrees, 2 disagrees, 4 not run, 2 within the spread." in text
+    assert "Of all claims, agrees: 4, disagrees: 2, not run: 4, within the spread: 2." in text
 
 
 def run(script, *args, **kwargs):
