@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, command_env
+from helpers import ROOT, command, command_env
 
 from causalfusion_jax.distributed import initialize
 from causalfusion_jax.errors import InputError
@@ -56,10 +56,9 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
     assert (tmp_path / "pair" / "manifests" / f"{step}.json").is_file()
     assert list((tmp_path / "pair" / "samples").iterdir())
     for workdir in ("pair", "alone"):
-        process = start(tmp_path / workdir)
-        stdout, stderr = process.communicate(timeout=600)
-        assert process.returncode == 0, stderr
-        assert (f"resuming {tmp_path / workdir} at step {step}" in stdout) == (workdir == "pair")
+        done = command("train", *SMALL, f"--workdir={tmp_path / workdir}")
+        assert done.returncode == 0, done.stderr
+        assert (f"resuming {tmp_path / workdir} at step {step}" in done.stdout) == (workdir == "pair")
     pair, alone = losses(tmp_path / "pair"), losses(tmp_path / "alone")
     assert sorted(pair) == sorted(alone) == list(range(1, 25))
     np.testing.assert_allclose([pair[s] for s in sorted(pair)], [alone[s] for s in sorted(alone)], rtol=1e-4)
