@@ -39,9 +39,11 @@ def run(request: dict) -> int:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as exit:
-        if isinstance(exit.code, str):
-            print(exit.code, file=sys.stderr)
-        status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        status = 0 if exit.code is None else exit.code
+        if not isinstance(status, int):
+            # As Python does at the end.
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         traceback.print_exc()
         status = 1
