@@ -152,11 +152,8 @@ def _claim(folder: pathlib.Path, request: dict[str, Any]) -> bool:
     for path in (folder / latents.MANIFEST, progress / "request.json"):
         if not path.is_file():
             continue
-        try:
-            theirs = json.loads(path.read_text())["request"]
-        except (ValueError, KeyError):
-            theirs = None
-        differs = [name for name in request if not theirs or theirs.get(name) != request[name]]
+        theirs = files.request_of(path) or {}
+        differs = [name for name in request if theirs.get(name) != request[name]]
         require(not differs, "--out", str(folder), f"holds latents of another request ({', '.join(differs)} differ)")
         if path.name == latents.MANIFEST:
             shutil.rmtree(progress, ignore_errors=True)

@@ -377,9 +377,7 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
     elif not files.is_new(folder):
         raise InputError("workdir", workdir, "must be a new or empty folder, or that of a run to continue")
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "config.json.part"
-    part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    part.replace(folder / "config.json")
+    files.write_json(folder / "config.json", to_dict(config))
 
 
 def _check_same(workdir: str, saved: ExperimentConfig, config: ExperimentConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from causalfusion_jax import cli
+from causalfusion_jax import cli, files
 from causalfusion_jax.errors import require, require_one_of
 
 _PROBE = flags.DEFINE_string("probe", None, "linear, knn, finetune or map: how well a network's features tell classes.")
@@ -66,22 +66,16 @@ def _written(path: pathlib.Path, request: dict[str, Any]) -> str | None:
     """The result that is there already; None where there is none. Raises InputError where it is another's."""
     if not path.exists():
         return None
-    try:
-        kept = json.loads(path.read_text())
-        same = kept.pop("request") == request
-    except (OSError, ValueError, KeyError, AttributeError):
-        same = False
+    same = files.request_of(path) == request
     require(same, "--out", str(path), "exists with another result; give a new file, or remove it")
-    return json.dumps(kept)
+    return json.dumps({name: value for name, value in files.read_json(path).items() if name != "request"})
 
 
 def _claim(folder: pathlib.Path, request: dict[str, Any]) -> None:
     """Makes a folder this fine-tuning's. Raises InputError where it holds anything else."""
-    from causalfusion_jax import files
-
     path = folder / "request.json"
     if path.is_file():
-        same = json.loads(path.read_text()) == request
+        same = files.read_json(path) == request
         require(same, "--out", str(folder), "holds fine-tuning by other settings; give a new --out, or remove it")
         return
     files.require_new("--out", folder)
@@ -108,7 +102,7 @@ def run(workdir: str | None, config_values, out: str | None) -> None:
     Raises:
       InputError: what is asked for does not fit together; nothing was touched.
     """
-    from causalfusion_jax import distributed, experiment, files
+    from causalfusion_jax import distributed, experiment
     from causalfusion_jax.evaluation.probe_settings import PROBES
     from causalfusion_jax.evaluation.understanding import Study, combined
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from causalfusion_jax import diffusion as noise_axis
 from causalfusion_jax import distributed, sharding
-from causalfusion_jax.data.pipeline import BatchIterator, Source
+from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, reading_threads
 from causalfusion_jax.data.sources import CorruptRecord
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import require, require_number
@@ -201,25 +201,25 @@ class _ReadIndices:
 
 
 def images_in_order(
-    source: Source, batch_size: int, indices: np.ndarray | None = None, workers: int = 0, max_corrupt: int = 0
+    source: Source, data: DataConfig, batch_size: int, indices: np.ndarray | None = None
 ) -> Iterator[Images]:
     """All examples of a source once, in batches, read ahead; corrupt ones are printed and left out.
 
     Args:
       source: the examples.
+      data: how they are read.
       batch_size: examples in a batch, before corrupt ones are left out.
       indices: int [num], of which examples; default: all.
-      workers: processes that read; 0 reads in this one.
-      max_corrupt: corrupt records to put up with.
 
     Raises:
-      InputError: more are corrupt.
+      InputError: more are corrupt than `data.max_corrupt`.
     """
     indices = np.arange(len(source)) if indices is None else indices
     parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    # Sources in memory are not worth a thread.
-    threads = 4 if hasattr(source, "name") else 0
-    batches = BatchIterator(grain.MapDataset.source(parts).map(_ReadIndices(source)), 0, workers, threads, max_corrupt)
+    # A thread reads a whole batch here, not one example.
+    threads = min(reading_threads(data.source), 4)
+    reads = grain.MapDataset.source(parts).map(_ReadIndices(source))
+    batches = BatchIterator(reads, 0, data.workers, threads, data.max_corrupt)
     try:
         for _ in parts:
             batch = batches.next_raw()

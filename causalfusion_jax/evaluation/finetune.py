@@ -306,5 +306,5 @@ class Finetuning:
     def test(self, params: Params, held_out: Source, probe: ProbeConfig) -> dict[str, float]:
         """Accuracies on all of `held_out`; `probe` says how many images are read at a time, and the seed."""
         predict = functools.partial(_predict, self.step, params)
-        images = images_in_order(held_out, probe.read_batch_size, None, self.data.workers, self.data.max_corrupt)
+        images = images_in_order(held_out, self.data, probe.read_batch_size)
         return top_accuracies(*over_images(predict, self.mesh, images, probe.read_batch_size, probe.seed))

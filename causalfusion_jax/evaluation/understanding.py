@@ -89,7 +89,7 @@ class Study:
         placed, s, parts = place_params(params, reading.model, self.mesh), self.probe, []
         for i, (part, source) in enumerate({"training": self.source, "held-out": self.held_out}.items()):
             indices = chosen(len(source), s.max_images, s.seed)
-            images = images_in_order(source, s.read_batch_size, indices, self.data.workers, self.data.max_corrupt)
+            images = images_in_order(source, self.data, s.read_batch_size, indices)
 
             def show(done, part=part, total=len(indices)):
                 self.progress(f"{name}: {done}/{total} {part} images read")

@@ -13,7 +13,7 @@ from helpers import random_params, tiny_config
 
 from causalfusion_jax import experiment, sharding
 from causalfusion_jax import diffusion as noise_axis
-from causalfusion_jax.data.pipeline import make_held_out_source
+from causalfusion_jax.data.pipeline import DataConfig, make_held_out_source
 from causalfusion_jax.data.sources import CorruptRecord, digits
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import features
@@ -227,18 +227,22 @@ class Damaged:
         return {"image": np.full((8, 8, 1), index, np.float32), "label": np.int32(index % 10)}
 
 
+def reads_files(max_corrupt=0):
+    return DataConfig(source="image_folder", path="somewhere", workers=0, max_corrupt=max_corrupt)
+
+
 def test_every_example_comes_once_in_order(capsys):
-    batches = list(features.images_in_order(Damaged({3, 8, 9, 10, 11}), 4, max_corrupt=5))
+    batches = list(features.images_in_order(Damaged({3, 8, 9, 10, 11}), reads_files(5), 4))
     index = np.concatenate([batch.index for batch in batches])
     assert index.tolist() == [i for i in range(23) if i not in (3, 8, 9, 10, 11)]
     np.testing.assert_array_equal(np.concatenate([batch.image for batch in batches])[:, 0, 0, 0], index)
     np.testing.assert_array_equal(np.concatenate([batch.label for batch in batches]), index % 10)
     assert "record 10" in capsys.readouterr().err
     with pytest.raises(InputError, match="5 corrupt records"):
-        list(features.images_in_order(Damaged({3, 8, 9, 10, 11}), 4, max_corrupt=4))
+        list(features.images_in_order(Damaged({3, 8, 9, 10, 11}), reads_files(4), 4))
     some = features.chosen(23, 7, 0)
     assert len(set(some)) == 7 and (np.diff(some) > 0).all() and len(features.chosen(23, 0, 0)) == 23
-    (batch,) = features.images_in_order(Damaged(()), 32, some)
+    (batch,) = features.images_in_order(Damaged(()), reads_files(), 32, some)
     np.testing.assert_array_equal(batch.index, some)
 
 
@@ -248,7 +252,7 @@ def test_batches_and_devices_change_nothing():
     for devices, size in ((1, 23), (2, 5)):
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.devices()[:devices])
         compute = functools.partial(features.pooled, reading, True, features.place_params(params, reading.model, mesh))
-        source = features.images_in_order(Damaged(()), size)
+        source = features.images_in_order(Damaged(()), reads_files(), size)
         found.append(features.over_images(compute, mesh, source, size, seed=4, batch_axis=1))
     (whole, labels), (parts, same) = found
     assert whole.shape == (2, 23, 32) and labels.tolist() == same.tolist() == [i % 10 for i in range(23)]
