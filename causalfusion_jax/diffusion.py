@@ -39,6 +39,7 @@ class DiffusionConfig:
       loss_weight: `none` (plain mean squared error of the target), or `min_snr`
         (Hang et al. 2023): min(SNR, min_snr_gamma) on the error of x_0.
       t_shared_by: one t for the whole `image`, one an AR `step`, or one a `token`.
+      t_draws: draws of t in an image that AR steps take in turn; 0: each has its own.
       t_distribution: `uniform`, or `logit_normal` (Esser et al. 2024), for flow.
     """
 
@@ -50,6 +51,7 @@ class DiffusionConfig:
     loss_weight: str = "none"
     min_snr_gamma: float = 5.0
     t_shared_by: str = "image"
+    t_draws: int = 0
     t_distribution: str = "uniform"
 
     def __post_init__(self):
@@ -58,6 +60,9 @@ class DiffusionConfig:
         require_one_of("loss_weight", self.loss_weight, LOSS_WEIGHTS)
         require_one_of("t_shared_by", self.t_shared_by, T_SHARED_BY)
         require_one_of("t_distribution", self.t_distribution, T_DISTRIBUTIONS)
+        require_number("t_draws", self.t_draws, 0)
+        if self.t_draws and self.t_shared_by != "step":
+            raise InputError("t_draws", self.t_draws, f"t_shared_by step only, not {self.t_shared_by}; use 0")
         require_number("num_timesteps", self.num_timesteps, 2)
         require_number("beta_start", self.beta_start, 0.0, 1.0, open_low=True)
         require_number("beta_end", self.beta_end, self.beta_start, 1.0)
@@ -176,4 +181,6 @@ def sample_t(config: DiffusionConfig, key: jax.Array, step) -> jax.Array:
         draws = T * jax.random.uniform(key, (L,))
     else:
         draws = T * jax.nn.sigmoid(jax.random.normal(key, (L,)))
-    return draws[step] if config.t_shared_by == "step" else draws
+    if config.t_shared_by == "step":
+        return draws[step % config.t_draws if config.t_draws else step]
+    return draws

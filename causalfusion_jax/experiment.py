@@ -48,6 +48,7 @@ class ModelConfig:
     patch_size: int = 2
     conditioning: str = "in_context"
     num_condition_tokens: int = 4
+    condition_repeats: int = 1
     norm: str = "layer"
     positions: str = "learned"
     qk_norm: bool = True

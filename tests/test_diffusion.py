@@ -91,6 +91,10 @@ def test_t_is_shared_as_configured():
     assert (by_step[1:] == by_step[:-1]).tolist() == (np.diff(step) == 0).tolist()
     by_token = np.asarray(sample_t(DiffusionConfig(t_shared_by="token"), jax.random.key(0), step))
     assert len(set(by_token)) == 8
+    in_turn = np.asarray(sample_t(DiffusionConfig(t_shared_by="step", t_draws=3), jax.random.key(0), step))
+    # The fourth step has the first one's.
+    assert len(set(in_turn)) == 3
+    np.testing.assert_array_equal(in_turn, np.where(step == 3, in_turn[0], by_step))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
@@ -118,6 +122,9 @@ def test_discrete_times_cover_all_timesteps():
         dict(num_timesteps=1),
         dict(beta_start=0.0),
         dict(num_timesteps=10),
+        dict(t_shared_by="step", t_draws=-1),
+        dict(t_shared_by="image", t_draws=4),
+        dict(t_shared_by="token", t_draws=4),
     ],
 )
 def test_bad_settings_are_refused(bad):

@@ -64,6 +64,8 @@ class TransformerConfig:
       num_classes: classes; one more row of the label table stands for no class.
       conditioning: how class and timestep reach the noisy tokens: `in_context` or `adaln`.
       num_condition_tokens: condition tokens C that a class becomes; 0 for adaln.
+      condition_repeats: how often the C / condition_repeats tokens that are learned for a class
+        come one after the other; every repeat has positions of its own.
       mlp_ratio: width of the MLP in units of `hidden`.
       norm: `layer`, `rms`, or `plain` (LayerNorm without scale and bias).
       positions: `learned` (initialized with sines and cosines), fixed `sincos`, or `rope`,
@@ -92,6 +94,7 @@ class TransformerConfig:
     num_classes: int
     conditioning: str = "in_context"
     num_condition_tokens: int = 4
+    condition_repeats: int = 1
     mlp_ratio: float = 4.0
     norm: str = "layer"
     positions: str = "learned"
@@ -118,6 +121,11 @@ class TransformerConfig:
                 self.num_condition_tokens == 0, "num_condition_tokens", self.num_condition_tokens,
                 "must be 0 for conditioning adaln, which has no condition tokens",
             )
+        require_number("condition_repeats", self.condition_repeats, 1)
+        require(
+            max(self.num_condition_tokens, 1) % self.condition_repeats == 0, "condition_repeats",
+            self.condition_repeats, f"must divide num_condition_tokens={self.num_condition_tokens}",
+        )
         require(
             self.hidden % self.heads == 0, "heads", self.heads,
             f"must divide hidden={self.hidden}",
@@ -145,6 +153,11 @@ class TransformerConfig:
     def num_tokens(self) -> int:
         """Image tokens L."""
         return math.prod(self.grid)
+
+    @property
+    def label_width(self) -> int:
+        """Values that are learned for a class."""
+        return max(self.num_condition_tokens, 1) // self.condition_repeats * self.hidden
 
     @property
     def head_dim(self) -> int:
@@ -183,7 +196,7 @@ class Transformer(nnx.Module):
         c, self.config = config, config
         normal = nnx.initializers.normal(0.02)
         self.label_table = nnx.Embed(
-            c.num_classes + 1, max(c.num_condition_tokens, 1) * c.hidden, dtype=c.dtype,
+            c.num_classes + 1, c.label_width, dtype=c.dtype,
             embedding_init=with_axes(normal, "classes", "embed"), rngs=rngs,
         )
         if c.num_condition_tokens:
@@ -216,7 +229,8 @@ class Transformer(nnx.Module):
         c = self.config
         if not c.num_condition_tokens:
             return jnp.zeros((labels.shape[0], 0, c.hidden), c.dtype)
-        tokens = self.label_table(labels).reshape(-1, c.num_condition_tokens, c.hidden)
+        learned = self.label_table(labels).reshape(-1, c.num_condition_tokens // c.condition_repeats, c.hidden)
+        tokens = jnp.tile(learned, (1, c.condition_repeats, 1))
         return tokens + self.condition_positions[...].astype(tokens.dtype)
 
     def embed_tokens(self, tokens: jax.Array, ids: jax.Array, t: jax.Array | None = None) -> jax.Array:

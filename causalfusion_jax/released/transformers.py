@@ -44,11 +44,10 @@ def _blocks(c: TransformerConfig) -> Table:
 
 def _embedders(c: TransformerConfig) -> Table:
     """Timestep and label embeddings, alike in both models."""
-    width = max(c.num_condition_tokens, 1) * c.hidden
     return [
         *linear("t_embedder.mlp.0", ("timestep_in",), TIMESTEP_FEATURES, c.hidden),
         *linear("t_embedder.mlp.2", ("timestep_out",), c.hidden, c.hidden),
-        *array("y_embedder.embedding_table.weight", (c.num_classes + 1, width), ("label_table", "embedding")),
+        *array("y_embedder.embedding_table.weight", (c.num_classes + 1, c.label_width), ("label_table", "embedding")),
     ]
 
 
@@ -59,7 +58,7 @@ def causalfusion_table(c: TransformerConfig) -> Table:
     """
     _require_architecture(
         c, "causalfusion", conditioning="in_context", norm="layer", positions="learned", qk_norm=True,
-        qkv_bias=False, token_bias=True,
+        qkv_bias=False, token_bias=True, condition_repeats=1,
     )
     return [
         *array("pos_embed", (1, c.num_tokens, c.hidden), ("positions",)),

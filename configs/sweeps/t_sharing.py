@@ -1,13 +1,13 @@
-"""CausalFusion's comparison of one t for all AR steps of an image with one for each.
+"""CausalFusion's comparison of one t for all AR steps of an image with one for each, or a few draws.
 
-The paper finds it immaterial (FID-10k: shared 12.13, independent 12.27; its 4 and 8 draws an
-image, 12.19 and 12.23, are not here).
+The paper finds it immaterial (FID-10k: shared 12.13, independent 12.27; with 4 draws an image
+12.19, with 8 12.23).
 
     python launch/sweep.py --sweep=configs/sweeps/t_sharing.py:digits --workdir=sweeps/t_sharing
 """
 
 from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, grid
+from causalfusion_jax.sweeps import Sweep, chain, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 
@@ -17,7 +17,10 @@ def get_sweep(arg: str = "digits"):
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],
-        overrides=grid({"diffusion.t_shared_by": ["image", "step"]}),
+        overrides=chain(
+            grid({"diffusion.t_shared_by": ["image", "step"]}),
+            grid({"diffusion.t_shared_by": ["step"], "diffusion.t_draws": [4, 8]}),
+        ),
         fixed={"logging.sample_every": 0},
         ar_steps=(1,),
         num_samples={"digits": 1000, "imagenet": 10_000}[data],

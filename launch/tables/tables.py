@@ -138,12 +138,15 @@ def ar_weight_row(config: ExperimentConfig) -> str:
 
 
 def condition_tokens_row(config: ExperimentConfig) -> str:
-    """Their number."""
-    return str(config.model.num_condition_tokens)
+    """Their number, or that of the learned ones and how often these come."""
+    tokens, repeats = config.model.num_condition_tokens, config.model.condition_repeats
+    return str(tokens) if repeats == 1 else f"{tokens // repeats} repeated {repeats} times"
 
 
 def t_sharing_row(config: ExperimentConfig) -> str:
-    """What has a t of its own."""
+    """What has a t of its own, or how many there are."""
+    if config.diffusion.t_draws:
+        return f"{config.diffusion.t_draws} draws"
     return {"image": "shared", "step": "independent"}[config.diffusion.t_shared_by]
 
 
@@ -238,20 +241,23 @@ CONDITION_TOKENS = Table(
         "4": {1: 12.13}, "16": {1: 12.04}, "64": {1: 11.84}, "1 repeated 64 times": {1: 12.29},
         "4 repeated 16 times": {1: 11.75},
     },
-    (*beats("16", "4", (1,)), *beats("64", "4", (1,)), *beats("64", "16", (1,))),
-    "Repeated tokens are an embedding that the model does not offer.",
+    (
+        *beats("16", "4", (1,)), *beats("64", "4", (1,)), *beats("64", "16", (1,)),
+        *beats("64", "1 repeated 64 times", (1,)), *beats("4 repeated 16 times", "1 repeated 64 times", (1,)),
+        *beats("4 repeated 16 times", "4", (1,)),
+    ),
 )
 
 T_SHARING = Table(
     "t_sharing", "Draws of the timestep t in an image", t_sharing_row,
     {"shared": {1: 12.13}, "independent": {1: 12.27}, "4 draws": {1: 12.19}, "8 draws": {1: 12.23}},
-    (
-        Claim(
-            "one t for an image or one for each AR step is immaterial", Place("shared", 1), Place("independent", 1),
-            immaterial=True,
-        ),
+    tuple(
+        Claim(f"one t for an image or {other} is immaterial", Place("shared", 1), Place(row, 1), immaterial=True)
+        for row, other in {
+            "independent": "one for each AR step", "4 draws": "4 draws of it", "8 draws": "8 draws of it",
+        }.items()
     ),
-    "The model offers one t for an image, an AR step or a token, not 4 or 8 draws.",
+    "AR steps take the draws in turn; the paper does not say how they share them.",
 )
 
 BLOCK_SIZE = Table(

@@ -17,8 +17,8 @@ from causalfusion_jax.sweeps import Result, Sweep, chain, grid, product, togethe
 GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.seed"
 FILES = {
     # file: runs on digits, runs on ImageNet
-    "fixed_steps": (6, 6), "gamma": (5, 5), "order": (4, 5), "ar_weight": (5, 5), "condition_tokens": (3, 3),
-    "t_sharing": (2, 2), "baseline": (5, 6), "block_size": (3, 3),
+    "fixed_steps": (6, 6), "gamma": (5, 5), "order": (4, 5), "ar_weight": (5, 5), "condition_tokens": (5, 5),
+    "t_sharing": (4, 4), "baseline": (5, 6), "block_size": (3, 3),
 }
 
 

@@ -18,8 +18,8 @@ from tables import Claim, Place  # noqa: E402
 CLAIM = Claim("a beats b", Place("a", 1), Place("b", 1))
 RUNS = {
     # table: runs of a seed, on digits and on ImageNet
-    "gamma": (5, 5), "order": (4, 5), "fixed_steps": (6, 6), "ar_weight": (5, 5), "condition_tokens": (3, 3),
-    "t_sharing": (2, 2), "baseline": (5, 6), "block_size": (3, 3),
+    "gamma": (5, 5), "order": (4, 5), "fixed_steps": (6, 6), "ar_weight": (5, 5), "condition_tokens": (5, 5),
+    "t_sharing": (4, 4), "baseline": (5, 6), "block_size": (3, 3),
 }  # fmt: skip
 
 
@@ -54,8 +54,8 @@ def test_runs_in_common_are_there_once():
     runs = sweeps.expand(sweep, tables.base_of(sweep.config))
     by_name = {run.name: run for run in runs}
     # 5 decays; 3 other orders; 5 fixed S, of which S = 1 is the baseline's last row; 4 weights; 2 other counts of
-    # condition tokens; t for each AR step; 4 more rows of the baseline.
-    assert len(by_name) == len(runs) == 2 * (5 + 3 + 5 + 4 + 2 + 1 + 4)
+    # condition tokens, 2 of repeated ones; t for each AR step, 4 and 8 draws; 4 more rows of the baseline.
+    assert len(by_name) == len(runs) == 2 * (5 + 3 + 5 + 4 + 4 + 3 + 4)
     # The chosen decay, without weight: in the tables of decay, order and weight; the default: of weight, tokens and t.
     assert by_name["weight=none,seed=1"].ar_steps == (1, 2, 4, 8) and by_name["seed=1"].ar_steps == (1, 2, 4)
     again = tables.joined(["gamma"], "digits", seeds=1)

@@ -79,6 +79,15 @@ def test_fresh_model_predicts_zero_and_starts_from_sines():
     assert 0.015 < float(params["label_table"]["embedding"].std()) < 0.025
 
 
+def test_repeated_condition_tokens_are_those_of_a_table_that_repeats_them():
+    config, whole = (dataclasses.replace(TINY, num_condition_tokens=6, condition_repeats=n) for n in (3, 1))
+    params = random_params(config)
+    table = params["label_table"]["embedding"]
+    assert table.shape == (6, 2 * 32) and count_params(whole) - count_params(config) == 6 * 4 * 32
+    repeated = params | {"label_table": {"embedding": jnp.concatenate([table] * 3, axis=1)}}
+    np.testing.assert_array_equal(forward(config, params, inputs()), forward(whole, repeated, inputs()))
+
+
 def test_layers_are_initialized_independently():
     kernels = np.asarray(jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))["blocks"]["mlp_in"]["kernel"])
     assert not np.allclose(kernels[0], kernels[1])
@@ -201,6 +210,9 @@ def test_flops_by_hand():
         (dict(scan_unroll=3), "scan_unroll"),
         (dict(conditioning="adaln"), "num_condition_tokens"),
         (dict(num_condition_tokens=0), "num_condition_tokens"),
+        (dict(condition_repeats=0), "condition_repeats"),
+        (dict(num_condition_tokens=4, condition_repeats=3), "condition_repeats"),
+        (dict(conditioning="adaln", num_condition_tokens=0, condition_repeats=2), "condition_repeats"),
         (dict(norm="batch"), "norm"),
         (dict(positions="rope", grid=(2, 3, 3), hidden=48), "heads"),
     ],
