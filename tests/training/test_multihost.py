@@ -1,4 +1,4 @@
-"""Two processes as two hosts: train, a signal to one, resume with one."""
+"""Two processes as two hosts: train, sample and evaluate, a signal to one, resume with one."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from helpers import ROOT, command, command_env
 
 from causalfusion_jax.distributed import initialize
 from causalfusion_jax.errors import InputError
+from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=24",
@@ -31,7 +32,7 @@ def start(workdir, *args):
 def losses(workdir):
     """Loss of every step; of repeated ones, the last."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines}
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
@@ -42,10 +43,14 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
         start(
             tmp_path / "pair", f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
             "--config.logging.sample_every=4", "--config.logging.num_samples=4", "--config.sampling.solver_steps=2",
+            "--config.evaluation.eval_every=4", "--config.evaluation.num_images=6",
+            "--config.evaluation.sample_batch_size=4",
         )
         for i in range(2)
     ]  # fmt: skip
+    begun = []
     for line in pair[0].stdout:
+        begun.append(line)
         if line.startswith("step") and int(re.search(r"\d+", line)[0]) >= 6:
             break
     pair[1].send_signal(signal.SIGTERM)
@@ -55,6 +60,11 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
     assert step < 24 and "step" not in printed[1][0]
     assert (tmp_path / "pair" / "manifests" / f"{step}.json").is_file()
     assert list((tmp_path / "pair" / "samples").iterdir())
+    lines = [json.loads(line) for line in (tmp_path / "pair" / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["evaluation/fd"] for line in lines if "evaluation/fd" in line}
+    assert 4 in scores and "evaluated step 4" in "".join(begun) and "evaluated" not in printed[1][0]
+    best = Checkpoints(tmp_path / "pair", CheckpointConfig(), read_only=True).best()
+    assert best["step"] in scores and best["value"] == min(scores.values())
     for workdir in ("pair", "alone"):
         done = command("train", *SMALL, f"--workdir={tmp_path / workdir}")
         assert done.returncode == 0, done.stderr
