@@ -33,6 +33,7 @@ CASES = {
     "digits:acdit": (0.7, 16, 0, 48, 2300),
     "digits:dit": (0.7, 16, 0, 48, 2300),
     "digits:short": (0.2, 16, 4, 48, 300),
+    "digits:acdit,short": (0.3, 16, 0, 48, 900),
     "digit_pairs": (0.6, 32, 4, 48, 3000),
     "digit_pairs:transfusion": (0.6, 32, 4, 48, 3000),
 }
