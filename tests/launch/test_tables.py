@@ -165,7 +165,7 @@ def test_runs_and_renders(tmp_path):
     assert rendered.returncode == 0, rendered.stderr
     scores = [json.loads(path.read_text())["fd"] for path in tmp_path.glob("digits/*/samples_ar1_n20/evaluation.json")]
     text = out.read_text()
-    assert len(scores) == 2 and all(page.number(score) in text for score in scores)
+    assert len(scores) == 4 and all(page.number(score) in text for score in scores)
     assert "here, today" in text and "**one seed**" in text
     again = run("run", *args, "--", "--parallel=2", "--fork", tiny)
-    assert again.stdout.count("was there already") == 2
+    assert again.stdout.count("was there already") == 4
