@@ -152,7 +152,7 @@ def _claim(folder: pathlib.Path, request: dict[str, Any]) -> bool:
     for path in (folder / latents.MANIFEST, progress / "request.json"):
         if not path.is_file():
             continue
-        theirs = files.request_of(path) or {}
+        theirs = (files.read_json(path) or {}).get("request") or {}
         differs = [name for name in request if theirs.get(name) != request[name]]
         require(not differs, "--out", str(folder), f"holds latents of another request ({', '.join(differs)} differ)")
         if path.name == latents.MANIFEST:

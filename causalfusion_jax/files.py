@@ -49,12 +49,6 @@ def read_json(path: pathlib.Path) -> Any:
     return None
 
 
-def request_of(path: pathlib.Path) -> Any:
-    """The `request` that the content of a JSON file answers; None where it names none."""
-    content = read_json(path)
-    return content.get("request") if isinstance(content, dict) else None
-
-
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a file whole or not at all."""
     part = path.with_name(path.name + ".part")

@@ -66,9 +66,10 @@ def _written(path: pathlib.Path, request: dict[str, Any]) -> str | None:
     """The result that is there already; None where there is none. Raises InputError where it is another's."""
     if not path.exists():
         return None
-    same = files.request_of(path) == request
+    kept = files.read_json(path)
+    same = isinstance(kept, dict) and kept.pop("request", None) == request
     require(same, "--out", str(path), "exists with another result; give a new file, or remove it")
-    return json.dumps({name: value for name, value in files.read_json(path).items() if name != "request"})
+    return json.dumps(kept)
 
 
 def _claim(folder: pathlib.Path, request: dict[str, Any]) -> None:

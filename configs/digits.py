@@ -50,7 +50,7 @@ def get_config(arg: str = ""):
         config.factorization.update(order="raster", steps="fixed", num_steps=1, weight="none")
         config.sampling.ar_steps = 1
     if length == "short":
-        # launch/tables: every table in an hour on two cores, where 80 of these runs are trained.
+        # launch/tables: every table in an hour on two cores, where some 90 of these runs are trained.
         config.model.update(hidden=64, heads=2, layers=3)
         config.optimizer.warmup_steps = 50
         # adaLN, whose gates begin closed, takes longer to tell classes apart.

@@ -229,7 +229,7 @@ class Transformer(nnx.Module):
         c = self.config
         if not c.num_condition_tokens:
             return jnp.zeros((labels.shape[0], 0, c.hidden), c.dtype)
-        learned = self.label_table(labels).reshape(-1, c.num_condition_tokens // c.condition_repeats, c.hidden)
+        learned = self.label_table(labels).reshape(labels.shape[0], -1, c.hidden)
         tokens = jnp.tile(learned, (1, c.condition_repeats, 1))
         return tokens + self.condition_positions[...].astype(tokens.dtype)
 

@@ -29,10 +29,10 @@ def start(workdir, *args):
     )
 
 
-def losses(workdir):
-    """Loss of every step; of repeated ones, the last."""
+def series(workdir, name):
+    """A metric by step, where it was logged; of repeated steps, the last."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
@@ -60,8 +60,7 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
     assert step < 24 and "step" not in printed[1][0]
     assert (tmp_path / "pair" / "manifests" / f"{step}.json").is_file()
     assert list((tmp_path / "pair" / "samples").iterdir())
-    lines = [json.loads(line) for line in (tmp_path / "pair" / "metrics.jsonl").read_text().splitlines()]
-    scores = {line["step"]: line["evaluation/fd"] for line in lines if "evaluation/fd" in line}
+    scores = series(tmp_path / "pair", "evaluation/fd")
     assert 4 in scores and "evaluated step 4" in "".join(begun) and "evaluated" not in printed[1][0]
     best = Checkpoints(tmp_path / "pair", CheckpointConfig(), read_only=True).best()
     assert best["step"] in scores and best["value"] == min(scores.values())
@@ -69,7 +68,7 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
         done = command("train", *SMALL, f"--workdir={tmp_path / workdir}")
         assert done.returncode == 0, done.stderr
         assert (f"resuming {tmp_path / workdir} at step {step}" in done.stdout) == (workdir == "pair")
-    pair, alone = losses(tmp_path / "pair"), losses(tmp_path / "alone")
+    pair, alone = (series(tmp_path / name, "loss") for name in ("pair", "alone"))
     assert sorted(pair) == sorted(alone) == list(range(1, 25))
     np.testing.assert_allclose([pair[s] for s in sorted(pair)], [alone[s] for s in sorted(alone)], rtol=1e-4)
 
