@@ -22,7 +22,7 @@ def read_captions(root: pathlib.Path, field: str) -> list[tuple[str, tuple[str, 
     """
     path, found = root / CAPTIONS, []
     require(path.is_file(), field, str(path), 'no such file; each line of it is {"file_name": ..., "caption": ...}')
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(files.read_lines(field, path), 1):
         try:
             record = json.loads(line)
             name, captions = record["file_name"], record["caption"]

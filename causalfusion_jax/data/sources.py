@@ -2,12 +2,13 @@
 
 Images are float32 [(frames,) height, width, channels] in [-1, 1] (latents: scaled as the
 model takes them), labels int32. Where captions were asked for, there is "caption" too, a str.
-A record that cannot be read raises CorruptRecord. Further sources: `tfds_source`, `tar_shards`,
-`clip_folder`, `latents`.
+A record whose bytes cannot be decoded raises CorruptRecord, one whose bytes cannot be read another
+InputError. Further sources: `tfds_source`, `tar_shards`, `clip_folder`, `latents`.
 """
 
 import concurrent.futures
 import functools
+import io
 import os
 import pathlib
 from typing import BinaryIO, NamedTuple
@@ -15,13 +16,42 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, require
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class CorruptRecord(InputError):
-    """A record that is there and cannot be read; `value` is its name, `allowed` the reason."""
+    """A record that was read and cannot be decoded; `value` is its name, `allowed` the reason."""
+
+
+def record_error(field: str, name: str, error: Exception, kind: str = "record") -> InputError:
+    """What to raise for a record that could not be read.
+
+    Args:
+      field: the option that names the data.
+      name: of the record.
+      error: what reading or decoding it raised.
+      kind: what it should have been.
+
+    Returns:
+      InputError for an I/O error, which says nothing of the record; else CorruptRecord.
+    """
+    # Decoders name what they were given, which may be bytes in memory.
+    reason = str(error).partition(" <_io.")[0].replace(name, pathlib.Path(name).name)
+    reason = f"{type(error).__name__}: {' '.join(reason.split())}"
+    if files.is_io_error(error):
+        return InputError(field, name, f"could not be read ({reason}); I/O errors are not skipped as corrupt records")
+    return CorruptRecord(field, name, f"not a readable {kind} ({reason}); mend or remove it")
+
+
+def read_file(field: str, path: pathlib.Path) -> bytes:
+    """The bytes of a file that is one record. Raises InputError where they cannot be read."""
+    try:
+        return files.retry_io(path.read_bytes)
+    except OSError as error:
+        raise record_error(field, str(path), error) from None
 
 
 class ImageFormat(NamedTuple):
@@ -40,10 +70,11 @@ class ImageFormat(NamedTuple):
 
         Args:
           name: of the record, for errors.
-          file: what Pillow opens.
+          file: its path, or the open file.
 
         Raises:
           CorruptRecord: it cannot be decoded.
+          InputError: it cannot be read.
         """
         return self.fit(self.open(name, file))
 
@@ -58,15 +89,15 @@ class ImageFormat(NamedTuple):
         return "L" if self.channels == 1 else "RGB"
 
     def open(self, name: str, file: BinaryIO | pathlib.Path) -> Image.Image:
-        """The whole image, decoded. Raises CorruptRecord where it cannot be."""
+        """The whole image, decoded. Raises as `decode`."""
+        if isinstance(file, pathlib.Path):
+            # Read first: Pillow's own errors are of the image then.
+            file = io.BytesIO(read_file("path", file))
         try:
             with Image.open(file) as image:
                 return image.convert(self.mode)
         except Exception as error:  # Pillow raises whatever damage leads its decoders to
-            reason = str(error).replace(name, pathlib.Path(name).name)
-            raise CorruptRecord(
-                "path", name, f"not a readable image ({type(error).__name__}: {reason}); mend or remove it"
-            ) from None
+            raise record_error("path", name, error, "image") from None
 
 
 class DigitsSource:
