@@ -88,16 +88,16 @@ class ImageFormat(NamedTuple):
         """What Pillow calls its colours."""
         return "L" if self.channels == 1 else "RGB"
 
-    def open(self, name: str, file: BinaryIO | pathlib.Path) -> Image.Image:
-        """The whole image, decoded. Raises as `decode`."""
+    def open(self, name: str, file: BinaryIO | pathlib.Path, field: str = "path") -> Image.Image:
+        """The whole image, decoded. Raises as `decode`; `field` names the option."""
         if isinstance(file, pathlib.Path):
             # Read first: Pillow's own errors are of the image then.
-            file = io.BytesIO(read_file("path", file))
+            file = io.BytesIO(read_file(field, file))
         try:
             with Image.open(file) as image:
                 return image.convert(self.mode)
         except Exception as error:  # Pillow raises whatever damage leads its decoders to
-            raise record_error("path", name, error, "image") from None
+            raise record_error(field, name, error, "image") from None
 
 
 class DigitsSource:

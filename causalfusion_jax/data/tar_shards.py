@@ -174,7 +174,7 @@ def _read_index(kept: pathlib.Path, seen: str) -> dict[str, np.ndarray] | None:
 
 def _keep_index(kept: pathlib.Path, seen: str, index: dict[str, np.ndarray]) -> None:
     """Writes the index whole or not at all; several hosts may do so at once. Raises OSError."""
-    handle, part = tempfile.mkstemp(prefix=f".{INDEX}.", dir=kept.parent)
+    handle, part = tempfile.mkstemp(".part", f".{INDEX}.", kept.parent)
     try:
         with open(handle, "wb") as file:
             np.savez(file, shards=seen, **index)
