@@ -51,7 +51,7 @@ def _prompts(num: int) -> list[str]:
     require(not _PROMPT.value, "--prompt", _PROMPT.value, "give --prompt or --prompts, and not both")
     path = pathlib.Path(_PROMPTS.value)
     require(path.is_file(), "--prompts", str(path), "no such file")
-    lines = path.read_text().splitlines()
+    lines = files.read_lines("--prompts", path)
     require(len(lines) == num, "--prompts", str(path), f"must have {num} lines, as images; it has {len(lines)}")
     return lines
 

@@ -59,7 +59,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax import cli, probe_flags
+from causalfusion_jax import cli, files, probe_flags
 from causalfusion_jax.errors import InputError, require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from, or to be probed.")
@@ -108,7 +108,7 @@ def _score_captions(path: pathlib.Path) -> dict:
 
     require(path.is_file(), "--captions", str(path), "no such file")
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in files.read_lines("--captions", path)]
         captions, references = ([record[key] for record in records] for key in ("caption", "references"))
     except (ValueError, KeyError, TypeError):
         raise InputError("--captions", str(path), "not a captions.jsonl with caption and references") from None

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from causalfusion_jax import files
 from causalfusion_jax.data.pipeline import DataConfig
-from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer
+from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer, with_checksum
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError, nearest, require, require_number
 from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
@@ -373,6 +373,7 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
       InputError: it holds something else, or a run that learns something else.
     """
     folder = pathlib.Path(workdir)
+    config = dataclasses.replace(config, text=with_checksum(config.text))
     if (folder / "config.json").is_file():
         _check_same(workdir, load(workdir), config)
     elif not files.is_new(folder):
@@ -385,6 +386,9 @@ def _check_same(workdir: str, saved: ExperimentConfig, config: ExperimentConfig)
     """Raises InputError naming what `config` would learn otherwise than `saved`."""
     ours, theirs = to_dict(config), to_dict(saved)
     free = [("data", "workers"), ("data", "verify"), ("data", "max_corrupt")]
+    if not saved.text.checksum:
+        # Of a run from before checksums were kept, or of a config that names none yet.
+        free.append(("text", "checksum"))
     if config.optimizer.schedule == "constant":
         free.append(("train", "steps"))
     changed = [
