@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from causalfusion_jax.data import tar_shards, tfds_source
+from causalfusion_jax.data.batches import in_batches, num_bytes, read_ahead
 from causalfusion_jax.data.caption_folder import CaptionFolderSource
 from causalfusion_jax.data.captions import with_text
 from causalfusion_jax.data.clip_folder import ClipFolderSource
@@ -319,12 +320,6 @@ class _Read:
         return {**example, "image": example["image"][..., ::-1, :]} if mirrored else example
 
 
-def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch, with all that its examples report as corrupt."""
-    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "corrupt"}
-    return batch | {"corrupt": [record for example in examples for record in example.get("corrupt", ())]}
-
-
 def host_batches(
     source: Source, config: DataConfig, batch_size: int, seed: int, host: int = 0, hosts: int = 1,
     text: TextConfig = TextConfig(),
@@ -353,7 +348,7 @@ def host_batches(
     if text.is_on:
         dataset = with_text(dataset, text)
     # Batches of one host's size; every hosts-th of them is this host's.
-    return dataset.batch(batch_size // hosts, batch_fn=_stack)[host::hosts]
+    return in_batches(dataset, batch_size // hosts, reading_threads(config.source))[host::hosts]
 
 
 def reading_threads(source: str) -> int:
@@ -368,17 +363,18 @@ def reading_threads(source: str) -> int:
 class BatchIterator(Iterator):
     """Batches from a position on. `position` is all there is to save.
 
-    Corrupt records that were skipped are printed, and kept as `corrupt`, reason by name.
+    The first batch is read here, and its size tells how many may be read ahead. Corrupt records
+    that were skipped are printed, and kept as `corrupt`, reason by name.
 
     Args:
       batches: random access to this host's batches.
       position: the batch to start with.
       workers: processes that read ahead; 0 reads in this process.
-      threads: threads that read ahead in each process.
+      threads: threads that read ahead in each process, at most.
       max_corrupt: different corrupt records to put up with.
 
     Raises:
-      InputError: at the batch that has more corrupt records.
+      InputError: at the batch that has more corrupt records, or that cannot be read.
     """
 
     def __init__(
@@ -386,14 +382,8 @@ class BatchIterator(Iterator):
     ):
         self.position, self.max_corrupt = position, max_corrupt
         self.corrupt: dict[str, str] = {}
-        if workers and not flags.FLAGS.is_parsed():
-            # Grain hands parsed absl flags to its workers, also where nobody uses them.
-            flags.FLAGS.mark_as_parsed()
-        read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1))
-        dataset = batches[position:].to_iter_dataset(read)
-        if workers:
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-        self._iterator = iter(dataset)
+        self._batches, self._workers, self._threads = batches, workers, threads
+        self._iterator: Iterator[dict[str, Any]] | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = self.next_raw()
@@ -402,9 +392,27 @@ class BatchIterator(Iterator):
 
     def next_raw(self) -> dict[str, Any]:
         """The next batch with what it reports as corrupt still in it."""
-        batch = next(self._iterator)
+        if self._iterator is not None:
+            batch = next(self._iterator)
+        elif self.position < len(self._batches):
+            batch = self._batches[self.position]
+            self._iterator = self._read_ahead(self.position + 1, num_bytes(batch))
+        else:
+            raise StopIteration
         self.position += 1
         return batch
+
+    def _read_ahead(self, position: int, batch_bytes: int) -> Iterator[dict[str, Any]]:
+        """Batches from `position` on, which are being read from now on."""
+        if self._workers and not flags.FLAGS.is_parsed():
+            # Grain hands parsed absl flags to its workers, also where nobody uses them.
+            flags.FLAGS.mark_as_parsed()
+        dataset = self._batches[position:].to_iter_dataset(read_ahead(batch_bytes, self._workers, self._threads))
+        if self._workers:
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        iterator = iter(dataset)
+        iterator.start_prefetch()
+        return iterator
 
     def note_corrupt(self, records: list[tuple[str, str]]) -> None:
         """Prints and keeps what is new. Raises InputError where there are too many."""
@@ -418,6 +426,7 @@ class BatchIterator(Iterator):
         """Ends the workers."""
         if hasattr(self._iterator, "close"):
             self._iterator.close()
+        self._iterator, self._batches = None, ()
 
 
 def check_corrupt(corrupt: dict[str, str], limit: int) -> None:
