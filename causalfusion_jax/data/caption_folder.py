@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 from causalfusion_jax import files
-from causalfusion_jax.data.sources import ImageFormat, center_crop
+from causalfusion_jax.data.sources import ImageFormat, Listing, center_crop
 from causalfusion_jax.errors import InputError, require
 
 CAPTIONS = "captions.jsonl"
@@ -94,6 +94,10 @@ class CaptionFolderSource:
     def captions_of(self, index: int) -> list[str]:
         """All captions of an image."""
         return list(self.records[index][1])
+
+    def listing(self) -> Listing:
+        """The images' files, and their captions."""
+        return Listing(self.root, [self.root / name for name, _ in self.records], [list(c) for _, c in self.records])
 
     def name(self, index: int) -> str:
         """The image's path."""

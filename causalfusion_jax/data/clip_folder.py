@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, class_folders
+from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, Listing, class_folders
 from causalfusion_jax.data.video_files import (
     CLIP_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -62,6 +62,10 @@ class ClipFolderSource:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def listing(self) -> Listing:
+        """The clips' files and folders."""
+        return Listing(self.root, self.paths)
 
     def name(self, index: int) -> str:
         """The clip's path."""

@@ -156,8 +156,9 @@ class DataConfig:
 class Source(Protocol):
     """Random access to images; see `data.sources`.
 
-    A source may have `name(index) -> str`, what a record is called, and `draw(index, rng)`, an
-    example of which something is random; of latents, with `mirrored` too.
+    A source may have `name(index) -> str`, what a record is called; `draw(index, rng)`, an example
+    of which something is random (of latents, with `mirrored` too); `captions_of(index)`, all
+    captions of one; `listing()`, the files that identify its examples.
     """
 
     num_classes: int

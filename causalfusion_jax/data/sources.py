@@ -11,7 +11,8 @@ import functools
 import io
 import os
 import pathlib
-from typing import BinaryIO, NamedTuple
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,20 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 class CorruptRecord(InputError):
     """A record that was read and cannot be decoded; `value` is its name, `allowed` the reason."""
+
+
+class Listing(NamedTuple):
+    """What identifies the examples of a source, see `data.fingerprint`.
+
+    Attributes:
+      root: the folder of the data.
+      paths: their files below it, in the order of the examples.
+      details: what else there is to tell, as plain values.
+    """
+
+    root: pathlib.Path
+    paths: Sequence[pathlib.Path]
+    details: Sequence[Any] = ()
 
 
 def record_error(field: str, name: str, error: Exception, kind: str = "record") -> InputError:
@@ -171,6 +186,10 @@ class ImageFolderSource:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         path = self.paths[index]
         return {"image": self.format.decode(str(path), path), "label": self.labels[index]}
+
+    def listing(self) -> Listing:
+        """The images' files."""
+        return Listing(self.root, self.paths)
 
     def name(self, index: int) -> str:
         """The image's path."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from causalfusion_jax import files
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, record_error
+from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, Listing, record_error
 from causalfusion_jax.errors import InputError, require
 
 INDEX = "index.npz"
@@ -67,6 +67,10 @@ class TarSource:
 
     def __len__(self) -> int:
         return len(self.index["label"])
+
+    def listing(self) -> Listing:
+        """The shards."""
+        return Listing(self.root, self.shards)
 
     def name(self, index: int) -> str:
         """Shard and member of an image."""

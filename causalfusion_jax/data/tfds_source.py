@@ -14,7 +14,7 @@ import numpy as np
 
 from causalfusion_jax import files
 from causalfusion_jax.data.array_records import read_record
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, record_error
+from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, Listing, record_error
 from causalfusion_jax.errors import InputError, nearest, require
 
 
@@ -168,6 +168,15 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return self._length
+
+    def listing(self) -> Listing:
+        """The shards of the split, and which of their records it holds."""
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.folder)
+        parts = builder.info.splits[self.split].file_instructions
+        details = [builder.info.full_name, *([part.skip, part.take] for part in parts)]
+        return Listing(pathlib.Path(self.folder), [pathlib.Path(part.filename) for part in parts], details)
 
     def name(self, index: int) -> str:
         """Data set, split and place of a record."""
