@@ -52,6 +52,7 @@ def assert_refused(done, *words):
 
 def test_a_run_leaves_what_it_says(run):
     workdir, output = run
+    assert output.startswith("data: digits: 898 images of 8x8x1 ")
     assert "step 30/30" in output and "ETA 0:00:00" in output and "MFU" in output
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30]

@@ -158,7 +158,8 @@ class Source(Protocol):
 
     A source may have `name(index) -> str`, what a record is called; `draw(index, rng)`, an example
     of which something is random (of latents, with `mirrored` too); `captions_of(index)`, all
-    captions of one; `listing()`, the files that identify its examples.
+    captions of one; `listing()`, the files that identify its examples; `skipped`, the number of
+    files beside them that are none, by kind.
     """
 
     num_classes: int
@@ -225,6 +226,19 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
         f"{config.path} has {source.num_classes} class folders",
     )
     return source
+
+
+def describe(source: Source, config: DataConfig) -> str:
+    """One line on what is trained on: source, number and shape of examples, classes, files left out."""
+    kind = "latents" if config.latents else "videos" if config.frames > 1 else "images"
+    axes = f"{'frames x ' if config.frames > 1 else ''}height x width x channels"
+    classes = "class" if config.num_classes == 1 else "classes"
+    skipped = ", ".join(f"{count:,} {name}" for name, count in getattr(source, "skipped", {}).items())
+    return (
+        f"data: {' '.join(filter(None, (config.source, config.name, config.path)))}: {len(source):,} {kind} of"
+        f" {'x'.join(map(str, config.shape))} ({axes}), {config.num_classes:,} {classes}"
+        + (f"; left out in the folders of classes: {skipped}" if skipped else "")
+    )
 
 
 def make_held_out_source(config: DataConfig, path: str = "", split: str = "validation") -> Source:

@@ -6,12 +6,13 @@ A record whose bytes cannot be decoded raises CorruptRecord, one whose bytes can
 InputError. Further sources: `tfds_source`, `tar_shards`, `clip_folder`, `latents`.
 """
 
+import collections
 import concurrent.futures
 import functools
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -161,12 +162,7 @@ class ImageFolderSource:
         self.root, self.format = pathlib.Path(root), ImageFormat(image_size, channels)
         require(self.root.is_dir(), "path", root, "must be a folder with one folder of images for each class")
         folders = class_folders(self.root)
-        found = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
+        found, self.skipped = files_of_classes(folders, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
         require(
             bool(found), "path", root,
             f"holds no images: need {root}/CLASS/*{'|'.join(IMAGE_SUFFIXES)}",
@@ -194,6 +190,30 @@ class ImageFolderSource:
     def name(self, index: int) -> str:
         """The image's path."""
         return str(self.paths[index])
+
+
+def files_of_classes(
+    folders: Sequence[pathlib.Path], is_example: Callable[[pathlib.Path], bool]
+) -> tuple[list[tuple[pathlib.Path, int]], dict[str, int]]:
+    """What lies in the folders of classes.
+
+    Args:
+      folders: of the classes, in the order of their labels.
+      is_example: whether what has this path is an example.
+
+    Returns:
+      (path, label) of each example; and the number of other entries by kind: `*.SUFFIX`, `folders`
+      or `files without suffix`.
+    """
+    found, skipped = [], collections.Counter()
+    for label, folder in enumerate(folders):
+        for path in sorted(folder.iterdir()):
+            if is_example(path):
+                found.append((path, label))
+            else:
+                named = f"*{path.suffix.lower()}" if path.suffix else "files without suffix"
+                skipped["folders" if path.is_dir() else named] += 1
+    return found, dict(skipped.most_common())
 
 
 def class_folders(root: pathlib.Path) -> list[pathlib.Path]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.captions import check_captions, example_texts
-from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source, reading_threads
+from causalfusion_jax.data.pipeline import BatchIterator, describe, host_batches, make_source, reading_threads
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.evaluation.settings import is_better
 from causalfusion_jax.experiment import ExperimentConfig
@@ -93,6 +93,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         _say(f"{workdir} is already trained to step {start}")
         checkpoints.close()
         return state
+    _say(describe(source, config.data))
     _describe(config, mesh, workdir, start)
     batches = host_batches(
         source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
+from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, describe, host_batches, make_source
 from causalfusion_jax.data.sources import DigitsSource, ImageFolderSource, center_crop, digits
 from causalfusion_jax.errors import InputError
 
@@ -53,6 +53,19 @@ def test_folder_is_sorted_and_scaled(folder):
         expected = np.asarray(center_crop(image, 8), np.float32) / 127.5 - 1
     np.testing.assert_array_equal(example["image"], expected)
     assert ImageFolderSource(str(folder), 8, 1)[0]["image"].shape == (8, 8, 1)
+
+
+def test_description_names_shape_classes_and_what_is_left_out(folder):
+    (folder / "ant" / "photo.WEBP").write_bytes(b"")
+    (folder / "dog" / "more.webp").write_bytes(b"")
+    (folder / "dog" / "README").write_bytes(b"")
+    (folder / "dog" / "nested").mkdir()
+    config = folder_config(folder, image_size=8, channels=1)
+    assert describe(make_source(config), config) == (
+        f"data: image_folder {folder}: 12 images of 8x8x1 (height x width x channels), 3 classes;"
+        " left out in the folders of classes: 2 *.webp, 1 *.txt, 1 files without suffix, 1 folders"
+    )
+    assert describe(digits("train"), DataConfig()).endswith("898 images of 8x8x1 (height x width x channels), 10 classes")
 
 
 def write_arrays(path, images, labels):
