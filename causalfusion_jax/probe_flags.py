@@ -134,7 +134,8 @@ def run(workdir: str | None, config_values, out: str | None) -> None:
     if renamed is not None and distributed.is_primary():
         print(f"warning: {renamed}: these are not the data that the run was trained on", file=sys.stderr)
     # The result alone is on stdout.
-    of = {"trained": lambda: trained.announced_params(sys.stderr)} | ({"untrained": study.untrained} if _UNTRAINED.value else {})
+    of = {"trained": lambda: trained.announced_params(sys.stderr)}
+    of |= {"untrained": study.untrained} if _UNTRAINED.value else {}
     if kind == "map":
         found = _maps(study, of)
     elif kind == "finetune":

@@ -149,13 +149,14 @@ def _open_by_content(path: str, file: BinaryIO, weights: str, resources: context
         if any(name.endswith(".npy") for name in archive.namelist()):
             return _open_npz(file, archive)
         raise ValueError("a zip file with neither the data.pkl of torch.save nor .npy arrays")
-    if head.startswith(b"\x80"):
-        return _open_torch_legacy(file, weights)
+    # Before pickles: the length of a .safetensors header may begin with the byte of a pickle too.
     if head[8:] == b"{":
         handle = resources.enter_context(safetensors.safe_open(path, framework="numpy"))
         shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
         arrays = {name: (shape, functools.partial(handle.get_tensor, name)) for name, shape in shapes.items()}
         return arrays, dict(handle.metadata() or {}), None
+    if head.startswith(b"\x80"):
+        return _open_torch_legacy(file, weights)
     raise ValueError(f"neither a PyTorch, a .safetensors nor a .npz file (starts with {head!r})")
 
 
