@@ -126,6 +126,8 @@ def _chosen(known) -> tuple[str, ...]:
 def _pixel_scores() -> dict[str, float]:
     """Scores against the training data of --workdir."""
     from causalfusion_jax import experiment
+    from causalfusion_jax.data.class_names import names_difference, stored_class_names
+    from causalfusion_jax.data.pipeline import class_names
     from causalfusion_jax.evaluation.pairs import labels_of_prompts
     from causalfusion_jax.evaluation.scores import score
     from causalfusion_jax.evaluation.settings import PIXEL_METRICS
@@ -146,6 +148,10 @@ def _pixel_scores() -> dict[str, float]:
     scores = score(data, images, labels)
     for name in _METRICS.value or ():
         require(name in scores or name not in wanted, "--metrics", name, f"is not of source {data.source}")
+    stored = stored_class_names(_WORKDIR.value)
+    renamed = names_difference(stored, class_names(data)) if stored else None
+    if renamed is not None:
+        print(f"warning: {renamed}: these are not the data that the run was trained on", file=sys.stderr)
     kept = {name: value for name, value in scores.items() if name in wanted or name not in PIXEL_METRICS}
     return {"num": len(images), **kept}
 

@@ -6,8 +6,8 @@ Any setting of the config can be changed on the command line:
 
     --config.train.steps=500 --config.model.hidden=128 --config.optimizer.learning_rate=3e-4
 
-WORKDIR receives config.json, checkpoints/ (with manifests/ of checksums), metrics.jsonl,
-tensorboard/ and samples/. Run the same command again to continue from the newest intact
+WORKDIR receives config.json, classes.json (names of the classes), checkpoints/ (with manifests/
+of checksums), metrics.jsonl, tensorboard/ and samples/. Run the same command again to continue from the newest intact
 checkpoint; the result is what an uninterrupted run gives. SIGTERM or Ctrl-C saves at the
 next step and stops. On a pod run it on every host with --multihost; elsewhere name the
 processes by --coordinator_address, --num_processes and --process_id (or JAX_COORDINATOR_ADDRESS,

@@ -42,7 +42,9 @@ def refused(done, *words):
 
 
 def test_features_are_classified(workdir):
-    linear = result(probe(workdir, "linear", "--untrained"))
+    done = probe(workdir, "linear", "--untrained")
+    linear = result(done)
+    assert f"weights: ema of step 12 of {workdir}\n" in done.stderr
     assert linear["probe"] == "linear" and (linear["tokens"], linear["layer"]) == ("clean", 1)
     assert (linear["num"], linear["trained_on"]) == (899, 898)
     # Even random features of digits tell them apart to some degree.

@@ -288,6 +288,10 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         root = pathlib.Path(config.path)
         require(root.is_dir(), "data.path", config.path, "must be a folder with one folder for each class")
         names = tuple(folder.name for folder in class_folders(root))
+        require(
+            len(names) == config.num_classes, "data.path", config.path,
+            f"has {len(names)} class folders, the config {config.num_classes} classes",
+        )
     elif config.source == "tar" and config.path:
         names = tar_shards.class_names(pathlib.Path(config.path))
     elif config.source == "latents" and config.path:

@@ -13,6 +13,7 @@ import numpy as np
 
 from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.captions import check_captions, example_texts
+from causalfusion_jax.data.class_names import check_class_names, store_class_names
 from causalfusion_jax.data.pipeline import BatchIterator, describe, host_batches, make_source, reading_threads
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.evaluation.settings import is_better
@@ -80,7 +81,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
     evaluate = Evaluator(config, mesh) if config.evaluation.eval_every else None
-    distributed.on_primary(lambda: experiment.claim_workdir(workdir, config), None)
+    distributed.on_primary(lambda: _claim(workdir, config, tuple(source.class_names)), None)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     # Made by one program on all processes, where they are to lie.
     make_keys = jax.jit(
@@ -109,6 +110,13 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         iterator.close()
         run.log.close()
         checkpoints.close()
+
+
+def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> None:
+    """Makes `workdir` this run's, or checks that it is; keeps the names of its classes. Raises InputError."""
+    check_class_names(workdir, class_names)
+    experiment.claim_workdir(workdir, config)
+    store_class_names(workdir, class_names)
 
 
 def _restore_or_create(config, mesh, checkpoints, init_key) -> tuple[TrainState, int]:
