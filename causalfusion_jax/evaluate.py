@@ -128,16 +128,20 @@ def _pixel_scores() -> dict[str, float]:
     from causalfusion_jax import experiment
     from causalfusion_jax.evaluation.pairs import labels_of_prompts
     from causalfusion_jax.evaluation.scores import score
-    from causalfusion_jax.evaluation.settings import PIXEL_METRICS
+    from causalfusion_jax.evaluation.settings import PIXEL_METRICS, pixel_metrics
 
     data = experiment.load(_WORKDIR.value).data
-    wanted = _chosen(PIXEL_METRICS)
-    if data.latents:
-        require(
-            _INCEPTION.value is not None or _I3D.value is not None, "--inception", None,
-            f"{_WORKDIR.value} was trained on latents, so its images are scored by --inception and --reference",
-        )
-    if data.latents or not wanted:
+    known = pixel_metrics(data)
+    needed = "inception" if data.frames == 1 else "i3d"
+    require(
+        bool(known) or _INCEPTION.value is not None or _I3D.value is not None, f"--{needed}", None,
+        f"{_WORKDIR.value} was trained on {'latents' if data.latents else 'videos'}, so its samples are scored by"
+        f" --{needed} and --reference",
+    )
+    for name in _METRICS.value or ():
+        require(name in known or name not in PIXEL_METRICS, "--metrics", name, f"is not of source {data.source}")
+    wanted = _chosen(known)
+    if not wanted:
         return {}
     path = pathlib.Path(_SAMPLES.value)
     images, labels, prompts = _read(path / "samples.npz" if path.is_dir() else path)
@@ -145,7 +149,7 @@ def _pixel_scores() -> dict[str, float]:
         labels = labels_of_prompts(prompts)
     scores = score(data, images, labels)
     for name in _METRICS.value or ():
-        require(name in scores or name not in wanted, "--metrics", name, f"is not of source {data.source}")
+        require(name in scores or name not in wanted, "--metrics", name, "is of longer videos than those trained on")
     kept = {name: value for name, value in scores.items() if name in wanted or name not in PIXEL_METRICS}
     return {"num": len(images), **kept}
 

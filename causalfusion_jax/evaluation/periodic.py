@@ -64,7 +64,7 @@ class Evaluator:
     def _pixel_metrics(self) -> tuple[str, ...]:
         """Those of the source; without any of classes where samples are of no class in particular."""
         of_classes = self._config.knows_classes or self._config.text.is_on
-        return tuple(n for n in pixel_metrics(self._config.data.source) if of_classes or n not in OF_CLASSES)
+        return tuple(n for n in pixel_metrics(self._config.data) if of_classes or n not in OF_CLASSES)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric

@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Iterable
 
+from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.errors import require, require_number, require_one_of
 
 PIXEL_METRICS_OF = {
-    "digits": ("accuracy", "fd"),
+    "digits": ("fd", "accuracy"),
     "digit_pairs": ("accuracy", "left", "right"),
     "moving_digits": ("accuracy", "motion_error", "accuracy_beyond", "motion_error_beyond"),
 }
-"""What `evaluation.scores` measures against the training data, by source; of all other sources `fd`."""
+"""What `evaluation.scores` measures against the training data, by source; of images of all others, `fd`."""
 PIXEL_METRICS = ("fd", *dict.fromkeys(name for names in PIXEL_METRICS_OF.values() for name in names if name != "fd"))
 OF_CLASSES = ("accuracy", "accuracy_beyond", "left", "right")
 """Pixel metrics that compare an image with the class it was sampled for."""
@@ -29,9 +30,14 @@ HIGHER_IS_BETTER = (*OF_CLASSES, "inception_score", "precision", "recall")
 """Of all other scores the lowest is best."""
 
 
-def pixel_metrics(source: str) -> tuple[str, ...]:
-    """What can be measured of images, or videos, of `data.source` against its training data."""
-    return PIXEL_METRICS_OF.get(source, ("fd",))
+def pixel_metrics(data: DataConfig) -> tuple[str, ...]:
+    """What can be measured of samples against these training data, pixel by pixel; () for latents."""
+    return () if data.latents else PIXEL_METRICS_OF.get(data.source, ("fd",) if data.frames == 1 else ())
+
+
+def measurable(data: DataConfig) -> tuple[str, ...]:
+    """All metrics of samples of a model of these data, the one to compare models by first."""
+    return (*pixel_metrics(data), *(INCEPTION_METRICS if data.frames == 1 else VIDEO_METRICS))
 
 
 def is_better(metric: str, value: float, best: float) -> bool:

@@ -16,7 +16,7 @@ class Conditions(NamedTuple):
     Attributes:
       labels: int32 [num], as the model is given them; num_classes stands for no class.
       text: prompts, int32 [num, T]; None for a model without text.
-      classes: int32 [num], what each image should show: the class of its label or prompt.
+      classes: int32 [num], what each image should show, by its label or prompt; num_classes: anything.
     """
 
     labels: np.ndarray
@@ -35,7 +35,8 @@ def make_conditions(config: ExperimentConfig, num: int, source: Source | None = 
     if config.text.is_on:
         source = make_source(config.data, captions=True) if source is None else source
         text, classes = example_prompts(source, config.text, num)
-        with_class = not config.drops_classes
-    else:
-        text, classes, with_class = None, balanced_labels(num, config.data.num_classes), config.knows_classes
-    return Conditions(classes if with_class else np.full_like(classes, config.data.num_classes), text, classes)
+        labels = np.full_like(classes, config.data.num_classes) if config.drops_classes else classes
+        return Conditions(labels, text, classes)
+    labels = balanced_labels(num, config.data.num_classes)
+    labels = labels if config.knows_classes else np.full_like(labels, config.data.num_classes)
+    return Conditions(labels, None, labels)

@@ -157,7 +157,7 @@ def test_models_that_saw_no_class_are_sampled_without(monkeypatch):
 def test_every_declared_pixel_metric_is_measured(data):
     data = experiment.from_dict(tiny_config(data=data)).data
     images = np.zeros((4, *data.shape), np.uint8)
-    assert set(score(data, images, np.zeros(4, int))) == set(pixel_metrics(data.source))
+    assert set(score(data, images, np.zeros(4, int))) == set(pixel_metrics(data))
 
 
 @pytest.mark.parametrize(
