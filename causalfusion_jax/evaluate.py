@@ -290,7 +290,7 @@ def _make_reference() -> None:
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax.evaluation.settings import METRICS, PIXEL_METRICS, VIDEO_METRICS, check_metrics
+    from causalfusion_jax.evaluation.settings import PIXEL_METRICS, SCORES, VIDEO_METRICS, check_metrics
 
     if probe_flags.given():
         others = _SAMPLES, _CAPTIONS, _REFERENCE, _INCEPTION, _METRICS, _BATCH, _MAKE_REFERENCE, _NUM_IMAGES
@@ -299,7 +299,7 @@ def main(argv):
         probe_flags.run(_WORKDIR.value, _CONFIG.value, _OUT.value)
         return
     require(_BATCH.value is None or _BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
-    check_metrics("--metrics", _METRICS.value or (), (*METRICS, *VIDEO_METRICS))
+    check_metrics("--metrics", _METRICS.value or (), SCORES)
     both = _INCEPTION.value is not None and _I3D.value is not None
     require(not both, "--i3d", _I3D.value, "is of videos, --inception of images; give one of them")
     for name, flag in {"fvd_frames": _FVD_FRAMES, "fvd_resize": _FVD_RESIZE}.items():

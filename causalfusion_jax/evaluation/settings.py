@@ -17,14 +17,14 @@ OF_CLASSES = ("accuracy", "accuracy_beyond", "left", "right")
 """Pixel metrics that compare an image with the class it was sampled for."""
 INCEPTION_METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 """Of `evaluation.inception_metrics`: they need a converted Inception."""
-METRICS = (*PIXEL_METRICS, *INCEPTION_METRICS)
-"""Those that training can evaluate."""
+METRICS = ("fd", "accuracy", "left", "right", *INCEPTION_METRICS)
+"""Those of images, which training can evaluate."""
 VIDEO_METRICS = ("fvd",)
 """Of `evaluation.video_metrics`: they need a converted I3D."""
 WITHOUT_REFERENCE = ("inception_score",)
 OF_REFERENCE_IMAGES = ("precision", "recall", "kid")
 """Compare images with images, where the others compare statistics."""
-SCORES = (*METRICS, *VIDEO_METRICS)
+SCORES = (*PIXEL_METRICS, *INCEPTION_METRICS, *VIDEO_METRICS)
 """Everything that `evaluate` measures of samples; what else it reports (`num`, `frames`) says how."""
 HIGHER_IS_BETTER = (*OF_CLASSES, "inception_score", "precision", "recall")
 """Of all other scores the lowest is best."""

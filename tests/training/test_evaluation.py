@@ -10,12 +10,13 @@ from helpers import random_params, tiny_config
 
 from causalfusion_jax import experiment, sharding
 from causalfusion_jax.data.digit_pairs import digit_pairs
+from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.data.tokenizers import END, make_tokenizer
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import periodic
 from causalfusion_jax.evaluation.scores import score
-from causalfusion_jax.evaluation.settings import pixel_metrics
+from causalfusion_jax.evaluation.settings import HIGHER_IS_BETTER, SCORES, pixel_metrics
 from causalfusion_jax.sampling.generation import generate_images, image_batches, replicate
 from causalfusion_jax.sampling.images import balanced_labels, to_uint8
 from causalfusion_jax.sampling.trained import from_run
@@ -153,11 +154,21 @@ def test_models_that_saw_no_class_are_sampled_without(monkeypatch):
     assert labels.tolist() == [10] * 30 and text is None and set(scores) == {"fd"}
 
 
-@pytest.mark.parametrize("data", [{}, dict(source="digit_pairs", image_width=16, num_classes=100)])
-def test_every_declared_pixel_metric_is_measured(data):
-    data = experiment.from_dict(tiny_config(data=data)).data
-    images = np.zeros((4, *data.shape), np.uint8)
-    assert set(score(data, images, np.zeros(4, int))) == set(pixel_metrics(data))
+@pytest.mark.parametrize("data", [{}, PAIRS["data"], dict(source="moving_digits", image_size=16, frames=2)])
+def test_every_declared_pixel_metric_is_measured_and_has_a_direction(data):
+    data = DataConfig(**dict(source="digits") | data)
+    longer = (2 * data.frames,) if data.frames > 1 else ()
+    samples = np.zeros((4, *longer, *data.shape[-3:]), np.uint8)
+    assert set(score(data, samples, np.zeros(4, int))) == set(pixel_metrics(data)) <= set(SCORES)
+    # Of no class in particular, what compares samples with their classes is left out.
+    of_classes = {"accuracy", "accuracy_beyond", "left", "right"}
+    assert of_classes <= set(HIGHER_IS_BETTER)
+    without = set(pixel_metrics(data)) - of_classes
+    if without:
+        assert set(score(data, samples, np.full(4, data.num_classes))) == without
+    else:
+        with pytest.raises(InputError, match="scored by their classes or prompts"):
+            score(data, samples, np.full(4, data.num_classes))
 
 
 @pytest.mark.parametrize(
