@@ -392,7 +392,7 @@ def read_sweep():
 
 def check_can_score(sweep, runs) -> None:
     """Raises InputError where runs would only fail once they are trained, or about to be."""
-    from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, VIDEO_METRICS
+    from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, OF_CLASSES, VIDEO_METRICS
 
     needed = "inception" if sweep.metric in INCEPTION_METRICS else "i3d" if sweep.metric in VIDEO_METRICS else None
     given = {word.lstrip("-").partition("=")[0]: word for word in shlex.split(_EVALUATE_FLAGS.value)}
@@ -414,6 +414,11 @@ def check_can_score(sweep, runs) -> None:
         require(
             not data.latents or "--vae" in _SAMPLE_FLAGS.value, "--sample_flags", _SAMPLE_FLAGS.value,
             "must hold --vae=FOLDER: what a model of latents samples is scored as pixels",
+        )
+        require(
+            sweep.metric not in OF_CLASSES or run.config.knows_classes or "--prompt" in _SAMPLE_FLAGS.value,
+            "--sample_flags", _SAMPLE_FLAGS.value,
+            f"must hold --prompts=FILE: {sweep.metric} compares images with what they were sampled for",
         )
         other = "i3d" if data.frames == 1 else "inception"
         require(

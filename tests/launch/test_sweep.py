@@ -417,8 +417,9 @@ def test_wrong_input_touches_nothing(tmp_path):
     done = run_sweep(workdir, gamma, "--override=train.stpes=5")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "config.train.stpes" in done.stderr and "did you mean steps" in done.stderr
-    videos = tmp_path / "videos.py"
+    videos, pairs = tmp_path / "videos.py", tmp_path / "pairs.py"
     videos.write_text(VIDEOS)
+    pairs.write_text(VIDEOS.replace("ucf101_acdit.py:XL", "digit_pairs.py"))
     scored = ("--sample_flags=--vae=/vae", "--override=data.path=/latents")
     cases = [
         ([f"{gamma}:imagenet", "--evaluate_flags=--inception=x"], "config.data.path='': ", "give --override=data.path"),
@@ -427,6 +428,7 @@ def test_wrong_input_touches_nothing(tmp_path):
         ([f"{gamma}:imagenet", "--evaluate_flags=--inception=x --i3d=y", *scored], "--i3d is not of images"),
         ([f"--sweep={videos}", "--evaluate_flags=--inception=x", *scored], "must hold --i3d=FOLDER: fvd is measured"),
         ([f"--sweep={videos}", "--evaluate_flags=--i3d=x", scored[1]], "must hold --vae=FOLDER"),
+        ([f"--sweep={pairs}"], "must hold --prompts=FILE: accuracy compares images"),
         ([gamma, "--parallel=0"], "--parallel=0", ">= 1"),
         ([gamma, "--workdir=configs"], "--workdir", "exists with other content"),
     ]
@@ -436,7 +438,7 @@ def test_wrong_input_touches_nothing(tmp_path):
     for error, (_, *words) in zip(found, cases, strict=True):
         assert all(word in error for word in words), error
     assert started == 1, "the launcher's status"
-    assert list(tmp_path.iterdir()) == [videos]
+    assert set(tmp_path.iterdir()) == {videos, pairs}
 
 
 VIDEOS = """
