@@ -13,6 +13,9 @@ from absl import app, flags, logging
 
 from causalfusion_jax.errors import InputError, nearest
 
+INTERRUPTED = 75
+"""Exit status (EX_TEMPFAIL) of a command that was stopped and saved before its work was complete: run it again."""
+
 
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
     """Parses flags and runs `main`.
@@ -153,7 +156,14 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
     except InputError as error:
         fail(error)
     except flags.Error as error:
-        fail(error)
+        fail(_input_error(error) or error)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The InputError that led to `error`: a config file's, which ml_collections and absl raise again as their own."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _check_config(argv: Sequence[str]) -> None:

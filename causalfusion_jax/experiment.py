@@ -198,6 +198,11 @@ class ExperimentConfig:
         """Whether anything was trained with its class."""
         return self.model.class_dropout < 1 or (self.text.is_on and self.joint.class_dropout < 1)
 
+    @property
+    def drops_classes(self) -> bool:
+        """Whether anything was trained without its class, by the label table's last row."""
+        return self.model.class_dropout > 0 or (self.text.is_on and self.joint.class_dropout > 0)
+
     def check_classes(self, field: str, value) -> None:
         """Raises InputError where classes `value`, given as `field`, mean nothing to the model."""
         require(

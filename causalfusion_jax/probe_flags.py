@@ -172,7 +172,7 @@ def _maps(study, of) -> dict[str, Any]:
 
 
 def _finetuned(study, of, folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies after fine-tuning; ends the process with status 1 where it is stopped or diverges."""
+    """Accuracies after fine-tuning; ends the process where it diverges (status 1) or is stopped (INTERRUPTED)."""
     from causalfusion_jax import distributed
     from causalfusion_jax.evaluation.finetune import Stopped
     from causalfusion_jax.training.loop import diverged_is_one_line
@@ -186,7 +186,7 @@ def _finetuned(study, of, folder: pathlib.Path, request: dict[str, Any]) -> dict
             return _beside(found, study.described)
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(cli.INTERRUPTED)
 
 
 def _draw(path: pathlib.Path, study, found: dict[str, Any]) -> None:

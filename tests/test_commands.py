@@ -276,6 +276,7 @@ def test_bad_training_input_touches_nothing(tmp_path, args, words):
 def test_missing_flags_and_files():
     assert_refused(command("train", "--config=configs/digits.py"), "--workdir", "is required")
     assert_refused(command("train", "--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py", "no such file")
+    assert_refused(command("train", "--config=configs/imagenet_causalfusion.py:XXL", "--workdir=x"), "XXL", "mean XL?")
     assert_refused(command("train", "--workdir=x"), "--config", "is required")
 
 

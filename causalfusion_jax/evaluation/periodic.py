@@ -7,12 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from causalfusion_jax.data.pipeline import Source
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.evaluation import inception_metrics, scores
-from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, WITHOUT_REFERENCE
+from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, OF_CLASSES, WITHOUT_REFERENCE, pixel_metrics
 from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images, image_batches, replicate
-from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
@@ -23,13 +24,14 @@ class Evaluator:
       config: all settings of the run.
       mesh: its devices, which each hold the averaged weights whole while they sample, and
         share every batch.
+      source: the training data, for the prompts of a model of text; default: opened here.
 
     Raises:
       InputError: the settings do not fit, or a folder or file that they name is not what
         it must be.
     """
 
-    def __init__(self, config: ExperimentConfig, mesh: Mesh):
+    def __init__(self, config: ExperimentConfig, mesh: Mesh, source: Source | None = None):
         self._config, self._mesh = config, mesh
         evaluation, data = config.evaluation, config.data
         self._inception = self._reference = self._decode = None
@@ -43,15 +45,26 @@ class Evaluator:
         if evaluation.metric in INCEPTION_METRICS:
             self._open_inception()
         else:
-            require(
-                not data.latents, "config.evaluation.metric", evaluation.metric,
-                f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
-            )
-            require(
-                evaluation.metric != "accuracy" or data.source == "digits", "config.evaluation.metric",
-                evaluation.metric, "is of source digits; else give fd",
-            )
-        self._labels = balanced_labels(evaluation.num_images, data.num_classes)
+            self._check_pixel_metric()
+        self._conditions = make_conditions(config, evaluation.num_images, source)
+
+    def _check_pixel_metric(self) -> None:
+        data, metric = self._config.data, self._config.evaluation.metric
+        require(
+            not data.latents, "config.evaluation.metric", metric,
+            f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
+        )
+        require(
+            metric in self._pixel_metrics, "config.evaluation.metric", metric,
+            f"cannot be measured of this model of source {data.source}; give"
+            f" {' or '.join((*self._pixel_metrics, 'one that needs evaluation.inception'))}",
+        )
+
+    @property
+    def _pixel_metrics(self) -> tuple[str, ...]:
+        """Those of the source; without any of classes where samples are of no class in particular."""
+        of_classes = self._config.knows_classes or self._config.text.is_on
+        return tuple(n for n in pixel_metrics(self._config.data) if of_classes or n not in OF_CLASSES)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
@@ -79,15 +92,16 @@ class Evaluator:
         """Scores of the averaged weights, which lie as training has them; collective."""
         config, evaluation = self._config, self._config.evaluation
         params = replicate(ema, self._mesh.devices.ravel())
-        sampled = (config, config.sampling, params, self._labels, config.train.seed, evaluation.sample_batch_size)
+        conditions = self._conditions
+        sampled = (config, config.sampling, params, conditions.labels, config.train.seed, evaluation.sample_batch_size)
         if self._inception is None:
-            images = generate_images(*sampled, decode=self._decode)
-            found = scores.score(config.data, images, self._labels)
-            return {name: value for name, value in found.items() if isinstance(value, float)}
+            images = generate_images(*sampled, decode=self._decode, text=conditions.text)
+            found = scores.score(config.data, images, conditions.classes)
+            return {name: found[name] for name in self._pixel_metrics}
         collected = inception_metrics.Collected([evaluation.metric])
 
         def batches(size: int) -> Iterator[np.ndarray]:
-            for images in image_batches(*sampled, decode=self._decode):
+            for images in image_batches(*sampled, decode=self._decode, text=conditions.text):
                 yield from (images[i:i + size] for i in range(0, len(images), size))
 
         collected.add_all(self._inception.features(batches, collected.names))

@@ -9,18 +9,18 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from causalfusion_jax import distributed, experiment, sharding
-from causalfusion_jax.data.captions import check_captions, example_texts
+from causalfusion_jax.data.captions import check_captions
 from causalfusion_jax.data.class_names import check_class_names, store_class_names
 from causalfusion_jax.data.pipeline import BatchIterator, describe, host_batches, make_source, reading_threads
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.evaluation.settings import is_better
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.transformer import count_params
+from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images
-from causalfusion_jax.sampling.images import balanced_labels, frames_in_rows, make_grid, save_png
+from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
 from causalfusion_jax.training import metrics as metrics_lib
 from causalfusion_jax.training.checkpoint import Checkpoints
 from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
@@ -80,7 +80,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         check_captions(source, config.text)
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
-    evaluate = Evaluator(config, mesh) if config.evaluation.eval_every else None
+    evaluate = Evaluator(config, mesh, source) if config.evaluation.eval_every else None
     distributed.on_primary(lambda: _claim(workdir, config, tuple(source.class_names)), None)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     # Made by one program on all processes, where they are to lie.
@@ -102,8 +102,8 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
     )
     threads = reading_threads(config.data.source)
     iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
-    text = example_texts(source, config.text, config.logging.num_samples) if config.text.is_on else None
-    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text)
+    conditions = make_conditions(config, config.logging.num_samples, source)
+    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, conditions)
     try:
         return run.steps(state, start)
     finally:
@@ -148,8 +148,9 @@ def _say(line: str) -> None:
 class _Run:
     """What stays the same from step to step of a run."""
 
-    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text):
-        self.config, self.workdir, self.mesh, self.text = config, pathlib.Path(workdir), mesh, text
+    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, conditions):
+        self.config, self.workdir, self.mesh = config, pathlib.Path(workdir), mesh
+        self.labels, self.text, _ = conditions
         self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
         self.watch = watch or (lambda step, metrics: None)
         self.evaluate, self.best = evaluate, checkpoints.best(start) if start else None
@@ -265,11 +266,8 @@ class _Run:
     def _sample(self, step: int, state: TrainState) -> None:
         """A grid of samples from the averaged weights, by the sampler that users call."""
         config = self.config
-        labels = balanced_labels(config.logging.num_samples, config.data.num_classes)
-        # Beside a text, a class would have to be its own.
-        labels = labels if self.text is None else np.full_like(labels, config.data.num_classes)
         with jax.transfer_guard("allow"):
-            images = generate_images(config, config.sampling, state.ema, labels, config.train.seed, text=self.text)
+            images = generate_images(config, config.sampling, state.ema, self.labels, config.train.seed, text=self.text)
         grid = make_grid(*frames_in_rows(images, config.data.num_classes if config.data.num_classes <= 20 else 8))
         if distributed.is_primary():
             folder = self.workdir / "samples"
