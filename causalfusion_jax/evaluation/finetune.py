@@ -264,7 +264,7 @@ class Finetuning:
         return state.params if state.ema is None else state.ema
 
     def _steps(self, state: FinetuneState, iterator: BatchIterator, checkpoints: Checkpoints) -> FinetuneState:
-        step, total, losses = int(state.step), self.step.total_steps, []
+        step, total, losses = int(jax.device_get(state.step)), self.step.total_steps, []
         if step >= total:
             return state
         size = self.settings.batch_size

@@ -88,7 +88,7 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
     )
     init_key, step_key = make_keys()
     state, position = _restore_or_create(config, mesh, checkpoints, init_key)
-    start, total = int(state.step), config.train.steps
+    start, total = int(jax.device_get(state.step)), config.train.steps
     if start >= total:
         _say(f"{workdir} is already trained to step {start}")
         checkpoints.close()
