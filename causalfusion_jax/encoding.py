@@ -245,7 +245,7 @@ class _Encoder:
     def __init__(self, converted: Converted, vae: AutoencoderConfig, data: DataConfig, settings, devices):
         mesh = sharding.make_mesh(MeshConfig(data=-1), devices)
         self.batch_size, self.where = settings.batch_size, sharding.batch_sharding(mesh)
-        params = jax.tree.map(np.asarray, converted.params(abstract_autoencoder(vae)[1]))
+        params = jax.device_get(converted.params(abstract_autoencoder(vae)[1]))
         self.params = jax.device_put(params, sharding.replicated(mesh))
         micro_batch = settings.micro_batch * len(devices)
 

@@ -164,7 +164,7 @@ def place_params(params: Params, model: TransformerConfig, mesh: Mesh) -> Params
     _, shapes, axes = abstract_model(model)
     where = jax.tree.map(lambda leaf: leaf.sharding, place_abstract(shapes, axes, mesh))
     used = {name: params[name] for name in shapes}
-    return jax.device_put(jax.tree.map(np.asarray, used), where)
+    return jax.device_put(jax.device_get(used), where)
 
 
 # --- A pass over a data set -------------------------------------------------------

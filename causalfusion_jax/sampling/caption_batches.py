@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,8 +55,9 @@ def caption_images(
         texts = caption_tokens(
             model, how, noisy, params, image_keys(seed, indices), labels, tokens, jnp.asarray(slots[indices, :longest])
         )
-        captions += [from_slots(config.text, row) for row in np.asarray(texts.tokens)]
-        log_probs.append(np.asarray(texts.log_prob))
+        texts = jax.device_get(texts)
+        captions += [from_slots(config.text, row) for row in texts.tokens]
+        log_probs.append(texts.log_prob)
         progress(min(len(captions), len(images)))
     return captions[: len(images)], np.concatenate(log_probs)[: len(images)]
 
@@ -85,6 +87,6 @@ def score_captions_of_images(
         params, labels, tokens = _given(config, params, images, indices)
         noisy = config.joint.image_tokens == "noisy"
         scored = score_tokens(config.transformer, noisy, params, labels, tokens, jnp.asarray(slots[indices]))
-        parts.append([np.asarray(a) for a in scored])
+        parts.append(jax.device_get(scored))
     log_probs, counted = (np.concatenate(a)[: len(images)] for a in zip(*parts, strict=True))
     return log_probs, counted

@@ -239,7 +239,8 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, state, self.iterator.position, self.best)
+        with jax.transfer_guard("allow"):
+            self.checkpoints.save(step, state, self.iterator.position, self.best)
 
     def _evaluate(self, step: int, state: TrainState) -> bool:
         """Scores images from the averaged weights. Whether they are the best so far."""
