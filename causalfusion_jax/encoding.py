@@ -264,7 +264,9 @@ class _Encoder:
         """Mean and std, bfloat16 [batch, 2 (mean, std), 2 (flips), (frames,) h, w, channels], as they get ready."""
         filled = np.zeros((self.batch_size, *images.shape[1:]), np.float32)
         filled[: len(images)] = images
-        return self._run(self.params, jax.device_put(filled, self.where))
+        # Of a batch, its images alone are moved to the devices.
+        with jax.transfer_guard("disallow"):
+            return self._run(self.params, jax.device_put(filled, self.where))
 
 
 def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:

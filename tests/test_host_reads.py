@@ -1,12 +1,16 @@
 """Host reads of device arrays: the test mode against jax's own guard, and whole runs in it."""
 
+import json
 import pickle
+import runpy
+import sys
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import command
 from host_reads import accelerator_reads
 from jax.experimental.layout import Format, Layout
 
@@ -101,3 +105,35 @@ def test_what_was_read_outlives_a_donation():
         read = jax.device_get(x)
         jax.jit(lambda x: x + 1, donate_argnums=0)(x)
         np.testing.assert_array_equal(read, np.ones(3))
+
+
+# --- Whole runs -------------------------------------------------------------------
+#
+# All commands that tests start by `helpers.command` run in this mode. What follows is what
+# they leave out.
+
+TRAIN = (
+    "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=12",
+    "--config.train.batch_size=8", "--config.optimizer.warmup_steps=3", "--config.checkpoint.every=4",
+    "--config.logging.every=4", "--config.logging.sample_every=6", "--config.evaluation.eval_every=6",
+    "--config.evaluation.num_images=20", "--config.sampling.solver_steps=4",
+)  # fmt: skip
+
+
+def test_training_saves_samples_and_evaluates_without_implicit_reads(tmp_path):
+    done = command("train", *TRAIN, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"8", "12"}
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"00000006.png", "00000012.png"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluation/fd" in line] == [6, 12] and "(best so far)" in done.stdout
+    best = command("sample", f"--workdir={tmp_path}", "--step=best", "--num=4", f"--out={tmp_path / 'best'}")
+    assert best.returncode == 0, best.stderr
+
+
+def test_a_command_that_reads_implicitly_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["host_reads", "implicit_read"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "implicit_read.py").write_text("import jax.numpy as jnp\nprint(float(jnp.ones(())))\n")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=DISALLOWED):
+        runpy.run_module("host_reads", run_name="__main__")

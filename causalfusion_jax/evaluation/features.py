@@ -249,7 +249,8 @@ def _index_keys(seed, indices, where):
 def keys_of(seed: int, indices: np.ndarray, mesh: Mesh) -> jax.Array:
     """PRNG keys of examples by their places in the source, on the mesh; [batch]."""
     where = sharding.batch_sharding(mesh)
-    return _index_keys(np.uint32(seed), jax.device_put(indices.astype(np.uint32), where), where)
+    numbers = jax.device_put((np.uint32(seed), indices.astype(np.uint32)), (sharding.replicated(mesh), where))
+    return _index_keys(*numbers, where)
 
 
 def over_images(
@@ -276,7 +277,8 @@ def over_images(
     for batch in images:
         # Filled up with the last one, so that one program serves all batches.
         filled = np.minimum(np.arange(size), len(batch.label) - 1)
-        with jax.set_mesh(mesh):
+        # Images and keys are placed explicitly; nothing else moves from batch to batch.
+        with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
             found = compute(jax.device_put(batch.image[filled], where), keys_of(seed, batch.index[filled], mesh))
         values.append(np.take(distributed.everywhere(found), np.arange(len(batch.label)), axis=batch_axis))
         labels.append(batch.label)

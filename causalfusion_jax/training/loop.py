@@ -239,8 +239,7 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState) -> None:
-        with jax.transfer_guard("allow"):
-            self.checkpoints.save(step, state, self.iterator.position, self.best)
+        self.checkpoints.save(step, state, self.iterator.position, self.best)
 
     def _evaluate(self, step: int, state: TrainState) -> bool:
         """Scores images from the averaged weights. Whether they are the best so far."""
