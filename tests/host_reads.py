@@ -78,7 +78,14 @@ def accelerator_reads() -> Iterator[None]:
         setattr(ArrayImpl, COPY, copy)
 
 
+@contextlib.contextmanager
+def no_implicit_reads() -> Iterator[None]:
+    """Within, implicit reads fail on this thread, unless a guard of `allow` is set around them."""
+    with accelerator_reads(), jax.transfer_guard_device_to_host("disallow"):
+        yield
+
+
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
-    with accelerator_reads(), jax.transfer_guard_device_to_host("disallow"):
+    with no_implicit_reads():
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -120,6 +120,7 @@ TRAIN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_saves_samples_and_evaluates_without_implicit_reads(tmp_path):
     done = command("train", *TRAIN, f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,11 @@ def _batches(num: int, batch_size: int):
         yield np.minimum(np.arange(start, start + size), num - 1)
 
 
+def _on_device(params):
+    """Parameters on one device, where every batch is read."""
+    return jax.device_put(params, jax.local_devices()[0])
+
+
 def _given(config: ExperimentConfig, params, images, indices):
     """Parameters, labels and image tokens of a batch; no class is given."""
     tokens = patchify(jnp.asarray(images[indices]), config.model.patch_size)
@@ -49,7 +54,7 @@ def caption_images(
     slots = np.stack([to_slots(config.text, prompt, ended=False) for prompt in prompts])
     longest = int((slots != NO_TOKEN).sum(axis=1).max())
     model, noisy = config.transformer, config.joint.image_tokens == "noisy"
-    captions, log_probs = [], []
+    params, captions, log_probs = _on_device(params), [], []
     for indices in _batches(len(images), batch_size):
         params, labels, tokens = _given(config, params, images, indices)
         texts = caption_tokens(
@@ -82,7 +87,7 @@ def score_captions_of_images(
     slots = np.full((len(images), most, config.text.max_tokens), NO_TOKEN, np.int32)
     for row, texts in enumerate(captions):
         slots[row, : len(texts)] = [to_slots(config.text, text) for text in texts]
-    parts = []
+    params, parts = _on_device(params), []
     for indices in _batches(len(images), batch_size):
         params, labels, tokens = _given(config, params, images, indices)
         noisy = config.joint.image_tokens == "noisy"
