@@ -116,8 +116,7 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     folder = tempfile.TemporaryDirectory(prefix="causalfusion_jax-commands-")
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "launch" / "command_server.py")],
-        cwd=ROOT, env=command_env() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT, env=command_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return server, pathlib.Path(folder.name)
@@ -130,8 +129,8 @@ def command_env() -> dict[str, str]:
     cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
     atexit.register(cache.cleanup)
     return env | {
-        # This checkout's package, whatever is installed.
-        "PYTHONPATH": str(ROOT),
+        # This checkout's package, whatever is installed, and what tests run commands by.
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,4 +1,4 @@
-"""Run by each of several processes: `multihost_checks.py PORT PROCESS PROCESSES FOLDER`.
+"""Run by each of several processes: `python -m multihost_checks PORT PROCESS PROCESSES FOLDER`.
 
 Writes FOLDER/PROCESS.npz: what meshes that span the processes give, for `test_multihost` to compare.
 """
@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 from helpers import random_params, tiny_config
+from host_reads import no_implicit_reads
 from tiny_data import TINY_VAE
 
 from causalfusion_jax import distributed, experiment, sharding
@@ -76,4 +77,5 @@ def main(port: str, process: str, processes: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with no_implicit_reads():
+        main(*sys.argv[1:])

@@ -372,7 +372,7 @@ def test_kill_9_at_three_random_points(tfds_folder, vae, tmp_path):
     rng = random.Random(int(time.time()))
 
     def start(out):
-        args = [sys.executable, "-m", "causalfusion_jax.encode", *encode_args(tfds_folder, vae, out)]
+        args = [sys.executable, "-m", "host_reads", "causalfusion_jax.encode", *encode_args(tfds_folder, vae, out)]
         args += ["--batch_size=4", "--records_per_shard=10"]
         return subprocess.Popen(args, cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, text=True)
 

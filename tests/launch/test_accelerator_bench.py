@@ -121,9 +121,9 @@ def test_a_machine_without_the_project_is_told_what_to_install(tmp_path):
     # An interpreter without site-packages.
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     python.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
     done = subprocess.run(
-        ["bash", SCRIPT, "--rehearse", f"--out={tmp_path / 'out'}"], env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
-        capture_output=True, text=True,
+        ["bash", SCRIPT, "--rehearse", f"--out={tmp_path / 'out'}"], env=env, capture_output=True, text=True
     )
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("error: ") and not (tmp_path / "out").exists()
