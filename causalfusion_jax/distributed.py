@@ -100,17 +100,17 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def should_stop(step: int, received: bool) -> bool:
-    """Whether all processes stop after this step.
+def should_stop(poll: int, received: bool) -> bool:
+    """Whether all processes stop at this poll.
 
     Args:
-      step: the step, alike on all processes, which all ask after every step.
-      received: whether this process, running alone, was told to stop. Of several, the
-        runtime notices SIGTERM on any and picks a step that all can still reach.
+      poll: its number, which counts up by one from poll to poll, alike on all processes.
+      received: whether this process, running alone, was told to stop. With several processes the
+        runtime notices SIGTERM on any of them and picks a poll that none has reached yet.
     """
     if jax.process_count() == 1:
         return received
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(poll)
 
 
 def everywhere(x: jax.Array) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Files written whole, and known by their checksums."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -7,13 +8,16 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from causalfusion_jax.errors import InputError
 
 Description = dict[str, dict[str, Any]]
 """Size and SHA-256 of every file of a folder, by relative path."""
+
+_THREADS = 8
+"""Files hashed at a time; hashing and reading release the interpreter lock."""
 
 
 def describe_file(path: pathlib.Path) -> dict[str, Any]:
@@ -23,23 +27,28 @@ def describe_file(path: pathlib.Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def describe(folder: pathlib.Path) -> Description:
-    """Size and SHA-256 of every file below `folder`."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
+def names(folder: pathlib.Path) -> list[str]:
+    """Relative paths of all files below `folder`, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def describe(folder: pathlib.Path, of: Iterable[str] | None = None) -> Description:
+    """Size and SHA-256 of the files `of` (default: every file) below `folder`; several are read at a time."""
+    listed = names(folder) if of is None else list(of)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(listed, pool.map(lambda name: describe_file(folder / name), listed), strict=True))
 
 
 def difference(folder: pathlib.Path, expected: Description) -> str | None:
     """How the files of `folder` differ from what was described; None where they do not."""
-    actual = describe(folder)
     for name, described in expected.items():
-        if name not in actual:
+        path = folder / name
+        if not path.is_file():
             return f"file {name} is missing"
-        if actual[name]["bytes"] != described["bytes"]:
-            return f"file {name} has {actual[name]['bytes']} bytes instead of {described['bytes']}"
-        if actual[name] != described:
-            return f"file {name} has another checksum"
-    return None
+        if path.stat().st_size != described["bytes"]:
+            return f"file {name} has {path.stat().st_size} bytes instead of {described['bytes']}"
+    actual = describe(folder, expected)
+    return next((f"file {name} has another checksum" for name in expected if actual[name] != expected[name]), None)
 
 
 def read_json(path: pathlib.Path) -> Any:
