@@ -66,18 +66,32 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+    """Writes a text file whole or not at all."""
     # Of a name of its own: another process may be writing the same file.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with part.open("w") as file:
-            json.dump(content, file, indent=1)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def drop_torn_line(path: pathlib.Path) -> None:
+    """Removes the end of a file of lines that follows its last newline: a line that a kill cut short."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def is_new(folder: pathlib.Path) -> bool:

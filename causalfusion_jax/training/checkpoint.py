@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 
 from causalfusion_jax import distributed, files
 from causalfusion_jax.errors import InputError, require, require_number
+from causalfusion_jax.lock import FolderLock
 from causalfusion_jax.models.store import read_params
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.training import evaluations
@@ -65,15 +66,20 @@ class Checkpoints:
       workdir: the run's folder.
       config: what to keep.
       read_only: never change anything on disk (for sampling and evaluation).
+      lock: held by process 0 on the run's folder; a save fails where another process has taken it over.
 
     Raises:
       InputError: there are checkpoints, but the folder of their manifests is missing.
     """
 
-    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig, read_only: bool = False):
+    def __init__(
+        self, workdir: str | os.PathLike, config: CheckpointConfig, read_only: bool = False,
+        lock: FolderLock | None = None,
+    ):
         self._root, self._config, self._read_only = pathlib.Path(workdir).absolute(), config, read_only
         self._steps_dir = self._root / "checkpoints"
         self._manifests = Manifests(self._root)
+        self._lock = lock
         self._finishing: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved: int | None = None
@@ -95,19 +101,23 @@ class Checkpoints:
 
     # --- Saving -------------------------------------------------------------------
 
-    def save(self, step: int, state: Any, position: int) -> None:
+    def save(self, step: int, state: Any, position: int, partial: dict[str, Any] | None = None) -> None:
         """Saves in the background; collective. Raises what the previous save failed with, if it did.
 
         Args:
           step: of training.
           state: all arrays.
           position: of the data.
+          partial: metrics that were not written yet, as plain values; `partial(step)` returns them.
         """
         self.wait()
+        if self._lock is not None:
+            self._lock.require_held()
         if distributed.is_primary():
             # What is left of an interrupted save of this step.
             self._delete(step)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position}))
+        data = {"position": position} | ({} if partial is None else {"partial": partial})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         # The copy to the host is intentional; training forbids implicit ones.
         with jax.transfer_guard("allow"):
             self._checkpointer.save(self._folder(step), args=args, force=True)
@@ -295,6 +305,14 @@ class Checkpoints:
         restored = self._checkpointer.restore(self._folder(step), args=args)
         return restored["state"], restored["data"]["position"]
 
+    def partial(self, step: int) -> dict[str, Any] | None:
+        """The metrics that were saved with a step before they were written; None where there were none."""
+        return self._data(step).get("partial")
+
+    def _data(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a step."""
+        return json.loads((self._folder(step) / "data" / "metadata").read_text())
+
     def restore_params(self, step: int, config: StepConfig, weights: str) -> Params:
         """`ema` or `params` of a step, on this process's first device."""
         shapes = abstract_model(config.objective.model)[1]
@@ -308,35 +326,42 @@ class Checkpoints:
 
     def go_back(self, step: int) -> None:
         """Forgets the evaluations after the step that training continues from; on process 0 alone."""
-        found = evaluations.read(self._root)
-        known = [record for record in self._evaluations(step)]
-        if known != found:
+        known = self._evaluations(step)
+        if known != evaluations.read(self._root):
             evaluations.write(self._root, known)
 
     def _evaluations(self, step: int) -> list[evaluations.Record]:
         """The evaluations up to a step."""
-        known = [record for record in evaluations.read(self._root) if record["step"] <= step]
+        known = {record["step"]: record for record in evaluations.read(self._root) if record["step"] <= step}
         # Older versions kept the best one inside of the checkpoint.
-        with_state = files.read_json(self._folder(step) / "data" / "metadata") or {}
-        best = with_state.get("best")
-        if best is not None and best["step"] not in {record["step"] for record in known}:
-            known.insert(0, best)
-        return sorted(known, key=lambda record: record["step"])
+        best = self._data(step).get("best") if step in self.complete_steps() else None
+        if best is not None:
+            known.setdefault(best["step"], best)
+        return sorted(known.values(), key=lambda record: record["step"])
 
     def is_evaluated(self, step: int, of: dict[str, Any]) -> bool:
-        """Whether the evaluation of a step, under settings `of`, was recorded."""
-        return any(
-            record["step"] == step and record["of"] == json.loads(json.dumps(of))
-            for record in evaluations.read(self._root)
-        )
+        """Whether a step was evaluated under the settings `of`."""
+        return any(record["step"] == step and record["of"] == of for record in evaluations.read(self._root))
 
-    def record_evaluation(self, step: int, value: float, of: dict[str, Any]) -> bool:
-        """Records an evaluation of the newest saved step; on process 0 alone. Whether it is the best so far."""
-        others = [record for record in evaluations.read(self._root) if record["step"] != step]
-        of = json.loads(json.dumps(of))
-        evaluations.write(self._root, [*others, evaluations.record(step, value, of)])
-        best = evaluations.best(evaluations.read(self._root), {*self.complete_steps(), step})
+    def is_best(self, step: int, value: float, of: dict[str, Any]) -> bool:
+        """Whether `value` is the best evaluation up to a step."""
+        records = self._with_record(step, value, of)
+        best = evaluations.best(records, {*self.complete_steps(), step})
         return best is not None and best["step"] == step
+
+    def record_evaluation(self, step: int, value: float, of: dict[str, Any]) -> None:
+        """Records an evaluation of the newest saved step; on process 0 alone.
+
+        Args:
+          step: of training.
+          value: of the metric.
+          of: the settings that values are compared under, as plain values.
+        """
+        evaluations.write(self._root, self._with_record(step, value, of))
+
+    def _with_record(self, step: int, value: float, of: dict[str, Any]) -> list[evaluations.Record]:
+        others = [record for record in evaluations.read(self._root) if record["step"] < step]
+        return [*others, evaluations.record(step, value, of)]
 
     def best(self, step: int | None = None) -> evaluations.Record | None:
         """The best evaluation up to a step (default: the newest intact one) whose checkpoint is still there."""

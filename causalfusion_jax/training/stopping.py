@@ -20,15 +20,19 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that training can stop at the next place where it asks.
+    """Notes SIGTERM and SIGINT, so that training can stop at the next place where it polls.
 
     With several processes jax's runtime watches SIGTERM, and they agree on the place.
+
+    Attributes:
+      received: the signal's name; None where this process itself received none.
+      stopping: whether a poll said so.
     """
 
     def __init__(self):
         self.received: str | None = None
         self._polls = 0
-        self._stopping = False
+        self.stopping = False
 
     def __enter__(self) -> "StopSignal":
         watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
@@ -51,11 +55,11 @@ class StopSignal:
 
     def poll(self) -> bool:
         """Whether to stop here. All processes poll at the same places, and get the same answer."""
-        if not self._stopping:
+        if not self.stopping:
             # The runtime picks the number of a poll that no process has reached yet.
             self._polls += 1
-            self._stopping = distributed.should_stop(self._polls, bool(self.received))
-        return self._stopping
+            self.stopping = distributed.should_stop(self._polls, bool(self.received))
+        return self.stopping
 
     def interrupt(self) -> None:
         """Polls. Raises Interrupted where training is to stop."""
