@@ -247,7 +247,9 @@ class BatchShare:
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Global arrays [batch_size, ...] of this process's rows of each, [len(rows), ...]."""
-        return {name: self._place(values) for name, values in batch.items()}
+        # An explicit transfer; of several processes, jax does not see that.
+        with jax.transfer_guard("allow"):
+            return {name: self._place(values) for name, values in batch.items()}
 
     def _place(self, values: np.ndarray) -> jax.Array:
         def part(index):

@@ -1,7 +1,7 @@
 """Evaluation during training: images from the averaged weights on the run's devices, scored."""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -76,17 +76,27 @@ class Evaluator:
         names = ("metric", "num_images", "inception", "reference", "vae")
         return {name: getattr(evaluation, name) for name in names} | {"sampling": repr(sampling)}
 
-    def __call__(self, ema) -> dict[str, float]:
-        """Scores of the averaged weights, which lie as training has them; collective, alike on all processes."""
+    def __call__(self, ema, between_batches: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Scores of the averaged weights, which lie as training has them; collective.
+
+        Args:
+          ema: the weights.
+          between_batches: called after each batch of samples, on all processes; may raise to end the evaluation.
+        """
         config, evaluation = self._config, self._config.evaluation
         sampled = (config, config.sampling, ema, self._labels, config.train.seed, evaluation.sample_batch_size)
         if self._inception is None:
-            images = generate_images(*sampled, decode=self._decode)
+            images = generate_images(*sampled, progress=lambda done: between_batches(), decode=self._decode)
             return distributed.on_primary(lambda: self._pixel_scores(images))
         collected, numbers = inception_metrics.Collected([evaluation.metric]), collections.deque()
 
+        def shares() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for share in image_shares(*sampled, decode=self._decode):
+                between_batches()
+                yield share
+
         def batches(size: int) -> Iterator[np.ndarray]:
-            for part, images in _in_batches(image_shares(*sampled, decode=self._decode), size):
+            for part, images in _in_batches(shares(), size):
                 numbers.append(part)
                 yield images
 
