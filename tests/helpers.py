@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,28 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     )
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return server, pathlib.Path(folder.name)
+
+
+def start_processes(count: int, module: str, *args: str) -> list[subprocess.Popen]:
+    """Starts `python -m MODULE ARGS` as `count` processes of one job; implicit host reads fail in them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "host_reads", module, *map(str, args), *job, f"--process_id={i}"], cwd=ROOT,
+            env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def all_done(processes: list[subprocess.Popen], timeout: float = 600) -> list[str]:
+    """Waits for processes that must all succeed. Returns what each printed."""
+    printed = [process.communicate(timeout=timeout) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), printed
+    return [out for out, _ in printed]
 
 
 @functools.cache

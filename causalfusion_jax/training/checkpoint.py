@@ -314,7 +314,7 @@ class Checkpoints:
         return json.loads((self._folder(step) / "data" / "metadata").read_text())
 
     def restore_params(self, step: int, config: StepConfig, weights: str) -> Params:
-        """`ema` or `params` of a step as host arrays; on several processes, all must read together."""
+        """`ema` or `params` of a step as host arrays; no other process need take part."""
         shapes = abstract_model(config.objective.model)[1]
         return read_params(self._folder(step) / "state", {weights: shapes})[weights]
 
