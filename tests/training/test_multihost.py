@@ -10,7 +10,7 @@ import signal
 import multihost_checks
 import numpy as np
 import pytest
-from helpers import all_done, command, random_params, start_processes
+from helpers import ROOT, all_done, command, random_params, start_processes
 from tiny_data import write_vae
 
 from causalfusion_jax.distributed import initialize
@@ -72,7 +72,7 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
             break
     pair[1].send_signal(signal.SIGTERM)
     printed = [process.communicate(timeout=600) for process in pair]
-    assert [process.returncode for process in pair] == [75, 75], printed
+    assert [process.returncode for process in pair] == [0, 0], printed
     step = int(re.search(r"saved step (\d+) of 24", printed[0][0])[1])
     assert step < 24 and "step" not in printed[1][0]
     assert (tmp_path / "pair" / "manifests" / f"{step}.json").is_file()
