@@ -107,10 +107,20 @@ def test_what_was_read_outlives_a_donation():
         np.testing.assert_array_equal(read, np.ones(3))
 
 
+def test_transfers_to_the_device_need_no_mode():
+    """A CPU checks them as an accelerator does: arguments of a program must be placed explicitly."""
+    x = np.ones((2, 4), np.float32)
+    _double(x)
+    with jax.transfer_guard("disallow"):
+        assert _double(jax.device_put(x)).shape == (2, 4)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+            _double(x)
+
+
 # --- Whole runs -------------------------------------------------------------------
 #
-# All commands that tests start by `helpers.command` run in this mode. What follows is what
-# they leave out.
+# All commands and processes that tests start by `helpers` run in this mode, and so do the runs
+# of `test_evaluation`; those of several processes are in `test_whole_runs_multihost`.
 
 TRAIN = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=12",
