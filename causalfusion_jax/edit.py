@@ -234,6 +234,7 @@ def main(argv):
 
 def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mask):
     """Results for each image, kept pixels as they were; and their labels."""
+    import jax
     import numpy as np
 
     from causalfusion_jax.data.tokenizers import to_slots
@@ -245,7 +246,7 @@ def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mas
     text = prompts and np.stack([to_slots(config.text, prompt) for prompt in prompts]).repeat(num, axis=0)
     scaled = images if images.dtype != np.uint8 else images / np.float32(127.5) - 1
     if vae is not None:
-        scaled = np.asarray(vae.encode(scaled))
+        scaled = jax.device_get(vae.encode(scaled))
 
     def progress(done):
         print(f"edited {done}/{len(labels)}", flush=True)

@@ -258,7 +258,7 @@ class _Encoder:
     def __init__(self, converted: Converted, vae: AutoencoderConfig, data: DataConfig, settings, devices):
         mesh = sharding.make_mesh(MeshConfig(data=-1), devices)
         self.batch_size, self.where = settings.batch_size, sharding.batch_sharding(mesh)
-        params = jax.tree.map(np.asarray, converted.params(abstract_autoencoder(vae)[1]))
+        params = jax.device_get(converted.params(abstract_autoencoder(vae)[1]))
         self.params = jax.device_put(params, sharding.replicated(mesh))
         micro_batch = settings.micro_batch * len(devices)
 
@@ -277,7 +277,9 @@ class _Encoder:
         """Mean and std, bfloat16 [batch, 2 (mean, std), 2 (flips), (frames,) h, w, channels], as they get ready."""
         filled = np.zeros((self.batch_size, *images.shape[1:]), np.float32)
         filled[: len(images)] = images
-        return self._run(self.params, jax.device_put(filled, self.where))
+        # Of a batch, its images alone are moved to the devices.
+        with jax.transfer_guard("disallow"):
+            return self._run(self.params, jax.device_put(filled, self.where))
 
 
 def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:

@@ -1,5 +1,6 @@
 """Files written whole, and known by their checksums."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -9,7 +10,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from causalfusion_jax.errors import InputError
@@ -28,6 +29,9 @@ PART_PATTERN = ".*.part"
 Description = dict[str, dict[str, Any]]
 """Size and SHA-256 of every file of a folder, by relative path."""
 
+_THREADS = 8
+"""Files hashed at a time; hashing and reading release the interpreter lock."""
+
 
 def describe_file(path: pathlib.Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
@@ -36,23 +40,28 @@ def describe_file(path: pathlib.Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def describe(folder: pathlib.Path) -> Description:
-    """Size and SHA-256 of every file below `folder`."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
+def names(folder: pathlib.Path) -> list[str]:
+    """Relative paths of all files below `folder`, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def describe(folder: pathlib.Path, of: Iterable[str] | None = None) -> Description:
+    """Size and SHA-256 of the files `of` (default: every file) below `folder`; several are read at a time."""
+    listed = names(folder) if of is None else list(of)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(listed, pool.map(lambda name: describe_file(folder / name), listed), strict=True))
 
 
 def difference(folder: pathlib.Path, expected: Description) -> str | None:
     """How the files of `folder` differ from what was described; None where they do not."""
-    actual = describe(folder)
     for name, described in expected.items():
-        if name not in actual:
+        path = folder / name
+        if not path.is_file():
             return f"file {name} is missing"
-        if actual[name]["bytes"] != described["bytes"]:
-            return f"file {name} has {actual[name]['bytes']} bytes instead of {described['bytes']}"
-        if actual[name] != described:
-            return f"file {name} has another checksum"
-    return None
+        if path.stat().st_size != described["bytes"]:
+            return f"file {name} has {path.stat().st_size} bytes instead of {described['bytes']}"
+    actual = describe(folder, expected)
+    return next((f"file {name} has another checksum" for name in expected if actual[name] != expected[name]), None)
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -100,18 +109,32 @@ def retry_io(read: Callable[[], T]) -> T:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+    """Writes a text file whole or not at all."""
     # Of a name of its own: another process may be writing the same file.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with part.open("w") as file:
-            json.dump(content, file, indent=1)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def drop_torn_line(path: pathlib.Path) -> None:
+    """Removes the end of a file of lines that follows its last newline: a line that a kill cut short."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def is_new(folder: pathlib.Path) -> bool:

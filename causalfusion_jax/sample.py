@@ -161,7 +161,6 @@ def _sample_to(samples, trained, sampler, labels, decode, video, prompts) -> Non
     import jax
 
     from causalfusion_jax import distributed
-    from causalfusion_jax.sampling.generation import replicate
 
     distributed.on_primary(samples.claim, None)
     host, hosts = jax.process_index(), jax.process_count()
@@ -169,13 +168,11 @@ def _sample_to(samples, trained, sampler, labels, decode, video, prompts) -> Non
         require(hosts == 1, "--num_hosts", _HOSTS.value, "has no meaning where the processes know of each other")
         host, hosts = _HOST.value, _HOSTS.value
     wanted = samples.missing(host, hosts)
-    # Reading the parameters takes all processes, also one that has nothing left to do.
-    if distributed.on_primary(lambda: len(samples.missing()), 0):
-        params = trained.announced_params()
-        if len(jax.local_devices()) > 1:
-            params = replicate(params, jax.local_devices())
+    if wanted:
         done = samples.num_parts - len(samples.missing())
-        made = _batches(trained.config, sampler, params, labels, decode, video, prompts, wanted)
+        made = _batches(
+            trained.config, sampler, trained.announced_params(), labels, decode, video, prompts, wanted
+        )
         for count, (index, images) in enumerate(zip(wanted, made, strict=True), done + 1):
             samples.write(index, images)
             if distributed.is_primary():

@@ -91,10 +91,13 @@ def test_sample_and_evaluate(run, tmp_path):
 
 
 def start(workdir):
-    """Training in the background, stdout read line by line."""
+    """Training in the background, stdout read line by line; implicit host reads fail in it."""
     # One logged line a step tells where it is.
     return subprocess.Popen(
-        [sys.executable, "-m", "causalfusion_jax.train", *SMALL, f"--workdir={workdir}", "--config.logging.every=1"],
+        [
+            sys.executable, "-m", "host_reads", "causalfusion_jax.train", *SMALL, f"--workdir={workdir}",
+            "--config.logging.every=1",
+        ],
         cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 

@@ -170,7 +170,7 @@ def place_params(params: Params, model: TransformerConfig, mesh: Mesh) -> Params
     _, shapes, axes = abstract_model(model)
     where = jax.tree.map(lambda leaf: leaf.sharding, place_abstract(shapes, axes, mesh))
     used = {name: params[name] for name in shapes}
-    return jax.device_put(jax.tree.map(np.asarray, used), where)
+    return sharding.place(used, where)
 
 
 # --- A pass over a data set -------------------------------------------------------
@@ -255,7 +255,8 @@ def _index_keys(seed, indices, where):
 def keys_of(seed: int, indices: np.ndarray, mesh: Mesh) -> jax.Array:
     """PRNG keys of examples by their places in the source, on the mesh; [batch]."""
     where = sharding.batch_sharding(mesh)
-    return _index_keys(np.uint32(seed), jax.device_put(indices.astype(np.uint32), where), where)
+    seed, indices = sharding.place((np.uint32(seed), indices.astype(np.uint32)), (sharding.replicated(mesh), where))
+    return _index_keys(seed, indices, where)
 
 
 def over_images(
@@ -282,8 +283,9 @@ def over_images(
     for batch in images:
         # Filled up with the last one, so that one program serves all batches.
         filled = np.minimum(np.arange(size), len(batch.label) - 1)
-        with jax.set_mesh(mesh):
-            found = compute(jax.device_put(batch.image[filled], where), keys_of(seed, batch.index[filled], mesh))
+        # Images and keys are placed explicitly; nothing else moves from batch to batch.
+        with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+            found = compute(sharding.place(batch.image[filled], where), keys_of(seed, batch.index[filled], mesh))
         values.append(np.take(distributed.everywhere(found), np.arange(len(batch.label)), axis=batch_axis))
         labels.append(batch.label)
         progress(sum(map(len, labels)))

@@ -1,6 +1,7 @@
 """What can be measured, which way is better, and when training does it."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from causalfusion_jax.data.pipeline import DataConfig
@@ -41,7 +42,9 @@ def measurable(data: DataConfig) -> tuple[str, ...]:
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    """Whether `value` beats `best`; what is not a number beats nothing."""
+    """Whether `value` beats `best`. A value that is not a number beats nothing, and any number beats it."""
+    if math.isnan(best):
+        return not math.isnan(value)
     return value > best if metric in HIGHER_IS_BETTER else value < best
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from causalfusion_jax import files
@@ -21,18 +22,21 @@ def write_params(folder: pathlib.Path, params: Any) -> None:
 
 
 def read_params(folder: pathlib.Path, shapes: Any) -> Any:
-    """Reads nested arrays onto this process's first device.
+    """Reads nested arrays into this process's memory, as numpy arrays; no other process need take part.
 
     Args:
       folder: as written by `write_params`, or by a checkpoint manager.
       shapes: those wanted, as jax.ShapeDtypeStruct; others in the folder are left alone.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-    args = ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    on_host = jax.tree.map(lambda s: ocp.RestoreArgs(restore_type=np.ndarray, dtype=s.dtype), shapes)
+    args = ocp.args.PyTreeRestore(item=shapes, restore_args=on_host, partial_restore=True)
+    process = jax.process_index()
+    # By default Orbax waits for all processes, also those that have nothing to read.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
     )
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         return checkpointer.restore(folder.absolute(), args=args)
 
 
@@ -62,7 +66,7 @@ class Converted:
         return f"{describe_source(self.source)} in {self.folder}".strip()
 
     def params(self, shapes: Any) -> Any:
-        """Its parameters, nested like `shapes`."""
+        """Its parameters as host arrays, nested like `shapes`; see `read_params`."""
         return read_params(self.folder / "params", shapes)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,11 @@ def _batches(num: int, batch_size: int):
     size = min(batch_size, num)
     for start in range(0, num, size):
         yield np.minimum(np.arange(start, start + size), num - 1)
+
+
+def _on_device(params):
+    """Parameters on one device, where every batch is read."""
+    return jax.device_put(params, jax.local_devices()[0])
 
 
 def _given(config: ExperimentConfig, params, images, indices):
@@ -48,14 +54,15 @@ def caption_images(
     slots = np.stack([to_slots(config.text, prompt, ended=False) for prompt in prompts])
     longest = int((slots != NO_TOKEN).sum(axis=1).max())
     model, noisy = config.transformer, config.joint.image_tokens == "noisy"
-    captions, log_probs = [], []
+    params, captions, log_probs = _on_device(params), [], []
     for indices in _batches(len(images), batch_size):
         params, labels, tokens = _given(config, params, images, indices)
         texts = caption_tokens(
             model, how, noisy, params, image_keys(seed, indices), labels, tokens, jnp.asarray(slots[indices, :longest])
         )
-        captions += [from_slots(config.text, row) for row in np.asarray(texts.tokens)]
-        log_probs.append(np.asarray(texts.log_prob))
+        texts = jax.device_get(texts)
+        captions += [from_slots(config.text, row) for row in texts.tokens]
+        log_probs.append(texts.log_prob)
         progress(min(len(captions), len(images)))
     return captions[: len(images)], np.concatenate(log_probs)[: len(images)]
 
@@ -80,11 +87,11 @@ def score_captions_of_images(
     slots = np.full((len(images), most, config.text.max_tokens), NO_TOKEN, np.int32)
     for row, texts in enumerate(captions):
         slots[row, : len(texts)] = [to_slots(config.text, text) for text in texts]
-    parts = []
+    params, parts = _on_device(params), []
     for indices in _batches(len(images), batch_size):
         params, labels, tokens = _given(config, params, images, indices)
         noisy = config.joint.image_tokens == "noisy"
         scored = score_tokens(config.transformer, noisy, params, labels, tokens, jnp.asarray(slots[indices]))
-        parts.append([np.asarray(a) for a in scored])
+        parts.append(jax.device_get(scored))
     log_probs, counted = (np.concatenate(a)[: len(images)] for a in zip(*parts, strict=True))
     return log_probs, counted

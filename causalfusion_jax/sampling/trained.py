@@ -5,8 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from causalfusion_jax import distributed, experiment
 from causalfusion_jax.data.class_names import stored_class_names
@@ -17,7 +16,7 @@ from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_auto
 from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.released.exported import TRANSFORMERS
-from causalfusion_jax.sharding import replicated
+from causalfusion_jax.sharding import partition, place, replicated
 from causalfusion_jax.training.checkpoint import Checkpoints
 
 AUTOENCODERS = ("mar_vae", "sd_vae")
@@ -31,7 +30,7 @@ class Trained(NamedTuple):
     Attributes:
       config: all its settings.
       origin: plain values that identify its weights.
-      params: reads them.
+      params: reads them, as host arrays.
       description: which weights they are: of what file or run, and of which step.
       class_names: of the classes it was trained on; () where they were not kept.
     """
@@ -106,7 +105,8 @@ class Autoencoder(NamedTuple):
       downsampling: side of a latent in pixels.
       encode: pixels in [-1, 1] [batch, H, W, image channels] to latents as the model takes
         them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a draw.
-      decode: latents to pixels, on the devices that the latents are on.
+      decode: latents [batch, (frames,) h, w, channels] to pixels, on the devices that the
+        latents are on, which each decode their own.
     """
 
     fingerprint: str
@@ -135,14 +135,34 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
     params = converted.params(abstract_autoencoder(settings)[1])
 
     @functools.lru_cache(maxsize=1)
-    def beside(mesh: Mesh | None):
-        return jax.tree.map(jnp.asarray, params) if mesh is None else jax.device_put(params, replicated(mesh))
+    def beside(where: Sharding):
+        whole = replicated(where.mesh) if isinstance(where, NamedSharding) else where
+        return place(params, whole)
 
     def decode_latents(latents: jax.Array) -> jax.Array:
         where = latents.sharding
-        return decode(settings, beside(where.mesh if isinstance(where, NamedSharding) else None), latents)
+        if isinstance(where, NamedSharding):
+            return decode_shared(where.mesh, settings, beside(where), latents)
+        return decode_each(settings, beside(where), latents)
 
     return Autoencoder(
         converted.fingerprint, settings.downsampling,
-        lambda pixels: encode(settings, beside(None), pixels), decode_latents,
+        lambda pixels: encode(settings, beside(SingleDeviceSharding(jax.local_devices()[0])), pixels), decode_latents,
     )
+
+
+def decode_each(settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
+    """Latents [..., h, w, channels] to pixels [..., height, width, image channels]."""
+    pixels = decode(settings, params, latents.reshape(-1, *latents.shape[-3:]))
+    return pixels.reshape(*latents.shape[:-3], *pixels.shape[1:])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def decode_shared(mesh: Mesh, settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
+    """`decode_each` on a mesh whose devices share the latents and have all parameters; none waits for another."""
+    split = partition(("batch",))
+    run = jax.shard_map(
+        functools.partial(decode_each, settings), mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split,
+        check_vma=False,
+    )
+    return run(params, latents)

@@ -159,8 +159,8 @@ def test_bad_settings_are_refused(bad):
 def labels_of(source, config, batch, count, hosts=1, workers=0, position=0, seed=3):
     """`count` global batches, put together from all hosts."""
     iterators = [
-        BatchIterator(host_batches(source, config, batch, seed, host, hosts), position, workers)
-        for host in range(hosts)
+        BatchIterator(host_batches(source, config, batch, seed, rows), position, workers)
+        for rows in np.split(np.arange(batch), hosts)
     ]
     batches = []
     for _ in range(count):
@@ -183,8 +183,17 @@ def test_same_global_batches_for_any_number_of_hosts(folder):
     alone = labels_of(source, config, 4, 8)
     for hosts in (2, 4):
         assert_same(labels_of(source, config, 4, 8, hosts), alone)
-    with pytest.raises(InputError, match="multiple of the 3 hosts"):
-        host_batches(source, config, 4, 0, 0, 3)
+
+
+def test_hosts_read_any_rows(folder):
+    """Rows need not be consecutive, and hosts whose devices share examples read the same ones."""
+    config = folder_config(folder, flip=True)
+    source = make_source(config)
+    alone = labels_of(source, config, 6, 7)
+    for rows in ([0, 1, 4, 5], [2], [0, 1, 2, 3, 4, 5]):
+        share = host_batches(source, config, 6, 3, np.array(rows))
+        for step, whole in enumerate(alone):
+            np.testing.assert_array_equal(share[step]["image"], whole["image"][rows])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
