@@ -238,6 +238,7 @@ def test_class_names_come_without_data(tfds_folder, tmp_path):
     assert class_names(tfds_config(tfds_folder)) == class_names(DataConfig()) == NAMES
     assert class_names(tar_config(write_tars(tmp_path, 3))) == NAMES
     assert class_names(DataConfig(source="arrays", path="x")) == ()
-    assert class_names(DataConfig(source="image_folder", path=tfds_folder, channels=3)) == ("downloads", "tiny_digits")
+    folders = DataConfig(source="image_folder", path=tfds_folder, channels=3, num_classes=2)
+    assert class_names(folders) == ("downloads", "tiny_digits")
     with pytest.raises(InputError, match="not prepared"):
         class_names(tfds_config(tfds_folder, name="cifar10"))
