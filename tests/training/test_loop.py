@@ -160,6 +160,27 @@ def test_a_signal_is_honoured_at_once_and_the_resumed_run_ends_as_if_nothing_had
     assert course.events == []
 
 
+def test_a_state_that_diverged_is_not_saved(course, tmp_path, monkeypatch):
+    """Resumed from it, the run would end again at once, whatever the learning rate."""
+    def diverging(step, mesh, shapes, key):
+        def run(state, batch, key):
+            state, metrics = compiled(step, mesh)(state, batch, key)
+            worst = jax.device_put(np.int32(99), state.step.sharding)
+            return state._replace(nonfinite_worst=worst) if int(state.step) == 4 else state, metrics
+
+        return run
+
+    monkeypatch.setattr(loop, "compile_train_step", diverging)
+    with pytest.raises(loop.TrainingDiverged, match="at step 4: 99 steps in a row"):
+        course.train(tmp_path)
+    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).good_step() == 3
+    monkeypatch.setattr(loop, "compile_train_step", lambda step, mesh, shapes, key: compiled(step, mesh))
+    course.train(tmp_path, dataclasses.replace(
+        CONFIG, train=dataclasses.replace(CONFIG.train, max_nonfinite_steps=30),
+    ))  # fmt: skip
+    assert outcome(tmp_path)[2] == [8, 4]
+
+
 def test_a_stopped_command_exits_with_75(capsys):
     for error, status in ((Stopped("saved step 2 of 8"), 75), (loop.TrainingDiverged("lower it"), 1)):
         with pytest.raises(SystemExit) as ended, cli.exit_status_of_training():
