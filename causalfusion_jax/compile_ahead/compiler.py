@@ -14,7 +14,6 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +79,12 @@ def compile_program(spec: Spec, machine_code: bool = False) -> Compiled:
 
 
 def compile_lowered(
-    make_lowered: Callable[[], jax.stages.Lowered], topology: Topology, machine_code: bool = False
+    make_lowered: functools.partial, topology: Topology, machine_code: bool = False
 ) -> Compiled:
     """Compiles what `make_lowered` traces for a slice, or learns that it does not fit.
 
     Args:
-      make_lowered: called in another process, so it must be picklable.
+      make_lowered: of a function of a module, with arguments that can be pickled: another process calls it.
       topology: the slice.
       machine_code: to the end; else until its memory and its instructions are known.
 
@@ -93,7 +92,9 @@ def compile_lowered(
       CompilerError: the program cannot be traced, or the compiler fails for another reason than HBM.
     """
     limit = hbm_limit(topology)
-    context = multiprocessing.get_context("spawn")
+    # Each process is a fork of one that has the imports, and has not started jax.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([make_lowered.func.__module__])
     said, says = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         worker = context.Process(target=_work, args=(make_lowered, folder, says), daemon=True)
@@ -130,7 +131,7 @@ _WRITTEN = (
 )
 
 
-def _work(make_lowered: Callable[[], jax.stages.Lowered], folder: str, says) -> None:
+def _work(make_lowered: functools.partial, folder: str, says) -> None:
     """Compiles, in the process of its own; tells when it begins, and at the end an error or None."""
     try:
         lowered = make_lowered()

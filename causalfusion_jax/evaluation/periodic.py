@@ -16,6 +16,26 @@ from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
+def check_evaluation(config: ExperimentConfig) -> None:
+    """Raises InputError where `config.evaluation` makes no sense for the data; reads no file."""
+    evaluation, data = config.evaluation, config.data
+    require(data.frames == 1, "config.evaluation.eval_every", evaluation.eval_every, "must be 0 for videos")
+    require(
+        bool(evaluation.vae) or not data.latents, "config.evaluation.vae", evaluation.vae,
+        "a model of latents is evaluated on the images that an autoencoder makes of them",
+    )
+    if evaluation.metric in INCEPTION_METRICS:
+        return
+    require(
+        not data.latents, "config.evaluation.metric", evaluation.metric,
+        f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
+    )
+    require(
+        evaluation.metric != "accuracy" or data.source == "digits", "config.evaluation.metric",
+        evaluation.metric, "is of source digits; else give fd",
+    )
+
+
 class Evaluator:
     """Samples and scores, the same images at every call.
 
@@ -30,27 +50,14 @@ class Evaluator:
     """
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh):
+        check_evaluation(config)
         self._config, self._mesh = config, mesh
         evaluation, data = config.evaluation, config.data
         self._inception = self._reference = self._decode = None
         if evaluation.vae:
             self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode
-        require(
-            self._decode is not None or not data.latents, "config.evaluation.vae", evaluation.vae,
-            "a model of latents is evaluated on the images that an autoencoder makes of them",
-        )
-        require(data.frames == 1, "config.evaluation.eval_every", evaluation.eval_every, "must be 0 for videos")
         if evaluation.metric in INCEPTION_METRICS:
             self._open_inception()
-        else:
-            require(
-                not data.latents, "config.evaluation.metric", evaluation.metric,
-                f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
-            )
-            require(
-                evaluation.metric != "accuracy" or data.source == "digits", "config.evaluation.metric",
-                evaluation.metric, "is of source digits; else give fd",
-            )
         self._labels = balanced_labels(evaluation.num_images, data.num_classes)
 
     def _open_inception(self) -> None:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from causalfusion_jax import distributed, sharding
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.patches import unpatchify
-from causalfusion_jax.models.transformer import TransformerConfig
+from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.sampling.images import to_uint8
 from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens, sample_tokens_shared
 
@@ -49,6 +49,11 @@ class Batch(NamedTuple):
     indices: np.ndarray
     count: int
     keys: jax.Array
+
+
+def padded(batch_size: int, mesh: Mesh) -> int:
+    """Images that are computed for a batch: a multiple of the devices that share it."""
+    return -(-batch_size // mesh.size) * mesh.size
 
 
 def batches(params, num: int, seed: int, batch_size: int, wanted: Iterable[int] | None = None) -> Iterator[Batch]:
@@ -105,6 +110,33 @@ def generate_batch(
     else:
         tokens = sample_tokens(*static, params, **of_images, **of_all)
     return unpatchify(tokens, model.grid, config.model.patch_size)
+
+
+def lower_sampler(
+    config: ExperimentConfig, sampler: SamplerConfig, devices, batch_size: int, text_tokens: int = 0
+) -> jax.stages.Lowered:
+    """The program that `generate_batch` runs on parameters of `replicate`, traced.
+
+    Args:
+      config, sampler: as of `generate_batch`.
+      devices: those that share a batch.
+      batch_size: images in a batch; filled up to a multiple of the devices, as in `batches`.
+      text_tokens: slots of a prompt; 0: none are given.
+    """
+    mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    size = padded(batch_size, mesh)
+
+    def abstract(shape, dtype, where):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    params = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype, whole), abstract_model(config.transformer)[1])
+    keys = jax.eval_shape(lambda: image_keys(0, np.arange(size)))
+    of_images = {"keys": abstract(keys.shape, keys.dtype, split), "labels": abstract((size,), np.int32, split)}
+    if text_tokens:
+        of_images["text"] = abstract((size, text_tokens), np.int32, split)
+    static = config.transformer, config.diffusion, config.factorization, sampler
+    return sample_tokens_shared.lower(mesh, *static, params, of_images, {})
 
 
 def finish(config: ExperimentConfig, batch: jax.Array, decode: Callable[[jax.Array], jax.Array] | None) -> np.ndarray:

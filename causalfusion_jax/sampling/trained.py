@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causalfusion_jax import experiment
 from causalfusion_jax.errors import require
@@ -14,7 +14,7 @@ from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
 from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
-from causalfusion_jax.sharding import replicated
+from causalfusion_jax.sharding import partition, replicated
 from causalfusion_jax.training.checkpoint import Checkpoints
 
 TRANSFORMERS = ("causalfusion", "acdit")
@@ -76,6 +76,15 @@ def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, Auto
     return converted, AutoencoderConfig(**listed)
 
 
+def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, field: str, folder: str) -> None:
+    """Raises InputError where a model's data are not the autoencoder's latents."""
+    require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
+    require(
+        config.data.channels == settings.latent_channels, field, folder,
+        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
+    )
+
+
 class Autoencoder(NamedTuple):
     """An autoencoder of a model's latents.
 
@@ -105,11 +114,7 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
       InputError: it is none, or the model's data are not its latents.
     """
     converted, settings = open_autoencoder(folder, field)
-    require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
-    require(
-        config.data.channels == settings.latent_channels, field, folder,
-        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
-    )
+    check_autoencoder(settings, config, field, folder)
     params = converted.params(abstract_autoencoder(settings)[1])
 
     @functools.lru_cache(maxsize=1)
@@ -124,3 +129,20 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
         converted.fingerprint, settings.downsampling,
         lambda pixels: encode(settings, beside(None), pixels), decode_latents,
     )
+
+
+def decode_each(settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
+    """Latents [..., h, w, channels] to pixels [..., height, width, image channels]."""
+    pixels = decode(settings, params, latents.reshape(-1, *latents.shape[-3:]))
+    return pixels.reshape(*latents.shape[:-3], *pixels.shape[1:])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def decode_shared(mesh: Mesh, settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
+    """`decode_each` on a mesh whose devices share the latents and have all parameters; none waits for another."""
+    split = partition(("batch",))
+    run = jax.shard_map(
+        functools.partial(decode_each, settings), mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split,
+        check_vma=False,
+    )
+    return run(params, latents)

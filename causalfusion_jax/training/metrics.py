@@ -7,7 +7,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import metric_writers
 
 from causalfusion_jax import distributed
 from causalfusion_jax.hardware import by_device_kind
@@ -70,6 +69,9 @@ class MetricsLog:
     def __init__(self, workdir: str, total_steps: int):
         self._workdir, self._total_steps = pathlib.Path(workdir), total_steps
         self._primary = distributed.is_primary()
+        # Imported late: TensorFlow, which it brings, takes seconds.
+        from clu import metric_writers
+
         self._writer = metric_writers.create_default_writer(
             str(self._workdir / "tensorboard"), just_logging=not self._primary
         )
