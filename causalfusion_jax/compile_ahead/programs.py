@@ -181,7 +181,10 @@ def _evaluator_networks(spec: Spec) -> tuple[dict[str, int], list[str]]:
     if config.evaluation.vae:
         vae, notes = autoencoder_settings(config.evaluation.vae, config.data.channels)
         check_autoencoder(vae, config, "config.evaluation.vae", config.evaluation.vae)
-        networks["decoder weights"] = device_bytes(_placed(abstract_autoencoder(vae)[1], whole))
+        weights = _placed(abstract_autoencoder(vae)[1], whole)
+        decoder = {name: weights[name] for name in ("decoder", "post_quant_conv")}
+        networks["decoder weights"] = device_bytes(decoder)
+        networks["encoder weights"] = device_bytes(weights) - networks["decoder weights"]
     if config.evaluation.metric in INCEPTION_METRICS:
         networks["Inception weights"] = device_bytes(_placed(inception.abstract_inception()[1], whole))
         if not pathlib.Path(config.evaluation.inception).exists():
