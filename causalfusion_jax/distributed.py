@@ -1,7 +1,10 @@
 """Several processes (hosts) as one program: how they start, agree and stop."""
 
+import functools
+import io
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -11,6 +14,8 @@ from jax.experimental import multihost_utils
 from causalfusion_jax.errors import require
 
 T = TypeVar("T")
+BROADCAST_BYTES = 64 * 2**20
+"""Bytes broadcast at a time: each device holds a copy meanwhile."""
 
 
 def initialize(
@@ -63,35 +68,63 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def on_primary(run: Callable[[], T], default: T) -> T:
-    """`run()` on process 0, its result (a number, or None for `default`) on all.
+def on_primary(run: Callable[[], T], default: T = None) -> T:
+    """`run()` on process 0, its result on all.
 
     An error on process 0 ends the others too, rather than leave them waiting.
+
+    Args:
+      run: returns plain values, as of JSON.
+      default: what None stands for.
     """
-    if jax.process_count() == 1:
-        return run()
-    error, result = None, default
+    error, result = None, None
     if is_primary():
         try:
             result = run()
         except Exception as raised:
+            if jax.process_count() == 1:
+                raise
             error = raised
-    failed, has_result, number = multihost_utils.broadcast_one_to_all(
-        np.array([error is not None, result is not None, result or 0], np.int64)
-    )
-    if error is not None:
-        raise error
-    if failed:
-        raise RuntimeError("process 0 could not go on; its message says why")
-    return int(number) if has_result else None
+    if jax.process_count() > 1:
+        failed, result = _broadcast_json([error is not None, None if error else result])
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("process 0 could not go on; its message says why")
+    return default if result is None else result
 
 
-def from_primary(values: dict[str, float]) -> dict[str, float]:
-    """Process 0's numbers, to single precision, on all: what they decide by is then alike."""
-    if jax.process_count() == 1:
-        return values
-    numbers = multihost_utils.broadcast_one_to_all(np.array(list(values.values()), np.float32))
-    return dict(zip(values, map(float, numbers), strict=True))
+def _broadcast_json(value):
+    """Process 0's plain values on all processes; floats keep every bit."""
+    return json.loads(_broadcast_bytes(json.dumps(value).encode(), 0))
+
+
+def _broadcast_bytes(data: bytes, source: int) -> bytes:
+    """The bytes of process `source` on all processes."""
+    is_source = jax.process_index() == source
+    send = functools.partial(multihost_utils.broadcast_one_to_all, is_source=is_source)
+    length, parts = int(send(np.int32(len(data)))), []
+    for start in range(0, length, BROADCAST_BYTES):
+        part = np.zeros(min(BROADCAST_BYTES, length - start), np.uint8)
+        if is_source:
+            part[:] = np.frombuffer(data, np.uint8, len(part), start)
+        parts.append(np.asarray(send(part)).tobytes())
+    return b"".join(parts)
+
+
+def from_each(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of every process, in the order of the processes, on all of them; every bit is kept.
+
+    Args:
+      arrays: this process's, by name; shapes need not be alike. At most 2 GB in all.
+    """
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    for source in range(jax.process_count()):
+        # One at a time, so that a host never holds those of all.
+        data = packed.getvalue() if jax.process_count() == 1 else _broadcast_bytes(packed.getvalue(), source)
+        with np.load(io.BytesIO(data)) as found:
+            yield dict(found)
 
 
 def wait_for_all(name: str) -> None:
@@ -118,6 +151,21 @@ def everywhere(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(jax.device_get(x))
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a global array that lie on this process's devices.
+
+    Args:
+      x: [num, ...], not split along other axes than the first.
+
+    Returns:
+      Row numbers, ascending, int [rows], and these rows, [rows, ...].
+    """
+    parts = {shard.index[0].indices(x.shape[0])[:2]: shard.data for shard in x.addressable_shards}
+    bounds = sorted(parts)
+    values = jax.device_get([parts[bound] for bound in bounds])
+    return np.concatenate([np.arange(*bound) for bound in bounds]), np.concatenate(values)
 
 
 def total(number: int) -> int:

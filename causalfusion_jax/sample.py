@@ -160,7 +160,6 @@ def _sample_to(samples, config, sampler, params, labels, decode, video, prompts)
     import jax
 
     from causalfusion_jax import distributed
-    from causalfusion_jax.sampling.generation import replicate
 
     distributed.on_primary(samples.claim, None)
     host, hosts = jax.process_index(), jax.process_count()
@@ -171,8 +170,6 @@ def _sample_to(samples, config, sampler, params, labels, decode, video, prompts)
     # Reading the parameters takes all processes, also one that has nothing left to do.
     if distributed.on_primary(lambda: len(samples.missing()), 0):
         params = params()
-        if len(jax.local_devices()) > 1:
-            params = replicate(params, jax.local_devices())
         done = samples.num_parts - len(samples.missing())
         made = _batches(config, sampler, params, labels, decode, video, prompts, wanted)
         for count, (index, images) in enumerate(zip(wanted, made, strict=True), done + 1):

@@ -9,7 +9,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from causalfusion_jax.errors import InputError, require, require_one_of
 
@@ -82,8 +82,13 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh over `devices` (default: all). Raises InputError where they do not fit."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh over `devices` (default: all). Raises InputError where they do not fit.
+
+    Devices are taken in jax's order, those of a process together, so that `tensor` and
+    `sequence` axes of up to four lie on the chips of one host. On a TPU these are a square of
+    neighbours, a ring, where `mesh_utils.create_device_mesh` would take a row across hosts.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
     sizes = config.sizes
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
@@ -174,3 +179,79 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+# --- From the host to a mesh that several processes share -------------------------
+
+
+def place(tree, where):
+    """Arrays placed on a mesh, which may span processes.
+
+    Args:
+      tree: host arrays, or arrays on devices of this process, the same on every process; or
+        global arrays on the devices of `where`.
+      where: a sharding of all arrays, or a tree of shardings like `tree`.
+
+    Returns:
+      Global arrays. Of host arrays, each process copies what its own devices hold.
+    """
+    if isinstance(where, Sharding):
+        return jax.tree.map(lambda array: _place(array, where), tree)
+    return jax.tree.map(_place, tree, where)
+
+
+def _place(array, where: Sharding) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding.device_set == where.device_set:
+        return jax.device_put(array, where)
+    # `device_put` refuses arrays of one process here, and compares host arrays over the network.
+    values = np.asarray(jax.device_get(array))
+    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+
+def rows_of_process(where: NamedSharding, num: int, process: int | None = None) -> np.ndarray:
+    """The rows of a global batch that lie on a process's devices.
+
+    Args:
+      where: as of `batch_sharding`.
+      num: rows of the global batch.
+      process: its index; default: this process.
+
+    Returns:
+      Row numbers, ascending, int [rows]. They need not be consecutive, and where a mesh axis
+      other than the batch's spans processes, several processes have the same ones.
+    """
+    process = jax.process_index() if process is None else process
+    mine = np.zeros(num, bool)
+    for device, index in where.devices_indices_map((num,)).items():
+        if device.process_index == process:
+            mine[index] = True
+    return np.flatnonzero(mine)
+
+
+class BatchShare:
+    """A process's share of global batches.
+
+    Args:
+      mesh: what the batches are split over.
+      batch_size: of a global batch.
+
+    Attributes:
+      rows: its rows of every global batch, as of `rows_of_process`.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        self._where, self._batch_size = batch_sharding(mesh), batch_size
+        self.rows = rows_of_process(self._where, batch_size)
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Global arrays [batch_size, ...] of this process's rows of each, [len(rows), ...]."""
+        return {name: self._place(values) for name, values in batch.items()}
+
+    def _place(self, values: np.ndarray) -> jax.Array:
+        def part(index):
+            first, end, _ = index[0].indices(self._batch_size)
+            # A device's rows are consecutive, and all of them are among this process's.
+            start = int(np.searchsorted(self.rows, first))
+            return values[start : start + end - first]
+
+        return jax.make_array_from_callback((self._batch_size, *values.shape[1:]), self._where, part)

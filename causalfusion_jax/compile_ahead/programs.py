@@ -28,7 +28,7 @@ from causalfusion_jax.experiment import ExperimentConfig, check_model_mesh
 from causalfusion_jax.models import i3d, inception
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE, AutoencoderConfig, abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sampling.generation import padded
+from causalfusion_jax.sampling.generation import BATCH_SIZE, lower_replicate, padded
 from causalfusion_jax.sampling.trained import check_autoencoder, decode_shared, open_autoencoder
 from causalfusion_jax.training.state import abstract_key, abstract_state, lower_create_state
 from causalfusion_jax.training.trimming import program_lengths
@@ -136,6 +136,11 @@ def _host(spec: Spec) -> list:
     return [device for device in devices(spec.topology) if device.process_index == 0]
 
 
+def _host_mesh(spec: Spec) -> Mesh:
+    """Those devices, which share a batch."""
+    return sharding.make_mesh(sharding.MeshConfig(), _host(spec))
+
+
 def autoencoder_settings(folder: str, channels: int | None) -> tuple[AutoencoderConfig, list[str]]:
     """The autoencoder of `config.evaluation.vae`; where it is not there yet, a released one.
 
@@ -208,11 +213,16 @@ def _scoring(spec: Spec, networks: dict[str, int]) -> Iterator[Program]:
         name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding.batch_sharding(mesh))
         for name, (shape, dtype) in config.batch_shapes.items()
     }
-    state = device_bytes(abstract_state(config.step, mesh))
-    beside = {"training state": state, "batch": device_bytes(batch)} | networks
-    if config.logging.sample_every:
-        yield Program("grid sampler", functools.partial(lower_sample, spec, config.logging.num_samples), beside)
+    state = abstract_state(config.step, mesh)
+    beside = {"training state": device_bytes(state), "batch": device_bytes(batch)} | networks
     evaluation = config.evaluation
+    if config.logging.sample_every or evaluation.eval_every:
+        rest = {"rest of the state": device_bytes(state._replace(ema=None))}
+        without_state = {name: size for name, size in beside.items() if name != "training state"}
+        yield Program("weights for sampling", functools.partial(_lower_replicate, spec), rest | without_state)
+    if config.logging.sample_every:
+        size = min(config.logging.num_samples, BATCH_SIZE)
+        yield Program("grid sampler", functools.partial(lower_sample, spec, size), beside)
     if not evaluation.eval_every:
         return
     size = min(evaluation.sample_batch_size, evaluation.num_images)
@@ -233,6 +243,11 @@ def _lower_state(spec: Spec):
     return lower_create_state(spec.config.step, spec.mesh())
 
 
+def _lower_replicate(spec: Spec):
+    mesh = spec.mesh()
+    return lower_replicate(abstract_state(spec.config.step, mesh).ema, mesh.devices.ravel())
+
+
 def _lower_decoder(spec: Spec, num: int):
     config, mesh = spec.config, _shared(spec)
     vae, _ = autoencoder_settings(config.evaluation.vae, config.data.channels)
@@ -244,7 +259,8 @@ def _lower_decoder(spec: Spec, num: int):
 
 
 def _lower_inception(spec: Spec, num: int, part: str):
-    mesh = _shared(spec)
+    # Each process scores what its own devices made.
+    mesh = _host_mesh(spec)
     where = sharding.batch_sharding(mesh)
     images = jax.ShapeDtypeStruct((padded(num, mesh), *_pixels(spec.config)), np.uint8, sharding=where)
     if part == "resize":
@@ -331,7 +347,7 @@ def _lower_predict(spec: Spec, step: finetune.FinetuneStep):
 
 
 def _lower_i3d(spec: Spec, part: str):
-    mesh = _shared(spec)
+    mesh = _host_mesh(spec)
     _, *size = _pixels(spec.config)
     shape = (padded(video_metrics.BATCH_SIZE, mesh), video_metrics.VideoProtocol().frames, *size)
     videos = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding.batch_sharding(mesh))

@@ -325,35 +325,55 @@ def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch | {"corrupt": [record for example in examples for record in example.get("corrupt", ())]}
 
 
+class _ReadRow:
+    """The example of a row of this host's batches, which follow one another.
+
+    Args:
+      read: the example at a place of the endless stream.
+      indices: the endless stream of indices.
+      batch_size: of the global batch.
+      rows: int [num], this host's rows of it.
+    """
+
+    def __init__(self, read: _Read, indices: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        self.read, self.indices, self.batch_size, self.rows = read, indices, batch_size, rows
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        batch, row = divmod(number, len(self.rows))
+        place = batch * self.batch_size + int(self.rows[row])
+        return self.read(place, self.indices[place])
+
+
 def host_batches(
-    source: Source, config: DataConfig, batch_size: int, seed: int, host: int = 0, hosts: int = 1,
+    source: Source, config: DataConfig, batch_size: int, seed: int, rows: np.ndarray | None = None,
     text: TextConfig = TextConfig(),
 ) -> grain.MapDataset:
     """This host's share of an endless sequence of global batches.
 
-    Global batch k is examples k * batch_size ... of the endlessly repeated, each time
-    newly shuffled source; host i holds the i-th of `hosts` consecutive parts of it.
+    Row r of global batch k is example k * batch_size + r of the endlessly repeated, each time
+    newly shuffled source, whichever hosts read it.
 
     Args:
       source: the examples.
       config: flip, max_corrupt.
       batch_size: of the global batch.
       seed: of shuffling and augmentation.
-      host, hosts: this host's number, and how many there are.
+      rows: int [num], the rows of a global batch that this host reads, as of
+        `sharding.rows_of_process`; default: all.
       text: the tokenizer of captions, which the source must give.
 
     Returns:
-      Element k is {"image": float32 [batch_size / hosts, ...], "label": int32 [...]}, for a
-      tokenizer "text", int32 [batch_size / hosts, max_tokens], and "corrupt", (name, reason) of
-      records that were skipped, which BatchIterator takes out.
+      Element k is {"image": float32 [num, ...], "label": int32 [num]}, for a tokenizer "text",
+      int32 [num, max_tokens], and "corrupt", (name, reason) of records that were skipped, which
+      BatchIterator takes out.
     """
-    require(batch_size % hosts == 0, "batch_size", batch_size, f"must be a multiple of the {hosts} hosts")
+    rows = np.arange(batch_size) if rows is None else rows
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(ENDLESS)
-    dataset = indices.map_with_index(_Read(source, config, seed))
+    numbers = grain.MapDataset.range(len(indices) // batch_size * len(rows))
+    dataset = numbers.map(_ReadRow(_Read(source, config, seed), indices, batch_size, rows))
     if text.is_on:
         dataset = with_text(dataset, text)
-    # Batches of one host's size; every hosts-th of them is this host's.
-    return dataset.batch(batch_size // hosts, batch_fn=_stack)[host::hosts]
+    return dataset.batch(len(rows), batch_fn=_stack)
 
 
 def reading_threads(source: str) -> int:

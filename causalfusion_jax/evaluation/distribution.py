@@ -74,6 +74,16 @@ class FeatureStatistics:
         self._scatter = self._scatter + other._scatter + np.outer(step, step) * (self.count * other.count / count)
         self.count = count
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All that was seen, for `merge_arrays`, perhaps on another process."""
+        return {"count": np.array(self.count), "mean": self.mean, "scatter": self._scatter}
+
+    def merge_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Adds all that other statistics had seen at `to_arrays`."""
+        other = FeatureStatistics(len(arrays["mean"]))
+        other.count, other.mean, other._scatter = int(arrays["count"]), arrays["mean"], arrays["scatter"]
+        self.merge(other)
+
     @property
     def cov(self) -> np.ndarray:
         """Unbiased covariance, float64 [dim, dim]; of at least two samples."""
@@ -125,32 +135,59 @@ class InceptionScore:
     """
 
     def __init__(self, sizes: int | list[int] = 5000, *, probabilities: bool = False):
-        self._sizes, self._probabilities = sizes, probabilities
-        # Of every part: values, sum of p log p, sum of p.
-        self._parts: list[tuple[int, float, np.ndarray | float]] = [(0, 0.0, 0.0)]
+        self._probabilities = probabilities
+        self._part_of = functools.partial(_part_of, sizes)
+        # By number of the part: values, sum of p log p, sum of p.
+        self._parts: dict[int, tuple[int, float, np.ndarray]] = {}
+        self._seen = 0
 
-    def update(self, values: np.ndarray) -> None:
-        """Adds values [num, classes]."""
+    def update(self, values: np.ndarray, numbers: np.ndarray | None = None) -> None:
+        """Adds values.
+
+        Args:
+          values: [num, classes].
+          numbers: int [num], their places among all values; default: they follow those seen.
+        """
         values = _features("values", values, at_least=1)
         if self._probabilities:
             valid = bool((values >= 0).all() and (np.abs(values.sum(axis=1) - 1) < 1e-3).all())
             require(valid, "values", values.shape, "must be non-negative and sum to 1 in every row")
         p = values if self._probabilities else softmax(values, axis=1)
-        while len(p):
-            size = self._sizes if isinstance(self._sizes, int) else self._sizes[len(self._parts) - 1]
-            count, negentropy, total = self._parts[-1]
-            if count == size:
-                self._parts.append((0, 0.0, 0.0))
-                continue
-            part, p = p[: size - count], p[size - count:]
-            negentropy = negentropy - float(entr(part).sum())
-            self._parts[-1] = (count + len(part), negentropy, total + part.sum(axis=0))
+        numbers = self._seen + np.arange(len(p)) if numbers is None else numbers
+        parts = self._part_of(numbers)
+        for number in np.unique(parts).tolist():
+            part = p[parts == number]
+            self._add(number, len(part), -float(entr(part).sum()), part.sum(axis=0))
+        self._seen += len(p)
+
+    def _add(self, number: int, count: int, negentropy: float, total: np.ndarray) -> None:
+        seen = self._parts.get(number, (0, 0.0, 0.0))
+        self._parts[number] = (seen[0] + count, seen[1] + negentropy, seen[2] + total)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All that was seen, for `merge_arrays` on another process."""
+        columns = zip(*self._parts.values(), strict=True) if self._parts else ((), (), ())
+        counts, negentropy, totals = map(np.array, columns)
+        return {"part": np.array(list(self._parts), int), "count": counts, "negentropy": negentropy, "total": totals}
+
+    def merge_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Adds all that another score of the same parts had seen at `to_arrays`."""
+        columns = (arrays[name] for name in ("part", "count", "negentropy", "total"))
+        for number, count, negentropy, total in zip(*columns, strict=True):
+            self._add(int(number), int(count), float(negentropy), total)
+            self._seen += int(count)
 
     def result(self) -> tuple[float, float]:
         """Mean and standard deviation over the parts."""
-        require(self._parts[0][0] > 0, "values", 0, "need at least 1 sample")
-        scores = [np.exp(negentropy / n + entr(total / n).sum()) for n, negentropy, total in self._parts]
+        require(bool(self._parts), "values", 0, "need at least 1 sample")
+        parts = [self._parts[number] for number in sorted(self._parts)]
+        scores = [np.exp(negentropy / n + entr(total / n).sum()) for n, negentropy, total in parts]
         return float(np.mean(scores)), float(np.std(scores))
+
+
+def _part_of(sizes: int | list[int], numbers: np.ndarray) -> np.ndarray:
+    """The part that each value is in, by its place among all; `sizes`: as of InceptionScore."""
+    return numbers // sizes if isinstance(sizes, int) else np.searchsorted(np.cumsum(sizes), numbers, side="right")
 
 
 def inception_score(values: np.ndarray, splits: int = 10, *, probabilities: bool = False) -> tuple[float, float]:

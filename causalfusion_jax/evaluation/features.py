@@ -178,7 +178,7 @@ def place_params(params: Params, model: TransformerConfig, mesh: Mesh) -> Params
     """The Transformer's parameters where training has them on a mesh."""
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
     used = {name: params[name] for name in where}
-    return jax.device_put(jax.tree.map(np.asarray, used), where)
+    return sharding.place(used, where)
 
 
 # --- A pass over a data set -------------------------------------------------------
@@ -263,7 +263,7 @@ def _index_keys(seed, indices, where):
 def keys_of(seed: int, indices: np.ndarray, mesh: Mesh) -> jax.Array:
     """PRNG keys of examples by their places in the source, on the mesh; [batch]."""
     where = sharding.batch_sharding(mesh)
-    return _index_keys(np.uint32(seed), jax.device_put(indices.astype(np.uint32), where), where)
+    return _index_keys(np.uint32(seed), sharding.place(indices.astype(np.uint32), where), where)
 
 
 def _computed_size(batch_size: int, mesh: Mesh) -> int:
@@ -308,7 +308,7 @@ def over_images(
         # Filled up with the last one, so that one program serves all batches.
         filled = np.minimum(np.arange(size), len(batch.label) - 1)
         with jax.set_mesh(mesh):
-            found = compute(jax.device_put(batch.image[filled], where), keys_of(seed, batch.index[filled], mesh))
+            found = compute(sharding.place(batch.image[filled], where), keys_of(seed, batch.index[filled], mesh))
         values.append(np.take(distributed.everywhere(found), np.arange(len(batch.label)), axis=batch_axis))
         labels.append(batch.label)
         progress(sum(map(len, labels)))

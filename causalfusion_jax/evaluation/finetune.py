@@ -265,7 +265,7 @@ class Finetuning:
         self.step = FinetuneStep(reading, settings, data.num_classes, len(source) // size)
         self.settings, self.data, self.source, self.mesh = settings, data, source, mesh
         self.folder, self.progress = folder, progress
-        self.where = sharding.batch_sharding(mesh)
+        self.share = sharding.BatchShare(mesh, size)
         make_keys = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=sharding.replicated(mesh))
         self.key = make_keys()
 
@@ -294,8 +294,7 @@ class Finetuning:
         checkpoints = Checkpoints(str(self.folder), CheckpointConfig(keep=1))
         state, position = self._begin(network, checkpoints)
         batches = host_batches(
-            self.source, self.data, self.settings.batch_size, self.settings.seed, jax.process_index(),
-            jax.process_count(),
+            self.source, self.data, self.settings.batch_size, self.settings.seed, self.share.rows
         )
         threads = reading_threads(self.data.source)
         iterator = BatchIterator(batches, position, self.data.workers, threads, self.data.max_corrupt)
@@ -312,12 +311,10 @@ class Finetuning:
             return state
         shapes = batch_shapes(self.settings, self.data)
         run, clock = compile_finetune_step(self.step, self.mesh, shapes, self.key), time.perf_counter()
-        put = functools.partial(jax.make_array_from_process_local_data, self.where)
         with StopSignal() as stop:
             while step < total:
                 batch = next(iterator)
-                batch = {name: put(batch[name], shape) for name, (shape, _) in shapes.items()}
-                state, loss = run(state, batch, self.key)
+                state, loss = run(state, self.share.place({name: batch[name] for name in shapes}), self.key)
                 losses.append(loss)
                 step += 1
                 stopping = distributed.should_stop(step, bool(stop.received))

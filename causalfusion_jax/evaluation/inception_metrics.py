@@ -7,6 +7,8 @@ Reference statistics are an .npz of ADM's layout: `mu`, `sigma`, `mu_s`, `sigma_
 images, and `arr_0`, some of the images, for what compares single ones.
 """
 
+import collections
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -49,10 +51,12 @@ Features = dict[str, np.ndarray]
 class Network:
     """A converted network whose features are compared, whole on every device, which share a batch.
 
+    Of several processes, each computes features of images of its own, on its own devices.
+
     Args:
       field: the option that names the folder, for errors.
       folder: of kind KIND.
-      devices: default: all.
+      devices: those of them that are this process's are used; default: all.
       batch_size: images (or videos) at a time; rounded up to a multiple of the devices.
 
     Raises:
@@ -63,9 +67,11 @@ class Network:
 
     def __init__(self, field: str, folder: str, devices=None, batch_size: int = BATCH_SIZE):
         converted = open_converted(field, folder, (self.KIND,))
-        mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
+        devices = jax.local_devices() if devices is None else devices
+        own = [device for device in devices if device.process_index == jax.process_index()]
+        mesh = sharding.make_mesh(sharding.MeshConfig(), own)
         self.fingerprint = converted.fingerprint
-        self._params = jax.device_put(converted.params(self._shapes()), sharding.replicated(mesh))
+        self._params = sharding.place(converted.params(self._shapes()), sharding.replicated(mesh))
         self._split = sharding.batch_sharding(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
 
@@ -106,7 +112,7 @@ class Network:
 
     @staticmethod
     def _fetch(features, num: int) -> Features:
-        return {name: distributed.everywhere(values)[:num] for name, values in features.items()}
+        return {name: values[:num] for name, values in jax.device_get(features).items()}
 
 
 class Inception(Network):
@@ -129,11 +135,14 @@ class Collected:
     """
 
     def __init__(self, metrics: Iterable[str]):
-        metrics = set(metrics)
+        self._metrics = frozenset(metrics)
         self.count = 0
-        self.statistics = {name: FeatureStatistics(DIMS[name]) for metric, name in FRECHET.items() if metric in metrics}
-        self.score = InceptionScore() if "inception_score" in metrics else None
-        self._kept = [] if metrics & set(OF_REFERENCE_IMAGES) else None
+        self.statistics = {
+            name: FeatureStatistics(DIMS[name]) for metric, name in FRECHET.items() if metric in self._metrics
+        }
+        self.score = InceptionScore() if "inception_score" in self._metrics else None
+        # Image numbers, and their pooled features.
+        self._kept = [] if self._metrics & set(OF_REFERENCE_IMAGES) else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,15 +152,22 @@ class Collected:
         wanted |= {POOLED} if self._kept is not None else set()
         return tuple(sorted(wanted))
 
-    def add(self, features: Features) -> None:
-        """Adds a batch."""
+    def add(self, features: Features, numbers: np.ndarray | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+          features: by name.
+          numbers: of the images, int [num], among all that are scored; default: they follow those seen.
+        """
+        num = len(next(iter(features.values())))
+        numbers = self.count + np.arange(num) if numbers is None else numbers
         for name, statistics in self.statistics.items():
             statistics.update(features[name])
         if self.score is not None:
-            self.score.update(features[LOGITS])
+            self.score.update(features[LOGITS], numbers)
         if self._kept is not None:
-            self._kept.append(features[POOLED])
-        self.count += len(next(iter(features.values())))
+            self._kept.append((numbers, features[POOLED]))
+        self.count += num
 
     def add_all(self, batches: Iterable[Features], progress: Callable[[int], None] = lambda done: None) -> "Collected":
         """Adds all batches, and returns itself."""
@@ -162,8 +178,42 @@ class Collected:
 
     @property
     def kept(self) -> np.ndarray:
-        """Pooled features of all images, float32 [num, 2048]."""
-        return np.concatenate(self._kept)
+        """Pooled features of all images by their numbers, float32 [num, 2048]."""
+        numbers, features = self._kept_arrays()
+        return features[np.argsort(numbers, kind="stable")]
+
+    def _kept_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        empty = (np.zeros(0, int), np.zeros((0, DIMS[POOLED]), np.float32))
+        numbers, features = zip(empty, *self._kept, strict=True)
+        return np.concatenate(numbers), np.concatenate(features)
+
+    def of_all_processes(self) -> "Collected":
+        """What all processes together have collected, on each of them; collective."""
+        if jax.process_count() == 1:
+            return self
+        whole = Collected(self._metrics)
+        for arrays in distributed.from_each(self._to_arrays()):
+            whole._merge_arrays(arrays)
+        return whole
+
+    def _to_arrays(self) -> dict[str, np.ndarray]:
+        arrays = {"count": np.array(self.count)}
+        for name, part in self._parts().items():
+            arrays |= {f"{name}.{key}": array for key, array in part.to_arrays().items()}
+        if self._kept is not None:
+            arrays["numbers"], arrays["kept"] = self._kept_arrays()
+        return arrays
+
+    def _parts(self) -> dict[str, FeatureStatistics | InceptionScore]:
+        return self.statistics | ({} if self.score is None else {"score": self.score})
+
+    def _merge_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        self.count += int(arrays["count"])
+        for name, part in self._parts().items():
+            start = f"{name}."
+            part.merge_arrays({key.removeprefix(start): arrays[key] for key in arrays if key.startswith(start)})
+        if self._kept is not None:
+            self._kept.append((arrays["numbers"], arrays["kept"]))
 
 
 class Reference:
@@ -200,7 +250,7 @@ class Reference:
         return self.has_images or metric not in OF_REFERENCE_IMAGES
 
     def prepare(self, metrics: Iterable[str], inception: Inception) -> None:
-        """Reads, or computes of its images, all that the metrics need.
+        """Reads, or computes of its images, all that the metrics need; processes share the images.
 
         Raises:
           InputError: an array of another shape, or no images where a metric needs them.
@@ -216,13 +266,28 @@ class Reference:
         keep = set(OF_REFERENCE_IMAGES) & metrics if self._features is None else set()
         if not missing and not keep:
             return
-        collected = Collected(missing | keep)
-        collected.add_all(inception.features(lambda n: self._reader.batches("arr_0", n), collected.names))
+        collected = self._collect(missing | keep, inception)
         for name in wanted - set(self._statistics):
             statistics = collected.statistics[name]
             self._statistics[name] = (statistics.mean, statistics.cov)
         if keep:
             self._features = collected.kept
+
+    def _collect(self, metrics: set[str], inception: Inception) -> Collected:
+        """What the metrics need of its images, of which each process reads every so many-th batch."""
+        collected, numbers = Collected(metrics), collections.deque()
+
+        def batches(size):
+            parts = itertools.islice(
+                enumerate(self._reader.batches("arr_0", size)), jax.process_index(), None, jax.process_count()
+            )
+            for index, images in parts:
+                numbers.append(index * size + np.arange(len(images)))
+                yield images
+
+        for features in inception.features(batches, collected.names):
+            collected.add(features, numbers.popleft())
+        return collected.of_all_processes()
 
     def statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of a feature, once prepared."""

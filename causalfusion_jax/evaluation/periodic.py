@@ -1,17 +1,18 @@
 """Evaluation during training: images from the averaged weights on the run's devices, scored."""
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from causalfusion_jax import distributed
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.evaluation import inception_metrics, scores
 from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, WITHOUT_REFERENCE
 from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.sampling.generation import generate_images, image_batches, replicate
+from causalfusion_jax.sampling.generation import generate_images, image_shares
 from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import make_autoencoder
 
@@ -42,7 +43,7 @@ class Evaluator:
     Args:
       config: all settings of the run.
       mesh: its devices, which each hold the averaged weights whole while they sample, and
-        share every batch.
+        share every batch. Each process scores what its own devices made.
 
     Raises:
       InputError: the settings do not fit, or a folder or file that they name is not what
@@ -83,23 +84,41 @@ class Evaluator:
         return {name: getattr(evaluation, name) for name in names} | {"sampling": repr(sampling)}
 
     def __call__(self, ema) -> dict[str, float]:
-        """Scores of the averaged weights, which lie as training has them; collective."""
+        """Scores of the averaged weights, which lie as training has them; collective, alike on all processes."""
         config, evaluation = self._config, self._config.evaluation
-        params = replicate(ema, self._mesh.devices.ravel())
-        sampled = (config, config.sampling, params, self._labels, config.train.seed, evaluation.sample_batch_size)
+        sampled = (config, config.sampling, ema, self._labels, config.train.seed, evaluation.sample_batch_size)
         if self._inception is None:
             images = generate_images(*sampled, decode=self._decode)
-            found = scores.score(config.data, images, self._labels)
-            return {name: value for name, value in found.items() if isinstance(value, float)}
-        collected = inception_metrics.Collected([evaluation.metric])
+            return distributed.on_primary(lambda: self._pixel_scores(images))
+        collected, numbers = inception_metrics.Collected([evaluation.metric]), collections.deque()
 
         def batches(size: int) -> Iterator[np.ndarray]:
-            for images in image_batches(*sampled, decode=self._decode):
-                yield from (images[i:i + size] for i in range(0, len(images), size))
+            for part, images in _in_batches(image_shares(*sampled, decode=self._decode), size):
+                numbers.append(part)
+                yield images
 
-        collected.add_all(self._inception.features(batches, collected.names))
-        # The statistics are alike on all processes; the first one's numbers count.
-        if jax.process_index() != 0:
-            return {evaluation.metric: 0.0}
-        found = inception_metrics.compute([evaluation.metric], collected, self._reference)
-        return {evaluation.metric: found[evaluation.metric]}
+        for features in self._inception.features(batches, collected.names):
+            collected.add(features, numbers.popleft())
+        whole = collected.of_all_processes()
+        return distributed.on_primary(lambda: self._inception_score(whole))
+
+    def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
+        found = scores.score(self._config.data, images, self._labels)
+        return {name: value for name, value in found.items() if isinstance(value, float)}
+
+    def _inception_score(self, collected: inception_metrics.Collected) -> dict[str, float]:
+        metric = self._config.evaluation.metric
+        return {metric: inception_metrics.compute([metric], collected, self._reference)[metric]}
+
+
+def _in_batches(parts: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Image numbers and images, of parts of any size, `size` at a time and the last ones fewer."""
+    numbers, images = [], []
+    for part in parts:
+        numbers, images = [*numbers, part[0]], [*images, part[1]]
+        while sum(map(len, numbers)) >= size:
+            joined = np.concatenate(numbers), np.concatenate(images)
+            yield joined[0][:size], joined[1][:size]
+            numbers, images = [joined[0][size:]], [joined[1][size:]]
+    if sum(map(len, numbers)):
+        yield np.concatenate(numbers), np.concatenate(images)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from causalfusion_jax import files
@@ -21,17 +22,16 @@ def write_params(folder: pathlib.Path, params: Any) -> None:
 
 
 def read_params(folder: pathlib.Path, shapes: Any) -> Any:
-    """Reads nested arrays onto this process's first device.
+    """Reads nested arrays into this process's memory, as numpy arrays.
+
+    On several processes, all must read together: Orbax waits for all of them.
 
     Args:
       folder: as written by `write_params`, or by a checkpoint manager.
       shapes: those wanted, as jax.ShapeDtypeStruct; others in the folder are left alone.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-    args = ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-    )
+    on_host = jax.tree.map(lambda s: ocp.RestoreArgs(restore_type=np.ndarray, dtype=s.dtype), shapes)
+    args = ocp.args.PyTreeRestore(item=shapes, restore_args=on_host, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(folder.absolute(), args=args)
 
@@ -55,7 +55,7 @@ class Converted:
     fingerprint: str
 
     def params(self, shapes: Any) -> Any:
-        """Its parameters, nested like `shapes`."""
+        """Its parameters as host arrays, nested like `shapes`; see `read_params`."""
         return read_params(self.folder / "params", shapes)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,11 @@ def _batches(num: int, batch_size: int):
     size = min(batch_size, num)
     for start in range(0, num, size):
         yield np.minimum(np.arange(start, start + size), num - 1)
+
+
+def _on_device(params):
+    """Parameters on one device, where every batch is read."""
+    return jax.device_put(params, jax.local_devices()[0])
 
 
 def _given(config: ExperimentConfig, params, images, indices):
@@ -48,7 +54,7 @@ def caption_images(
     slots = np.stack([to_slots(config.text, prompt, ended=False) for prompt in prompts])
     longest = int((slots != NO_TOKEN).sum(axis=1).max())
     model, noisy = config.transformer, config.joint.image_tokens == "noisy"
-    captions, log_probs = [], []
+    params, captions, log_probs = _on_device(params), [], []
     for indices in _batches(len(images), batch_size):
         params, labels, tokens = _given(config, params, images, indices)
         texts = caption_tokens(
@@ -80,7 +86,7 @@ def score_captions_of_images(
     slots = np.full((len(images), most, config.text.max_tokens), NO_TOKEN, np.int32)
     for row, texts in enumerate(captions):
         slots[row, : len(texts)] = [to_slots(config.text, text) for text in texts]
-    parts = []
+    params, parts = _on_device(params), []
     for indices in _batches(len(images), batch_size):
         params, labels, tokens = _given(config, params, images, indices)
         noisy = config.joint.image_tokens == "noisy"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from causalfusion_jax import distributed, sharding
 from causalfusion_jax.experiment import ExperimentConfig
@@ -14,11 +14,47 @@ from causalfusion_jax.models.transformer import TransformerConfig, abstract_mode
 from causalfusion_jax.sampling.images import to_uint8
 from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens, sample_tokens_shared
 
+BATCH_SIZE = 250
+"""Images in a batch where nothing else is said."""
+
 
 def replicate(params, devices):
-    """Parameters whole on each of `devices`, which then share every batch of images."""
+    """Parameters whole on each of `devices`, which then share every batch of images.
+
+    They are copied as they are: each device holds 4 bytes a parameter for float32 ones (2.7 GB
+    for CausalFusion-XL), beside a training state, until the caller drops them.
+
+    Args:
+      params: host arrays, the same on every process, or arrays of a training state, however split.
+      devices: which may be of several processes.
+    """
     mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
-    return jax.device_put(params, sharding.replicated(mesh))
+    return sharding.place(params, sharding.replicated(mesh))
+
+
+def for_sampling(params):
+    """Parameters placed as `batches` needs them.
+
+    Args:
+      params: host arrays, which all devices of this process are to share; arrays of a training
+        state, for all devices of its mesh (as of `replicate`); or what is placed so already.
+    """
+    leaves = jax.tree.leaves(params)
+    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return replicate(params, jax.local_devices())
+    where = leaves[0].sharding
+    return replicate(params, where.mesh.devices.ravel()) if isinstance(where, NamedSharding) else params
+
+
+def lower_replicate(params, devices) -> jax.stages.Lowered:
+    """The program by which `replicate` gathers parameters, traced.
+
+    Args:
+      params: jax.ShapeDtypeStruct of each, with the sharding that training has it in.
+      devices: as of `replicate`.
+    """
+    whole = sharding.replicated(sharding.make_mesh(sharding.MeshConfig(), devices))
+    return jax.jit(lambda params: params, out_shardings=whole).lower(params)
 
 
 class Known(NamedTuple):
@@ -51,6 +87,21 @@ class Batch(NamedTuple):
     keys: jax.Array
 
 
+def _mesh_of(params) -> Mesh | None:
+    """The mesh whose devices share a batch; None where the parameters lie on one device, without a mesh.
+
+    Raises ValueError where they are split: XLA would have to partition the sampler, which it
+    cannot where attention is a kernel, and every device would sample every image.
+    """
+    where = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    if all(isinstance(sharding, SingleDeviceSharding) for sharding in where):
+        return None
+    mesh = where[0].mesh if isinstance(where[0], NamedSharding) else None
+    if mesh is None or mesh.shape["data"] != mesh.size or not all(w.is_fully_replicated for w in where):
+        raise ValueError("sampling needs all parameters whole on every device: see generation.for_sampling")
+    return mesh
+
+
 def padded(batch_size: int, mesh: Mesh) -> int:
     """Images that are computed for a batch: a multiple of the devices that share it."""
     return -(-batch_size // mesh.size) * mesh.size
@@ -60,21 +111,21 @@ def batches(params, num: int, seed: int, batch_size: int, wanted: Iterable[int] 
     """Images 0..num-1 in batches.
 
     Args:
-      params: the Transformer's parameters. Where they are whole on every device of a mesh
-        (`replicate`), the devices share every batch.
+      params: the Transformer's parameters, as of `for_sampling`. Where they lie on a mesh, its
+        devices share every batch.
       num: images in all.
       seed: of their keys.
       batch_size: images in a batch.
       wanted: numbers of the batches; batch k begins with image k * batch_size. Default: all.
+
+    Raises:
+      ValueError: the parameters are split over devices.
     """
-    # Beside the parameters, which may lie on a mesh of several processes.
-    where = jax.tree.leaves(params)[0].sharding
-    mesh = where.mesh if isinstance(where, NamedSharding) else None
-    shared = mesh is not None and mesh.shape["data"] == mesh.size
-    where = where if mesh is None else sharding.batch_sharding(mesh) if shared else sharding.replicated(mesh)
+    mesh = _mesh_of(params)
+    where = jax.tree.leaves(params)[0].sharding if mesh is None else sharding.batch_sharding(mesh)
     make_keys = jax.jit(image_keys, static_argnums=0, out_shardings=where)
     batch_size = min(batch_size, num)
-    computed = -(-batch_size // mesh.size) * mesh.size if shared else batch_size
+    computed = batch_size if mesh is None else padded(batch_size, mesh)
     for index in range(-(-num // batch_size)) if wanted is None else wanted:
         start = index * batch_size
         indices = np.minimum(np.arange(start, start + computed), num - 1)
@@ -90,8 +141,8 @@ def generate_batch(
     Args:
       config: what `params` were trained as.
       sampler: how to sample.
-      params: the Transformer's parameters.
-      keys: PRNG keys [batch], one an image, split over the devices that are to share them.
+      params: the Transformer's parameters, as of `batches`.
+      keys: PRNG keys [batch], one an image, as of `batches`.
       labels: int [batch].
       known: tokens of these images that stay as they are; default: none.
       text: their prompts, int32 [batch, T]; default: none.
@@ -103,19 +154,20 @@ def generate_batch(
     static = model, config.diffusion, config.factorization, sampler
     of_images = {"labels": labels, **({"order": known.order, "known": known.tokens} if known else {})}
     of_images |= {} if text is None else {"text": text}
-    of_images = {"keys": keys, **jax.device_put(of_images, keys.sharding)}
+    of_images = {"keys": keys, **sharding.place(of_images, keys.sharding)}
     of_all = {"known_step": known.step} if known else {}
-    if isinstance(keys.sharding, NamedSharding) and not keys.sharding.is_fully_replicated:
-        tokens = sample_tokens_shared(keys.sharding.mesh, *static, params, of_images, of_all)
-    else:
+    mesh = _mesh_of(params)
+    if mesh is None:
         tokens = sample_tokens(*static, params, **of_images, **of_all)
+    else:
+        tokens = sample_tokens_shared(mesh, *static, params, of_images, of_all)
     return unpatchify(tokens, model.grid, config.model.patch_size)
 
 
 def lower_sampler(
     config: ExperimentConfig, sampler: SamplerConfig, devices, batch_size: int, text_tokens: int = 0
 ) -> jax.stages.Lowered:
-    """The program that `generate_batch` runs on parameters of `replicate`, traced.
+    """The program that `generate_batch` runs on parameters of a mesh of `devices`, traced.
 
     Args:
       config, sampler: as of `generate_batch`.
@@ -139,13 +191,9 @@ def lower_sampler(
     return sample_tokens_shared.lower(mesh, *static, params, of_images, {})
 
 
-def finish(config: ExperimentConfig, batch: jax.Array, decode: Callable[[jax.Array], jax.Array] | None) -> np.ndarray:
-    """What `generate_batch` made, decoded; as `generate_images` returns it."""
-    if decode is not None:
-        pixels = decode(batch.reshape(-1, *batch.shape[-3:]))
-        batch = pixels.reshape(*batch.shape[:-3], *pixels.shape[1:])
-    batch = distributed.everywhere(batch)
-    return batch if config.data.latents and decode is None else to_uint8(batch)
+def finish(config: ExperimentConfig, batch: np.ndarray, decoded: bool) -> np.ndarray:
+    """Images as `generate_images` returns them, of what `generate_batch` made, `decoded` or not, on the host."""
+    return batch if config.data.latents and not decoded else to_uint8(batch)
 
 
 def collect(made: Iterable[np.ndarray], progress: Callable[[int], None]) -> np.ndarray:
@@ -163,7 +211,7 @@ def generate_images(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[int], None] = lambda done: None,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     known: Known | None = None,
@@ -188,7 +236,7 @@ def image_batches(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     wanted: Iterable[int] | None = None,
     known: Known | None = None,
@@ -199,10 +247,11 @@ def image_batches(
     Args:
       config: what `params` were trained as.
       sampler: how to sample.
-      params, seed, batch_size, wanted: as of `batches`.
+      params: the Transformer's parameters, wherever they lie, as of `for_sampling`.
+      seed, batch_size, wanted: as of `batches`.
       labels: int [num]; num_classes stands for no class.
-      decode: latents [batch, height, width, channels] to pixels in [-1, 1], for a model of
-        latents; without it the latents themselves are returned.
+      decode: latents [batch, (frames,) height, width, channels] to pixels in [-1, 1], for a
+        model of latents; without it the latents themselves are returned.
       known: tokens that stay as they are; default: none.
       text: prompts, int32 [num, T], NO_TOKEN in empty slots, for a model that knows text.
 
@@ -210,9 +259,39 @@ def image_batches(
       Images of each batch, uint8 [batch, (frames,) height, width, channels]; float32 for
       latents not decoded.
     """
-    for batch in batches(params, len(labels), seed, batch_size, wanted):
+    made = _made(config, sampler, params, labels, (seed, batch_size, wanted), decode, known, text)
+    for batch, images in made:
+        yield finish(config, distributed.everywhere(images), decode is not None)[: batch.count]
+
+
+def image_shares(
+    config: ExperimentConfig,
+    sampler: SamplerConfig,
+    params,
+    labels: np.ndarray,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    decode: Callable[[jax.Array], jax.Array] | None = None,
+    text: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As `image_batches`, but each process gets only what its own devices make; nothing is gathered.
+
+    Yields:
+      Image numbers, int [num], and these images, as of `image_batches`; num may be 0. All
+      processes together get every image once.
+    """
+    for batch, images in _made(config, sampler, params, labels, (seed, batch_size, None), decode, None, text):
+        rows, values = distributed.own_rows(images)
+        wanted = rows < batch.count
+        yield batch.indices[rows[wanted]], finish(config, values[wanted], decode is not None)
+
+
+def _made(config, sampler, params, labels, how, decode, known, text) -> Iterator[tuple[Batch, jax.Array]]:
+    """Batches, and what was generated and decoded for each, on the devices; `how`: as of `batches`."""
+    params = for_sampling(params)
+    for batch in batches(params, len(labels), *how):
         indices = batch.indices
         part = known and known._replace(order=known.order[indices], tokens=known.tokens[indices])
         prompts = None if text is None else text[indices]
-        made = generate_batch(config, sampler, params, batch.keys, labels[indices], part, prompts)
-        yield finish(config, made, decode)[: batch.count]
+        images = generate_batch(config, sampler, params, batch.keys, labels[indices], part, prompts)
+        yield batch, images if decode is None else decode(images)

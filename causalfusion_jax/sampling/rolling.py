@@ -19,14 +19,13 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from causalfusion_jax import distributed, factorization
+from causalfusion_jax import distributed, factorization, sharding
 from causalfusion_jax.errors import InputError, require, require_number
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.sampling.editing import EditPlan, edit_sampler, known_tokens, plan_edit
-from causalfusion_jax.sampling.generation import batches, collect, finish, generate_batch
+from causalfusion_jax.sampling.generation import batches, collect, finish, for_sampling, generate_batch
 from causalfusion_jax.sampling.sampler import SamplerConfig
 
 
@@ -188,7 +187,7 @@ def roll(
         recent = rolled.kept - rolling.sink_frames
         begin = np.concatenate([sinks, window[:, window.shape[1] - recent :]], axis=1)
         next_keys = jax.vmap(functools.partial(jax.random.fold_in, data=count))(keys)
-        window = fill(rolled, jax.device_put(next_keys, keys.sharding), begin)
+        window = fill(rolled, sharding.place(next_keys, keys.sharding), begin)
         video.append(window[:, rolled.kept :])
         count += video[-1].shape[1]
     return np.concatenate(video, axis=1)[:, : rolling.frames]
@@ -242,7 +241,10 @@ def video_batches(
     Yields:
       uint8 [batch, frames, height, width, channels]; float32 for latents not decoded.
     """
+    params = for_sampling(params)
     for batch in batches(params, len(labels), seed, batch_size, wanted):
         begin = None if clips is None else clips[batch.indices]
         made = roll(config, windows, rolling, params, batch.keys, labels[batch.indices], begin)
-        yield finish(config, jnp.asarray(made), decode)[: batch.count]
+        if decode is not None:
+            made = distributed.everywhere(decode(sharding.place(made, batch.keys.sharding)))
+        yield finish(config, made, decode is not None)[: batch.count]

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from causalfusion_jax import experiment
 from causalfusion_jax.errors import require
@@ -14,7 +13,7 @@ from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
 from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
-from causalfusion_jax.sharding import partition, replicated
+from causalfusion_jax.sharding import partition, place, replicated
 from causalfusion_jax.training.checkpoint import Checkpoints
 
 TRANSFORMERS = ("causalfusion", "acdit")
@@ -29,7 +28,7 @@ class Trained(NamedTuple):
     Attributes:
       config: all its settings.
       origin: plain values that identify its weights.
-      params: reads them.
+      params: reads them, as host arrays; on several processes, all must call it.
     """
 
     config: ExperimentConfig
@@ -93,7 +92,8 @@ class Autoencoder(NamedTuple):
       downsampling: side of a latent in pixels.
       encode: pixels in [-1, 1] [batch, H, W, image channels] to latents as the model takes
         them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a draw.
-      decode: latents to pixels, on the devices that the latents are on.
+      decode: latents [batch, (frames,) h, w, channels] to pixels, on the devices that the
+        latents are on, which each decode their own.
     """
 
     fingerprint: str
@@ -118,16 +118,19 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
     params = converted.params(abstract_autoencoder(settings)[1])
 
     @functools.lru_cache(maxsize=1)
-    def beside(mesh: Mesh | None):
-        return jax.tree.map(jnp.asarray, params) if mesh is None else jax.device_put(params, replicated(mesh))
+    def beside(where: Sharding):
+        whole = replicated(where.mesh) if isinstance(where, NamedSharding) else where
+        return place(params, whole)
 
     def decode_latents(latents: jax.Array) -> jax.Array:
         where = latents.sharding
-        return decode(settings, beside(where.mesh if isinstance(where, NamedSharding) else None), latents)
+        if isinstance(where, NamedSharding):
+            return decode_shared(where.mesh, settings, beside(where), latents)
+        return decode_each(settings, beside(where), latents)
 
     return Autoencoder(
         converted.fingerprint, settings.downsampling,
-        lambda pixels: encode(settings, beside(None), pixels), decode_latents,
+        lambda pixels: encode(settings, beside(SingleDeviceSharding(jax.local_devices()[0])), pixels), decode_latents,
     )
 
 

@@ -1,7 +1,6 @@
 """The training loop: compile once, step, watch, save, stop when asked."""
 
 import contextlib
-import functools
 import pathlib
 import signal
 import sys
@@ -94,14 +93,14 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         checkpoints.close()
         return state
     _describe(config, mesh, workdir, start)
+    share = sharding.BatchShare(mesh, config.train.batch_size)
     batches = host_batches(
-        source, config.data, config.train.batch_size, config.train.seed, jax.process_index(), jax.process_count(),
-        config.text,
+        source, config.data, config.train.batch_size, config.train.seed, share.rows, config.text
     )
     threads = reading_threads(config.data.source)
     iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
     text = example_texts(source, config.text, config.logging.num_samples) if config.text.is_on else None
-    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text)
+    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text, share)
     try:
         return run.steps(state, start)
     finally:
@@ -139,8 +138,9 @@ def _say(line: str) -> None:
 class _Run:
     """What stays the same from step to step of a run."""
 
-    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text):
+    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text, share):
         self.config, self.workdir, self.mesh, self.text = config, pathlib.Path(workdir), mesh, text
+        self.share = share
         self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
         self.watch = watch or (lambda step, metrics: None)
         self.evaluate, self.best = evaluate, checkpoints.best(start) if start else None
@@ -213,12 +213,10 @@ class _Run:
 
     def _next_batch(self):
         """The next global batch, on the mesh."""
-        where = sharding.batch_sharding(self.mesh)
-        put = functools.partial(jax.make_array_from_process_local_data, where)
         batch = next(self.iterator)
-        # What moves here is meant to; of several processes, jax does not see that.
+        # This transfer is intentional; of several processes, jax does not see that.
         with jax.transfer_guard("allow"):
-            return {name: put(values, self.batch_shapes[name][0]) for name, values in batch.items()}
+            return self.share.place(batch)
 
     def _speed(self, steps: int, seconds: float, waited: float, flops: int) -> dict[str, float]:
         """Rates over the last `steps` steps."""
@@ -245,7 +243,7 @@ class _Run:
         """Scores images from the averaged weights. Whether they are the best so far."""
         metric, of = self.config.evaluation.metric, self.evaluate.settings
         with jax.transfer_guard("allow"):
-            scores = distributed.from_primary(self.evaluate(state.ema))
+            scores = self.evaluate(state.ema)
         value = scores[metric]
         is_best = self.best is None or self.best["of"] != of or is_better(metric, value, self.best["value"])
         if is_best:

@@ -51,11 +51,13 @@ def test_every_program_of_a_run_is_named():
     shared = dict(steps="decay", steps_shared_by="batch")
     spec = spec_of(train=dict(length_buckets=2), factorization=shared, logging=dict(sample_every=4))
     assert names(programs.run_programs(spec)) == [
-        "initial state", "training step, 8 clean tokens", "training step, 16 clean tokens", "grid sampler", *PROBES,
+        "initial state", "training step, 8 clean tokens", "training step, 16 clean tokens", "weights for sampling",
+        "grid sampler", *PROBES,
     ]
     spec = spec_of(data=LATENTS, evaluation=EVALUATED)
     assert names(programs.run_programs(spec)) == [
-        "initial state", "training step", "evaluation sampler", "decoder", "Inception, resizing", "Inception", *PROBES,
+        "initial state", "training step", "weights for sampling", "evaluation sampler", "decoder",
+        "Inception, resizing", "Inception", *PROBES,
     ]
     video = dict(data=dict(source="moving_digits", frames=16, image_size=12))
     assert names(programs.run_programs(spec_of(**video)))[-2:] == ["I3D, resizing", "I3D"]
@@ -66,6 +68,7 @@ def test_what_lies_in_memory_beside_a_program_is_not_its_argument():
     beside = {program.name: set(program.resident) for program in programs.run_programs(spec).programs}
     networks, training = {"decoder weights", "encoder weights", "Inception weights"}, {"training state", "batch"}
     assert beside["initial state"] == beside["training step"] == networks
+    assert beside["weights for sampling"] == networks | {"batch", "rest of the state"}
     assert beside["grid sampler"] == beside["evaluation sampler"] == networks | training
     assert beside["decoder"] == training | {"encoder weights", "Inception weights", "replicated weights"}
     assert beside["Inception, resizing"] == networks | training | {"replicated weights"}

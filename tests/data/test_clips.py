@@ -123,8 +123,8 @@ def test_a_folder_of_clips(clips):
 def batches(config, count, hosts=1, workers=0, seed=3):
     source = make_source(config)
     iterators = [
-        BatchIterator(host_batches(source, config, 4, seed, host, hosts), 0, workers, 0, config.max_corrupt)
-        for host in range(hosts)
+        BatchIterator(host_batches(source, config, 4, seed, rows), 0, workers, 0, config.max_corrupt)
+        for rows in np.split(np.arange(4), hosts)
     ]
     try:
         parts = [[next(iterator) for iterator in iterators] for _ in range(count)]

@@ -169,8 +169,8 @@ def test_tar_shards_that_make_no_sense(tmp_path):
 def batches_of(config, count, hosts=1, workers=0, position=0, batch=4):
     source = make_source(config)
     iterators = [
-        BatchIterator(host_batches(source, config, batch, 3, host, hosts), position, workers, 0, config.max_corrupt)
-        for host in range(hosts)
+        BatchIterator(host_batches(source, config, batch, 3, rows), position, workers, 0, config.max_corrupt)
+        for rows in np.split(np.arange(batch), hosts)
     ]
     try:
         parts = [[next(iterator) for iterator in iterators] for _ in range(count)]

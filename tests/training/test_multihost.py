@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 
+import multihost_checks
 import numpy as np
 import pytest
-from helpers import ROOT, command, command_env
+from helpers import ROOT, command, command_env, random_params
+from tiny_data import write_vae
 
 from causalfusion_jax.distributed import initialize
 from causalfusion_jax.errors import InputError
+from causalfusion_jax.sampling.trained import make_autoencoder
 from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 
 SMALL = (
@@ -29,6 +32,50 @@ def start(workdir, *args):
     )
 
 
+def free_port() -> int:
+    """One that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Batches, sampling from split weights, decoding, and merged statistics, on meshes across processes."""
+    write_vae(tmp_path / "vae")
+    port, tests = free_port(), ROOT / "tests"
+    env = command_env() | {"PYTHONPATH": f"{ROOT}:{tests}"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, tests / "multihost_checks.py", str(port), str(i), "2", tmp_path], env=env,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], printed
+    found = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
+    batch = np.arange(12, dtype=np.float32).reshape(4, 3)
+    rows = {"fsdp": ([0, 1], [2, 3]), "tensor": ([0, 1, 2, 3],) * 2, "sequence": ([0, 1, 2, 3],) * 2}
+    for process, values in enumerate(found):
+        for name in multihost_checks.MESHES:
+            assert values[f"{name}.rows"].tolist() == rows[name][process]
+            np.testing.assert_array_equal(values[f"{name}.batch"], batch)
+    decode = make_autoencoder(str(tmp_path / "vae"), multihost_checks.CONFIG).decode
+    alone = multihost_checks.sampled(random_params(multihost_checks.CONFIG.transformer), decode)
+    assert sorted(np.concatenate([values["numbers"] for values in found])) == [0, 1, 2, 3, 4]
+    for values in found:
+        assert len(values["numbers"]) < 5
+        assert np.abs(values["images"].astype(int) - alone["images"]).max() <= 1
+        np.testing.assert_array_equal(values["own"], values["images"][values["numbers"]])
+    whole = multihost_checks.collected_by(range(7))
+    for values in found:
+        np.testing.assert_allclose(values["mean"], whole.statistics["2048"].mean, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(values["cov_row"], whole.statistics["2048"].cov[0], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(values["score"], whole.score.result(), rtol=1e-12)
+        np.testing.assert_array_equal(values["kept"], whole.kept)
+        assert values["plain"] == np.pi * 1e-9
+
+
 def series(workdir, name):
     """A metric by step, where it was logged; of repeated steps, the last."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -36,13 +83,12 @@ def series(workdir, name):
 
 
 def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pair = [
         start(
             tmp_path / "pair", f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
-            "--config.logging.sample_every=4", "--config.logging.num_samples=4", "--config.sampling.solver_steps=2",
+            "--config.mesh.tensor=2", "--config.logging.sample_every=4",
+            "--config.logging.num_samples=4", "--config.sampling.solver_steps=2",
             "--config.evaluation.eval_every=4", "--config.evaluation.num_images=6",
             "--config.evaluation.sample_batch_size=4",
         )

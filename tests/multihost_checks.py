@@ -1,0 +1,79 @@
+"""Run by each of several processes: `multihost_checks.py PORT PROCESS PROCESSES FOLDER`.
+
+Writes FOLDER/PROCESS.npz: what meshes that span the processes give, for `test_multihost` to compare.
+"""
+
+import sys
+
+import jax
+import numpy as np
+from helpers import random_params, tiny_config
+from tiny_data import TINY_VAE
+
+from causalfusion_jax import distributed, experiment, sharding
+from causalfusion_jax.evaluation.inception_metrics import Collected
+from causalfusion_jax.models.transformer import abstract_model
+from causalfusion_jax.sampling.generation import image_batches, image_shares
+from causalfusion_jax.sampling.trained import make_autoencoder
+from causalfusion_jax.training.state import place_abstract
+
+CONFIG = experiment.from_dict(tiny_config(
+    model=dict(layers=1, hidden=16, heads=2), sampling=dict(solver_steps=1),
+    data=dict(source="arrays", path="none", latents=True, channels=TINY_VAE.latent_channels),
+))
+NUM, BATCH, SEED = 5, 4, 3
+LABELS = np.arange(NUM, dtype=np.int32)
+METRICS = ("fid", "inception_score", "kid")
+MESHES = ("fsdp", "tensor", "sequence")
+FEATURES = {"2048": 2048, "logits_unbiased": 1008}
+
+
+def features(numbers) -> dict[str, np.ndarray]:
+    """Features of images by their numbers."""
+    rows = np.asarray(numbers)[:, None] + 1.0
+    return {name: np.sin(rows * np.arange(1, dim + 1)).astype(np.float32) for name, dim in FEATURES.items()}
+
+
+def sampled(params, decode) -> dict[str, np.ndarray]:
+    """Images in pixels: those of each process, and all."""
+    how = CONFIG, CONFIG.sampling, params, LABELS, SEED, BATCH, decode
+    numbers, own = (np.concatenate(parts) for parts in zip(*image_shares(*how), strict=True))
+    return {"numbers": numbers, "own": own, "images": np.concatenate(list(image_batches(*how)))}
+
+
+def batches_on(mesh) -> dict[str, np.ndarray]:
+    """This process's rows of a global batch of numbers 0..BATCH-1, and the whole of it."""
+    share = sharding.BatchShare(mesh, BATCH)
+    batch = share.place({"image": np.arange(BATCH * 3, dtype=np.float32).reshape(BATCH, 3)[share.rows]})
+    return {"rows": share.rows, "batch": distributed.everywhere(batch["image"])}
+
+
+def collected_by(numbers) -> Collected:
+    """What scores of these images need."""
+    collected = Collected(METRICS)
+    for number in numbers:
+        collected.add(features([number]), np.array([number]))
+    return collected
+
+
+def main(port: str, process: str, processes: str, folder: str) -> None:
+    """Joins the others, and writes what came out."""
+    distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    found = {}
+    for name in MESHES:
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=1, **{name: -1}))
+        found |= {f"{name}.{key}": value for key, value in batches_on(mesh).items()}
+    mesh = sharding.make_mesh(sharding.MeshConfig("fsdp"))
+    _, shapes, axes = abstract_model(CONFIG.transformer)
+    where = jax.tree.map(lambda leaf: leaf.sharding, place_abstract(shapes, axes, mesh))
+    split = sharding.place(random_params(CONFIG.transformer), where)
+    found |= sampled(split, make_autoencoder(f"{folder}/vae", CONFIG).decode)
+    whole = collected_by(range(int(process), 7, int(processes))).of_all_processes()
+    statistics = whole.statistics["2048"]
+    found |= {"mean": statistics.mean, "cov_row": statistics.cov[0], "score": whole.score.result(), "kept": whole.kept}
+    found["plain"] = distributed.on_primary(lambda: {"pi": np.pi * 1e-9, "nan": float("nan")})["pi"]
+    np.savez(f"{folder}/{process}.npz", **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

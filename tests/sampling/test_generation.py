@@ -1,0 +1,70 @@
+"""Where sampling runs: parameters of a training state, of the host, of a mesh; what is compiled for it."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import random_params, tiny_config
+
+from causalfusion_jax import experiment, sharding
+from causalfusion_jax.models.transformer import abstract_model
+from causalfusion_jax.sampling import generation
+from causalfusion_jax.sampling.generation import generate_batch, generate_images, image_shares, lower_sampler, replicate
+from causalfusion_jax.training.state import place_abstract
+
+CONFIG = experiment.from_dict(tiny_config(model=dict(layers=1), sampling=dict(solver_steps=2)))
+FLASH = experiment.from_dict(tiny_config(model=dict(layers=1, attention="flash"), sampling=dict(solver_steps=1)))
+LABELS = np.arange(5, dtype=np.int32)
+
+
+def of_training(config, mesh_config):
+    """Random parameters as a training state has them on two devices."""
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[:2])
+    _, shapes, axes = abstract_model(config.transformer)
+    where = jax.tree.map(lambda leaf: leaf.sharding, place_abstract(shapes, axes, mesh))
+    return sharding.place(random_params(config.transformer), where)
+
+
+class Lowered(Exception):
+    """Stops sampling where its program would run."""
+
+
+@pytest.mark.parametrize("mesh", [sharding.MeshConfig("fsdp"), sharding.MeshConfig(data=1, tensor=2)], ids=str)
+def test_grid_of_a_split_state_compiles_with_the_kernel_on_a_tpu(mesh, monkeypatch):
+    """XLA cannot partition a Mosaic kernel, so no device may be given a part of the parameters."""
+    def for_tpu(program):
+        def lower(*args, **kwargs):
+            raise Lowered(program.trace(*args, **kwargs).lower(lowering_platforms=("tpu",)).as_text())
+
+        return lower
+
+    for name in ("sample_tokens", "sample_tokens_shared"):
+        monkeypatch.setattr(generation, name, for_tpu(getattr(generation, name)))
+    with pytest.raises(Lowered, match="tpu_custom_call"):
+        generate_images(FLASH, FLASH.sampling, of_training(FLASH, mesh), LABELS, seed=0)
+
+
+def test_same_images_wherever_the_parameters_are():
+    here = random_params(CONFIG.transformer)
+    expected = generate_images(CONFIG, CONFIG.sampling, here, LABELS, seed=3, batch_size=4)
+    split = of_training(CONFIG, sharding.MeshConfig("fsdp"))
+    assert not split["blocks"]["mlp_in"]["kernel"].is_fully_replicated
+    found = generate_images(CONFIG, CONFIG.sampling, split, LABELS, seed=3, batch_size=4)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    parts = list(image_shares(CONFIG, CONFIG.sampling, split, LABELS, 3, 4))
+    np.testing.assert_array_equal(np.concatenate([numbers for numbers, _ in parts]), np.arange(5))
+    np.testing.assert_array_equal(np.concatenate([images for _, images in parts]), found)
+    with pytest.raises(ValueError, match="whole on every device"):
+        generate_batch(CONFIG, CONFIG.sampling, split, jax.random.split(jax.random.key(0), 2), LABELS[:2])
+
+
+def test_lowered_sampler_is_the_one_that_runs(monkeypatch):
+    program, devices = generation.sample_tokens_shared, jax.devices()[:2]
+    lowered = lower_sampler(CONFIG, CONFIG.sampling, devices, batch_size=5).as_text()
+
+    def lower(*args):
+        raise Lowered(program.lower(*args).as_text())
+
+    monkeypatch.setattr(generation, "sample_tokens_shared", lower)
+    with pytest.raises(Lowered) as run:
+        generate_images(CONFIG, CONFIG.sampling, replicate(random_params(CONFIG.transformer), devices), LABELS, seed=0)
+    assert str(run.value) == lowered
