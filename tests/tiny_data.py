@@ -10,6 +10,7 @@ from PIL import Image
 
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
+from causalfusion_jax.models.inception import init_inception
 from causalfusion_jax.models.store import write_converted
 
 TINY_VAE = AutoencoderConfig(
@@ -131,4 +132,10 @@ def write_vae(folder, config: AutoencoderConfig = TINY_VAE) -> str:
 
     params = jax.device_get(init_autoencoder(config, jax.random.key(0)))
     write_converted(folder, "sd_vae", dataclasses.asdict(config), {"file": "none"}, params)
+    return str(folder)
+
+
+def write_inception(folder) -> str:
+    """A random Inception, as `convert` would write one."""
+    write_converted(folder, "fid_inception", {}, {"file": "none"}, jax.device_get(init_inception(jax.random.key(0))))
     return str(folder)
