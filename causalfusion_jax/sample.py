@@ -167,11 +167,9 @@ def _sample_to(samples, config, sampler, params, labels, decode, video, prompts)
         require(hosts == 1, "--num_hosts", _HOSTS.value, "has no meaning where the processes know of each other")
         host, hosts = _HOST.value, _HOSTS.value
     wanted = samples.missing(host, hosts)
-    # Reading the parameters takes all processes, also one that has nothing left to do.
-    if distributed.on_primary(lambda: len(samples.missing()), 0):
-        params = params()
+    if wanted:
         done = samples.num_parts - len(samples.missing())
-        made = _batches(config, sampler, params, labels, decode, video, prompts, wanted)
+        made = _batches(config, sampler, params(), labels, decode, video, prompts, wanted)
         for count, (index, images) in enumerate(zip(wanted, made, strict=True), done + 1):
             samples.write(index, images)
             if distributed.is_primary():

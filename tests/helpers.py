@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -116,6 +117,28 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     )
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return server, pathlib.Path(folder.name)
+
+
+def start_processes(count: int, *command: str, env: dict[str, str] | None = None) -> list[subprocess.Popen]:
+    """Starts `python COMMAND` as `count` processes of one job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command), *job, f"--process_id={i}"], cwd=ROOT, env=command_env() | (env or {}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def all_done(processes: list[subprocess.Popen], timeout: float = 600) -> list[str]:
+    """Waits for processes that must all succeed. Returns what each printed."""
+    printed = [process.communicate(timeout=timeout) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), printed
+    return [out for out, _ in printed]
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""Run by each of several processes: `multihost_checks.py PORT PROCESS PROCESSES FOLDER`.
+"""Run by each of several processes (`helpers.start_processes`), with --folder=FOLDER.
 
 Writes FOLDER/PROCESS.npz: what meshes that span the processes give, for `test_multihost` to compare.
 """
 
-import sys
+import argparse
 
 import jax
 import numpy as np
@@ -12,9 +12,10 @@ from tiny_data import TINY_VAE
 
 from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.evaluation.inception_metrics import Collected
+from causalfusion_jax.models.autoencoder import abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling.generation import image_batches, image_shares
-from causalfusion_jax.sampling.trained import make_autoencoder
+from causalfusion_jax.sampling.trained import make_autoencoder, open_autoencoder
 from causalfusion_jax.training.state import place_abstract
 
 CONFIG = experiment.from_dict(tiny_config(
@@ -56,10 +57,17 @@ def collected_by(numbers) -> Collected:
     return collected
 
 
-def main(port: str, process: str, processes: str, folder: str) -> None:
+def main() -> None:
     """Joins the others, and writes what came out."""
-    distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    parser = argparse.ArgumentParser()
+    for name, kind in {"coordinator_address": str, "num_processes": int, "process_id": int, "folder": str}.items():
+        parser.add_argument(f"--{name}", type=kind)
+    given = parser.parse_args()
+    distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
     found = {}
+    if given.process_id == 1:
+        # Alone: a process may be the only one with something to read.
+        open_autoencoder(f"{given.folder}/vae")[0].params(abstract_autoencoder(TINY_VAE)[1])
     for name in MESHES:
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1, **{name: -1}))
         found |= {f"{name}.{key}": value for key, value in batches_on(mesh).items()}
@@ -67,13 +75,13 @@ def main(port: str, process: str, processes: str, folder: str) -> None:
     _, shapes, axes = abstract_model(CONFIG.transformer)
     where = jax.tree.map(lambda leaf: leaf.sharding, place_abstract(shapes, axes, mesh))
     split = sharding.place(random_params(CONFIG.transformer), where)
-    found |= sampled(split, make_autoencoder(f"{folder}/vae", CONFIG).decode)
-    whole = collected_by(range(int(process), 7, int(processes))).of_all_processes()
+    found |= sampled(split, make_autoencoder(f"{given.folder}/vae", CONFIG).decode)
+    whole = collected_by(range(given.process_id, 7, given.num_processes)).of_all_processes()
     statistics = whole.statistics["2048"]
     found |= {"mean": statistics.mean, "cov_row": statistics.cov[0], "score": whole.score.result(), "kept": whole.kept}
     found["plain"] = distributed.on_primary(lambda: {"pi": np.pi * 1e-9, "nan": float("nan")})["pi"]
-    np.savez(f"{folder}/{process}.npz", **found)
+    np.savez(f"{given.folder}/{given.process_id}.npz", **found)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import ROOT, command, command_env
+from helpers import ROOT, all_done, command, command_env, start_processes
 from tiny_data import NAMES, write_clip, write_tars, write_tfds, write_vae
 
 from causalfusion_jax import encoding, files
@@ -338,19 +337,7 @@ def test_clips_are_encoded_trained_on_and_continued(clips, vae, tmp_path):
 
 def processes(name, count, *args):
     """Runs a command as `count` processes of one job."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}")
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"causalfusion_jax.{name}", *args, *job, f"--process_id={i}"],
-            cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(count)
-    ]
-    printed = [process.communicate(timeout=600) for process in running]
-    assert [process.returncode for process in running] == [0] * count, printed
+    all_done(start_processes(count, "-m", f"causalfusion_jax.{name}", *args))
 
 
 @pytest.mark.slow

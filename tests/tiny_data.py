@@ -6,12 +6,15 @@ import tarfile
 
 import jax
 import numpy as np
+from helpers import GOLDENS, inception_weights
 from PIL import Image
 
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
-from causalfusion_jax.models.inception import init_inception
+from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.store import write_converted
+from causalfusion_jax.released.inception import inception_table
+from causalfusion_jax.released.names import from_released
 
 TINY_VAE = AutoencoderConfig(
     channels=8, channel_multipliers=(1, 1, 2), latent_channels=4, scaling_factor=0.5, residual_blocks=1, norm_groups=4,
@@ -136,6 +139,8 @@ def write_vae(folder, config: AutoencoderConfig = TINY_VAE) -> str:
 
 
 def write_inception(folder) -> str:
-    """A random Inception, as `convert` would write one."""
-    write_converted(folder, "fid_inception", {}, {"file": "none"}, jax.device_get(init_inception(jax.random.key(0))))
+    """Inception with the random weights of its goldens, as `convert` would write it."""
+    shapes = json.loads(str(np.load(GOLDENS / "inception_fid.npz")["names_json"]))
+    params = from_released(inception_table(), inception_weights(shapes), abstract_inception()[1])
+    write_converted(folder, "fid_inception", {}, {}, params)
     return str(folder)

@@ -22,9 +22,7 @@ def write_params(folder: pathlib.Path, params: Any) -> None:
 
 
 def read_params(folder: pathlib.Path, shapes: Any) -> Any:
-    """Reads nested arrays into this process's memory, as numpy arrays.
-
-    On several processes, all must read together: Orbax waits for all of them.
+    """Reads nested arrays into this process's memory, as numpy arrays; no other process need take part.
 
     Args:
       folder: as written by `write_params`, or by a checkpoint manager.
@@ -32,7 +30,13 @@ def read_params(folder: pathlib.Path, shapes: Any) -> Any:
     """
     on_host = jax.tree.map(lambda s: ocp.RestoreArgs(restore_type=np.ndarray, dtype=s.dtype), shapes)
     args = ocp.args.PyTreeRestore(item=shapes, restore_args=on_host, partial_restore=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    process = jax.process_index()
+    # By default Orbax waits for all processes, also those that have nothing to read.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         return checkpointer.restore(folder.absolute(), args=args)
 
 

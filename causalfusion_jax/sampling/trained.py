@@ -28,7 +28,7 @@ class Trained(NamedTuple):
     Attributes:
       config: all its settings.
       origin: plain values that identify its weights.
-      params: reads them, as host arrays; on several processes, all must call it.
+      params: reads them, as host arrays.
     """
 
     config: ExperimentConfig

@@ -261,7 +261,7 @@ class Checkpoints:
         return best if best is not None and best["step"] in self.steps() else None
 
     def restore_params(self, step: int, config: StepConfig, weights: str) -> Params:
-        """`ema` or `params` of a step as host arrays; on several processes, all must read together."""
+        """`ema` or `params` of a step as host arrays; no other process need take part."""
         shapes = abstract_model(config.objective.model)[1]
         return read_params(self._steps_dir / str(step) / "state", {weights: shapes})[weights]
 

@@ -172,6 +172,17 @@ def test_same_global_batches_for_any_number_of_hosts(folder):
         assert_same(labels_of(source, config, 4, 8, hosts), alone)
 
 
+def test_hosts_read_any_rows(folder):
+    """Rows need not be consecutive, and hosts whose devices share examples read the same ones."""
+    config = folder_config(folder, flip=True)
+    source = make_source(config)
+    alone = labels_of(source, config, 6, 7)
+    for rows in ([0, 1, 4, 5], [2], [0, 1, 2, 3, 4, 5]):
+        share = host_batches(source, config, 6, 3, np.array(rows))
+        for step, whole in enumerate(alone):
+            np.testing.assert_array_equal(share[step]["image"], whole["image"][rows])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_same_batches_for_any_number_of_workers(folder, workers):
     config = folder_config(folder, flip=True)

@@ -1,7 +1,6 @@
 """Inception's metrics in one pass, sharded, against the functions on whole arrays; references in ADM's layout."""
 
 import dataclasses
-import json
 import time
 import warnings
 
@@ -9,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import GOLDENS, inception_weights
+from helpers import GOLDENS
 from PIL import Image
+from tiny_data import write_inception
 
 from causalfusion_jax.data.pipeline import DataConfig, make_source
 from causalfusion_jax.errors import InputError
@@ -26,10 +26,6 @@ from causalfusion_jax.evaluation.inception_metrics import (
     make_reference,
 )
 from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, METRICS, EvaluationConfig, is_better
-from causalfusion_jax.models.inception import abstract_inception
-from causalfusion_jax.models.store import write_converted
-from causalfusion_jax.released.inception import inception_table
-from causalfusion_jax.released.names import from_released
 
 GOLDEN = np.load(GOLDENS / "inception_fid.npz")
 
@@ -37,10 +33,8 @@ GOLDEN = np.load(GOLDENS / "inception_fid.npz")
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
     """The goldens' network on two devices, two images each."""
-    folder = tmp_path_factory.mktemp("inception") / "converted"
-    weights = inception_weights(json.loads(str(GOLDEN["names_json"])))
-    write_converted(folder, "fid_inception", {}, {}, from_released(inception_table(), weights, abstract_inception()[1]))
-    return Inception("--inception", str(folder), jax.devices()[:2], batch_size=3)
+    folder = write_inception(tmp_path_factory.mktemp("inception") / "converted")
+    return Inception("--inception", folder, jax.devices()[:2], batch_size=3)
 
 
 @pytest.fixture(scope="module")

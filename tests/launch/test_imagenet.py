@@ -9,14 +9,12 @@ import subprocess
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, command, inception_weights, run_module
+from helpers import ROOT, command, run_module
 from PIL import Image
+from tiny_data import write_inception
 
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
-from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.store import write_converted
-from causalfusion_jax.released.inception import inception_table
-from causalfusion_jax.released.names import from_released
 
 TEXT = (ROOT / "launch" / "imagenet.md").read_text()
 VAE = AutoencoderConfig(8, (1, 1, 1), 4, 0.5, residual_blocks=1, mid_attention=False, norm_groups=4)
@@ -113,9 +111,7 @@ def write_inputs(store) -> None:
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
     vae = jax.device_get(init_autoencoder(VAE, jax.random.key(0)))
     write_converted(store / "vae", "mar_vae", dataclasses.asdict(VAE), {}, vae)
-    shapes = json.loads(str(np.load(ROOT / "tests" / "goldens" / "inception_fid.npz")["names_json"]))
-    inception = from_released(inception_table(), inception_weights(shapes), abstract_inception()[1])
-    write_converted(store / "inception", "fid_inception", {}, {}, inception)
+    write_inception(store / "inception")
 
 
 @pytest.mark.slow

@@ -1,13 +1,12 @@
 """`sample` interrupted, on two processes of one job, on two hosts that do not know of each other: the same bytes."""
 
 import json
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, command, command_env
+from helpers import ROOT, all_done, command, command_env, start_processes
 
 ARGS = ("--num=18", "--batch_size=4", "--solver_steps=3", "--ar_steps=2", "--seed=5")
 
@@ -63,14 +62,9 @@ def test_kill_and_resume(workdir, expected, tmp_path):
 
 
 def test_two_processes(workdir, expected, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"
-    pair = [start(workdir, tmp_path / "out", *job, f"--process_id={i}") for i in range(2)]
-    printed = [process.communicate(timeout=600) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], printed
-    assert "sampled" in printed[0][0] and "sampled" not in printed[1][0]
+    sample = "-m", "causalfusion_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", *ARGS
+    printed = all_done(start_processes(2, *sample))
+    assert "sampled" in printed[0] and "sampled" not in printed[1]
     assert contents(tmp_path / "out") == expected
 
 

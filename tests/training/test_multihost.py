@@ -3,14 +3,11 @@
 import json
 import re
 import signal
-import socket
-import subprocess
-import sys
 
 import multihost_checks
 import numpy as np
 import pytest
-from helpers import ROOT, command, command_env, random_params
+from helpers import ROOT, all_done, command, random_params, start_processes
 from tiny_data import write_vae
 
 from causalfusion_jax.distributed import initialize
@@ -25,34 +22,12 @@ SMALL = (
 )  # fmt: skip
 
 
-def start(workdir, *args):
-    return subprocess.Popen(
-        [sys.executable, "-m", "causalfusion_jax.train", *SMALL, f"--workdir={workdir}", *args],
-        cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-
-
-def free_port() -> int:
-    """One that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_two_processes_give_what_one_gives(tmp_path):
     """Batches, sampling from split weights, decoding, and merged statistics, on meshes across processes."""
     write_vae(tmp_path / "vae")
-    port, tests = free_port(), ROOT / "tests"
-    env = command_env() | {"PYTHONPATH": f"{ROOT}:{tests}"}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, tests / "multihost_checks.py", str(port), str(i), "2", tmp_path], env=env,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    printed = [process.communicate(timeout=300) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], printed
+    tests = ROOT / "tests"
+    checks = tests / "multihost_checks.py", f"--folder={tmp_path}"
+    all_done(start_processes(2, *checks, env={"PYTHONPATH": f"{ROOT}:{tests}"}))
     found = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
     batch = np.arange(12, dtype=np.float32).reshape(4, 3)
     rows = {"fsdp": ([0, 1], [2, 3]), "tensor": ([0, 1, 2, 3],) * 2, "sequence": ([0, 1, 2, 3],) * 2}
@@ -83,17 +58,12 @@ def series(workdir, name):
 
 
 def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
-    port = free_port()
-    pair = [
-        start(
-            tmp_path / "pair", f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
-            "--config.mesh.tensor=2", "--config.logging.sample_every=4",
-            "--config.logging.num_samples=4", "--config.sampling.solver_steps=2",
-            "--config.evaluation.eval_every=4", "--config.evaluation.num_images=6",
-            "--config.evaluation.sample_batch_size=4",
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    pair = start_processes(
+        2, "-m", "causalfusion_jax.train", *SMALL, f"--workdir={tmp_path / 'pair'}", "--config.mesh.tensor=2",
+        "--config.logging.sample_every=4", "--config.logging.num_samples=4", "--config.sampling.solver_steps=2",
+        "--config.evaluation.eval_every=4", "--config.evaluation.num_images=6",
+        "--config.evaluation.sample_batch_size=4",
+    )  # fmt: skip
     begun = []
     for line in pair[0].stdout:
         begun.append(line)
