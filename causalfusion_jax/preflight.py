@@ -16,7 +16,8 @@ changed as for train: --config.train.batch_size=1024.
 initial state, every length of the training step, the grid's sampler, the evaluator's with decoder and
 Inception (`config.evaluation`), then the programs of probes and of fine-tuning, and I3D for videos. Folders
 of weights need not be there: an autoencoder is then known by its name (mar_vae, sd_vae) or by the model's
-latents. `--job=encode` compiles the autoencoder's encoder for a host of the slice.
+latents. `--job=encode` compiles the autoencoder's encoder for a host of the slice; the config is that of
+`encode`.
 
 Topologies are GENERATION:SHAPE: v5e:16x16, v6e:4x4, v4:2x2x4, v5p:2x2x4. Exit status: 0 it
 fits (every program, on every one of several topologies), 1 it does not, or does not compile, 2 wrong input.
@@ -46,7 +47,9 @@ _JOB = flags.DEFINE_enum(
     "job", "train", ["train", "sample", "run", "encode"],
     "The training step, the sampler, all programs of a run, or the autoencoder's encoder.",
 )
-_NUM = flags.DEFINE_integer("num", None, "Images of a batch that is sampled [8 for each device].")
+_NUM = flags.DEFINE_integer(
+    "num", None, "Images of a batch that is sampled [8 for each device], or that a host encodes [64]."
+)
 _SEARCH = flags.DEFINE_bool("search", True, "Search the largest batch that fits.")
 _MACHINE_CODE = flags.DEFINE_bool("machine_code", False, "Compile to the end: minutes more, no more is learned.")
 _SECONDS = flags.DEFINE_float("seconds", 100.0, "Begin to compile no more than fits in so many, for each topology.")
@@ -60,7 +63,10 @@ def _specs():
     config = experiment.from_dict(_CONFIG.value.to_dict())
     require(_SECONDS.value >= 0, "--seconds", _SECONDS.value, "must be >= 0")
     require(_NUM.value is None or _NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
-    require(_NUM.value is None or _JOB.value == "sample", "--num", _NUM.value, "belongs to --job=sample")
+    require(
+        _NUM.value is None or _JOB.value in ("sample", "encode"), "--num", _NUM.value,
+        "belongs to --job=sample and --job=encode",
+    )
     job = "sample" if _JOB.value == "sample" else "train"
     specs = []
     for topology in [hardware.topology(name) for name in _TOPOLOGY.value]:
@@ -98,7 +104,8 @@ def _check_programs(specs) -> None:
     if _JOB.value == "run":
         listings = [programs.run_programs(spec) for spec in specs]
     else:
-        listings = [programs.encode_programs(spec, encoding.EncodeConfig()) for spec in specs]
+        settings = encoding.EncodeConfig() if _NUM.value is None else encoding.EncodeConfig(batch_size=_NUM.value)
+        listings = [programs.encode_programs(spec, settings) for spec in specs]
     results = []
     for spec, listing in zip(specs, listings, strict=True):
         results.append(run_report.preflight_run(spec, listing, lambda line: print(line, flush=True)))

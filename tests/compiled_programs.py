@@ -32,7 +32,7 @@ def name_of(module: str) -> str:
 
 def content(module: str) -> str:
     """Everything but where in the source it comes from."""
-    text = re.sub(r' ?loc\((?:#\w+|unknown|"[^"]*"(?:\(#\w+\))?)\)', "", module)
+    text = re.sub(r' ?loc\((?:#\w+|unknown|callsite\([^()]*\)|"[^"]*"(?:\(#\w+\))?)\)', "", module)
     return "\n".join(line for line in text.splitlines() if line and not line.startswith("#loc"))
 
 

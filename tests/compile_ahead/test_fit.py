@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -263,3 +264,12 @@ def test_the_compiler_is_waited_for_until_its_program_is_written_to_the_end(tmp_
     process = Compiling()
     assert compiler._wait(process, tmp_path, machine_code=False) is None
     assert process.polled == 9
+
+
+def test_whatever_stops_a_program_from_being_traced_is_reported_and_not_raised():
+    def lower():
+        raise NotImplementedError("Mosaic kernels cannot be automatically partitioned")
+
+    sent = []
+    compiler._work(lower, "", SimpleNamespace(send=sent.append))
+    assert sent == ["NotImplementedError: Mosaic kernels cannot be automatically partitioned"]
