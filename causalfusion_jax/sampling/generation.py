@@ -47,7 +47,7 @@ def for_sampling(params):
 
 
 def lower_replicate(params, devices) -> jax.stages.Lowered:
-    """The program by which `replicate` gathers parameters, traced.
+    """What `replicate` does to parameters of a training state, as one program, traced.
 
     Args:
       params: jax.ShapeDtypeStruct of each, with the sharding that training has it in.
@@ -93,11 +93,11 @@ def _mesh_of(params) -> Mesh | None:
     Raises ValueError where they are split: XLA would have to partition the sampler, which it
     cannot where attention is a kernel, and every device would sample every image.
     """
-    where = [leaf.sharding for leaf in jax.tree.leaves(params)]
-    if all(isinstance(sharding, SingleDeviceSharding) for sharding in where):
+    placed = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    if all(isinstance(where, SingleDeviceSharding) for where in placed):
         return None
-    mesh = where[0].mesh if isinstance(where[0], NamedSharding) else None
-    if mesh is None or mesh.shape["data"] != mesh.size or not all(w.is_fully_replicated for w in where):
+    mesh = placed[0].mesh if isinstance(placed[0], NamedSharding) else None
+    if mesh is None or mesh.shape["data"] != mesh.size or not all(where.is_fully_replicated for where in placed):
         raise ValueError("sampling needs all parameters whole on every device: see generation.for_sampling")
     return mesh
 

@@ -18,6 +18,8 @@ from causalfusion_jax.training.checkpoint import Checkpoints
 
 TRANSFORMERS = ("causalfusion", "acdit")
 AUTOENCODERS = ("mar_vae", "sd_vae")
+DECODED_AT_A_TIME = 4
+"""Images in a device's memory while latents are decoded, perhaps beside a training state."""
 BEST = "best"
 """In place of a step: the best checkpoint."""
 
@@ -135,8 +137,8 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
 
 
 def decode_each(settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
-    """Latents [..., h, w, channels] to pixels [..., height, width, image channels]."""
-    pixels = decode(settings, params, latents.reshape(-1, *latents.shape[-3:]))
+    """Latents [..., h, w, channels] to pixels [..., height, width, image channels], on one device."""
+    pixels = decode(settings, params, latents.reshape(-1, *latents.shape[-3:]), DECODED_AT_A_TIME)
     return pixels.reshape(*latents.shape[:-3], *pixels.shape[1:])
 
 

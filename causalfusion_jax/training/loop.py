@@ -213,10 +213,7 @@ class _Run:
 
     def _next_batch(self):
         """The next global batch, on the mesh."""
-        batch = next(self.iterator)
-        # This transfer is intentional; of several processes, jax does not see that.
-        with jax.transfer_guard("allow"):
-            return self.share.place(batch)
+        return self.share.place(next(self.iterator))
 
     def _speed(self, steps: int, seconds: float, waited: float, flops: int) -> dict[str, float]:
         """Rates over the last `steps` steps."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causalfusion_jax import sharding
 from causalfusion_jax.factorization import num_visible_clean_of_batch
 from causalfusion_jax.training.objective import ObjectiveConfig, batch_key
 from causalfusion_jax.training.state import StepConfig
@@ -72,7 +73,7 @@ class LengthOfStep:
             return self.lengths[0]
         if step // CHUNK != self._chunk:
             self._chunk = step // CHUNK
-            first = jax.device_put(np.int32(self._chunk * CHUNK), self._key.sharding)
+            first = sharding.place(np.int32(self._chunk * CHUNK), self._key.sharding)
             self._visible = jax.device_get(visible_lengths(self._config, self._key, first))
         visible = int(self._visible[step % CHUNK])
         return next(length for length in self.lengths if length >= visible)

@@ -10,6 +10,7 @@ os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLO
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from helpers import command, tiny_config  # noqa: E402
 from jax.experimental import pallas as pl  # noqa: E402
@@ -68,6 +69,18 @@ def test_collectives_of_split_parameters(scanned):
     assert gradient.bytes["all-gather"] in (weights, 2 * weights)
     reduced = gradient.bytes["reduce-scatter"] + gradient.bytes["all-reduce"]
     assert weights <= reduced <= 1.01 * weights
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4"])
+def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
+    """Whatever the order in which the hosts are listed."""
+    by_host = np.array(program.devices(hardware.topology(name))).reshape(-1, 4)
+    for parts in (2, 4):
+        mesh = sharding.make_mesh(MeshConfig("fsdp+tp", tensor=parts), by_host[::-1].ravel())
+        for group in mesh.devices.reshape(-1, parts):
+            assert len({device.process_index for device in group}) == 1
+            # Two chips are one step apart, four are a square.
+            assert np.abs(np.subtract(group[0].coords, group[-1].coords)).sum() == (1 if parts == 2 else 2)
 
 
 def test_what_the_chip_has_is_asked_of_the_compiler():
