@@ -23,6 +23,7 @@ from causalfusion_jax import encoding, sharding
 from causalfusion_jax.compile_ahead.program import Spec, devices, lower_sample, lower_training_step
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.evaluation import features, finetune, inception_metrics, periodic, probe, video_metrics
+from causalfusion_jax.evaluation.distribution import lower_precision_recall
 from causalfusion_jax.evaluation.settings import INCEPTION_METRICS
 from causalfusion_jax.experiment import ExperimentConfig, check_model_mesh
 from causalfusion_jax.models import i3d, inception
@@ -237,6 +238,10 @@ def _scoring(spec: Spec, networks: dict[str, int]) -> Iterator[Program]:
         yield Program("Inception, resizing", functools.partial(_lower_inception, spec, size, "resize"), beside)
         lower = functools.partial(_lower_inception, spec, size, "features")
         yield Program("Inception", lower, without("Inception weights"))
+    if evaluation.metric in ("precision", "recall"):
+        for part in ("radii", "coverage"):
+            lower = functools.partial(_lower_precision_recall, spec, part)
+            yield Program(f"precision and recall, {part}", lower, beside)
 
 
 def _lower_state(spec: Spec):
@@ -266,6 +271,13 @@ def _lower_inception(spec: Spec, num: int, part: str):
     if part == "resize":
         return inception.lower_resize(images)
     return inception.lower_features(_placed(inception.abstract_inception()[1], sharding.replicated(mesh)), images)
+
+
+def _lower_precision_recall(spec: Spec, part: str):
+    pooled = inception_metrics.DIMS[inception_metrics.POOLED]
+    num, of_reference = spec.config.evaluation.num_images, inception_metrics.NUM_REFERENCE_IMAGES
+    device = devices(spec.topology)[0]
+    return lower_precision_recall(of_reference, num, pooled, device, inception_metrics.NUM_NEIGHBORS)[part]
 
 
 def _lower_encoder(spec: Spec, vae: AutoencoderConfig, pixels, settings: encoding.EncodeConfig):

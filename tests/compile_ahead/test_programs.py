@@ -62,6 +62,11 @@ def test_every_program_of_a_run_is_named():
         "initial state", "training step", "weights for sampling", "evaluation sampler", "decoder",
         "Inception, resizing", "Inception", *PROBES,
     ]
+    precision = spec_of(data=LATENTS, evaluation=dict(EVALUATED, metric="precision"))
+    listed = {program.name: program for program in programs.run_programs(precision).programs}
+    radii, coverage = (listed[f"precision and recall, {part}"].lower() for part in ("radii", "coverage"))
+    assert [a.shape for a in radii.in_avals[0]] == [(1024, 2048), (10_000, 2048)]
+    assert [a.shape for a in coverage.in_avals[0]] == [(64, 2048), (64,), (10_000, 2048), (10_000,)]
     video = dict(data=dict(source="moving_digits", frames=16, image_size=12))
     assert names(programs.run_programs(spec_of(**video)))[-2:] == ["I3D, resizing", "I3D"]
 
