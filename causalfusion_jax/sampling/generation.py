@@ -14,6 +14,9 @@ from causalfusion_jax.models.transformer import TransformerConfig, abstract_mode
 from causalfusion_jax.sampling.images import to_uint8
 from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens, sample_tokens_shared
 
+BATCH_SIZE = 250
+"""Images in a batch where nothing else is said."""
+
 
 def replicate(params, devices):
     """Parameters whole on each of `devices`, which then share every batch of images.
@@ -211,7 +214,7 @@ def generate_images(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[int], None] = lambda done: None,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     known: Known | None = None,
@@ -236,7 +239,7 @@ def image_batches(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     wanted: Iterable[int] | None = None,
     known: Known | None = None,
@@ -270,7 +273,7 @@ def image_shares(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     text: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -99,6 +99,15 @@ def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, Auto
     return converted, AutoencoderConfig(**listed)
 
 
+def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, field: str, folder: str) -> None:
+    """Raises InputError where a model's data are not the autoencoder's latents."""
+    require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
+    require(
+        config.data.channels == settings.latent_channels, field, folder,
+        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
+    )
+
+
 class Autoencoder(NamedTuple):
     """An autoencoder of a model's latents.
 
@@ -129,11 +138,7 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
       InputError: it is none, or the model's data are not its latents.
     """
     converted, settings = open_autoencoder(folder, field)
-    require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
-    require(
-        config.data.channels == settings.latent_channels, field, folder,
-        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
-    )
+    check_autoencoder(settings, config, field, folder)
     params = converted.params(abstract_autoencoder(settings)[1])
 
     @functools.lru_cache(maxsize=1)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import metric_writers
 
 from causalfusion_jax import distributed, files
 from causalfusion_jax.hardware import by_device_kind
@@ -83,6 +82,9 @@ class MetricsLog:
     def __init__(self, workdir: str, total_steps: int):
         self._workdir, self._total_steps = pathlib.Path(workdir), total_steps
         self._primary = distributed.is_primary()
+        # Imported late: TensorFlow, which it brings, takes seconds.
+        from clu import metric_writers
+
         self._writer = metric_writers.create_default_writer(
             str(self._workdir / "tensorboard"), just_logging=not self._primary
         )

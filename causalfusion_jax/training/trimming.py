@@ -27,6 +27,11 @@ def bucket_lengths(config: ObjectiveConfig, buckets: int) -> tuple[int, ...]:
     return tuple(sorted({-(-tokens * (i + 1) // buckets) for i in range(buckets)}))
 
 
+def program_lengths(config: ObjectiveConfig, buckets: int) -> tuple[int, ...]:
+    """Clean tokens of each program of a run, from the shortest up; one where there are no buckets."""
+    return bucket_lengths(config, buckets) if buckets > 1 else (config.num_clean,)
+
+
 def with_length(config: StepConfig, length: int) -> StepConfig:
     """The step for batches that look at no more than `length` clean tokens."""
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, most_clean=length))
@@ -59,7 +64,7 @@ class LengthOfStep:
 
     def __init__(self, config: ObjectiveConfig, buckets: int, key: jax.Array):
         self._config, self._key = config, key
-        self.lengths = bucket_lengths(config, buckets) if buckets > 1 else (config.num_clean,)
+        self.lengths = program_lengths(config, buckets)
         self._chunk, self._visible = None, None
 
     def __call__(self, step: int) -> int:

@@ -1,6 +1,7 @@
 """The real TPU compiler: what is read from its programs against what their shapes ask for."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from helpers import command, tiny_config  # noqa: E402
+from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import PartitionSpec  # noqa: E402
 
 from causalfusion_jax import experiment, hardware, sharding  # noqa: E402
@@ -119,6 +121,15 @@ def test_wrong_input_is_one_line_before_anything_compiles(args, words):
         assert word in lines[0], lines[0]
 
 
+def test_the_sampler_is_the_one_that_a_run_starts():
+    """Attention in a kernel, which cannot be partitioned, beside weights that training splits."""
+    spec = small_spec(job="sample", batch=8, attention="flash", layers=1)
+    text = program.lower(spec).as_text()
+    assert "tpu_custom_call" in text and "manual_computation" in text
+    with pytest.raises(InputError, match="give 4 or 8"):
+        program.check(dataclasses.replace(spec, num=6))
+
+
 # --- Whole programs ---------------------------------------------------------------
 
 
@@ -165,3 +176,38 @@ def test_the_command():
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["fits"] and [r["devices"] for r in record["results"]] == [4, 1]
     assert "v5e:1x1: fits" in done.stdout and "hardware / model FLOPs" in done.stdout
+
+
+@pytest.mark.slow
+def test_all_programs_of_a_run_on_a_slice():
+    """At a size where a chip cannot hold the fine-tuning step, which alone is named."""
+    small = ["--config.model.layers=1", "--config.train.batch_size=64", "--config.evaluation.eval_every=100"]
+    args = ["--config=configs/digits.py", "--topology=v5e:2x2", "--job=run", *small]
+    done = command("preflight", *args, "--config.finetune.batch_size=8388608")
+    assert done.returncode == 1, done.stdout + done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])["results"][0]
+    assert [p["name"] for p in record["programs"] if not p["fits"]] == ["fine-tuning step"]
+    assert "v5e:2x2: fine-tuning step does not fit" in done.stdout
+    evaluation = next(p for p in record["programs"] if p["name"] == "evaluation sampler")
+    step = next(p for p in record["programs"] if p["name"] == "training step")
+    beside = evaluation["resident_bytes"]
+    assert beside["training state"] + beside["batch"] == pytest.approx(step["hbm"]["arguments"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_program_that_cannot_be_partitioned_is_named():
+    spec = small_spec(layers=1)
+    with pytest.raises(compiler.CompilerError, match="Mosaic kernels cannot be automatically partitioned"):
+        compiler.compile_lowered(functools.partial(lower_without_shard_map, spec), V5E)
+
+
+def lower_without_shard_map(spec):
+    """A kernel on an array that is split over devices, left to GSPMD."""
+    where = sharding.batch_sharding(spec.mesh())
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
+
+    def double(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    kernel = pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.jit(kernel, in_shardings=where, out_shardings=where).lower(x)
