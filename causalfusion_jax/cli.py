@@ -14,6 +14,9 @@ from absl import app, flags, logging
 
 from causalfusion_jax.errors import InputError, nearest
 
+INTERRUPTED = 75
+"""Exit status (EX_TEMPFAIL) of a command that was stopped and saved before its work was complete: run it again."""
+
 
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
     """Parses flags and runs `main`.
@@ -28,8 +31,10 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-    keep_freed_memory()
     leave_out_absent_tpu()
+    if computes_on_cpu():
+        keep_freed_memory()
+    allow_many_open_files()
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
@@ -93,11 +98,12 @@ def exit_status_of_training(out: TextIO | None = None):
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to reuse freed memory rather than give it back to the system.
+    """Tells glibc to reuse freed memory rather than give it back to the system; for processes that compute on the CPU.
 
     XLA:CPU allocates a program's temporaries anew at every call. By default large ones are
     fresh pages each time, and zeroing those takes a good part of a small model's step
-    (launch/bench/RESULTS.md).
+    (launch/bench/RESULTS.md). The one arena that this takes is shared by all threads: beside an
+    accelerator, where memory is allocated by many reading threads instead, it makes them wait.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -115,12 +121,41 @@ def leave_out_absent_tpu() -> None:
 
     Nothing happens where JAX_PLATFORMS is set, or any accelerator can be seen.
     """
-    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
-        return
-    devices = [path for pattern in _ACCELERATOR_FILES for path in glob.glob(pattern)]
-    vendors = [pathlib.Path(path).read_text().strip() for path in glob.glob("/sys/bus/pci/devices/*/vendor")]
-    if not devices and not set(vendors) & _ACCELERATOR_VENDORS:
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not _has_accelerator():
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def computes_on_cpu() -> bool:
+    """Whether jax, which has yet to start, will compute on the CPU of this machine."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    # The first one named is where programs run.
+    return platforms.split(",")[0].strip() == "cpu" if platforms else not _has_accelerator()
+
+
+def allow_many_open_files() -> None:
+    """Raises this process's limit of open files to what the system allows.
+
+    Readers of ArrayRecord keep a file open for each shard, and 1,024 is a common limit as well as a
+    common number of shards.
+    """
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < allowed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+MAX_OPEN_FILES = 65536
+"""Enough for any data set; without a bound, some programs close every possible descriptor one by one."""
+
+
+def _has_accelerator() -> bool:
+    """Whether the system shows a TPU or GPU."""
+    devices = [path for pattern in _ACCELERATOR_FILES for path in glob.glob(pattern)]
+    vendors = {pathlib.Path(path).read_text().strip() for path in glob.glob("/sys/bus/pci/devices/*/vendor")}
+    return bool(devices) or bool(vendors & _ACCELERATOR_VENDORS)
 
 
 _ACCELERATOR_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
@@ -148,7 +183,14 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
     except InputError as error:
         fail(error)
     except flags.Error as error:
-        fail(error)
+        fail(_input_error(error) or error)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The InputError that led to `error`: a config file's, which ml_collections and absl raise again as their own."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _check_config(argv: Sequence[str]) -> None:

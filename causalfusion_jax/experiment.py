@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from causalfusion_jax import files
 from causalfusion_jax.data.pipeline import DataConfig
-from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer
+from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer, with_checksum
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError, nearest, require, require_number
 from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
@@ -197,6 +197,11 @@ class ExperimentConfig:
     def knows_classes(self) -> bool:
         """Whether anything was trained with its class."""
         return self.model.class_dropout < 1 or (self.text.is_on and self.joint.class_dropout < 1)
+
+    @property
+    def drops_classes(self) -> bool:
+        """Whether anything was trained without its class, by the label table's last row."""
+        return self.model.class_dropout > 0 or (self.text.is_on and self.joint.class_dropout > 0)
 
     def check_classes(self, field: str, value) -> None:
         """Raises InputError where classes `value`, given as `field`, mean nothing to the model."""
@@ -389,6 +394,7 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> Changes:
       InputError: it holds something else, or a run that learns something else.
     """
     folder = pathlib.Path(workdir)
+    config = _with_checksums(config)
     if (folder / "config.json").is_file():
         changes = _changes(load(workdir), config)
         _check_allowed(workdir, changes, config)
@@ -409,7 +415,12 @@ def record_changes(workdir: str, config: ExperimentConfig, changes: Changes, ste
     line = {"step": step, "changed": {name: {"old": old, "new": new} for name, (old, new) in changes.items()}}
     with (folder / "config_history.jsonl").open("a") as history:
         history.write(json.dumps(line) + "\n")
-    files.write_json(folder / "config.json", to_dict(config))
+    files.write_json(folder / "config.json", to_dict(_with_checksums(config)))
+
+
+def _with_checksums(config: ExperimentConfig) -> ExperimentConfig:
+    """The settings as a run keeps them: with the checksum of the tokenizer's file."""
+    return dataclasses.replace(config, text=with_checksum(config.text))
 
 
 def _changes(saved: ExperimentConfig, config: ExperimentConfig) -> Changes:
@@ -426,6 +437,9 @@ def _changes(saved: ExperimentConfig, config: ExperimentConfig) -> Changes:
 def _check_allowed(workdir: str, changes: Changes, config: ExperimentConfig) -> None:
     """Raises InputError naming the changes after which something else would be learned."""
     free = FREE_SETTINGS | ({"train.steps"} if config.optimizer.schedule == "constant" else frozenset())
+    if not changes.get("text.checksum", ("kept",))[0]:
+        # The run is from before checksums were kept.
+        free |= {"text.checksum"}
     changed = [
         f"{path}={new!r} (the run has {old!r})"
         for path, (old, new) in changes.items()

@@ -8,11 +8,17 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from causalfusion_jax.errors import InputError
+
+T = TypeVar("T")
+
+RETRY_PAUSES = (1.0, 4.0)
+"""Seconds to wait before a failed read is tried again: mounted buckets have errors that pass."""
 
 LEASE = "lease.json"
 """The file by which a process holds a folder; see `lock`."""
@@ -63,6 +69,43 @@ def read_json(path: pathlib.Path) -> Any:
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text())
     return None
+
+
+def read_lines(field: str, path: pathlib.Path) -> list[str]:
+    """The lines of a UTF-8 text file, ended by line feeds (or CRLF) alone.
+
+    `str.splitlines` also splits at U+2028, NEL and form feeds, which captions and names may hold.
+
+    Raises:
+      InputError: it is not UTF-8; `field` names the option.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(field, str(path), f"must be text in UTF-8 ({error})") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def is_io_error(error: BaseException) -> bool:
+    """Whether the system failed to read, rather than a decoder to understand (whose OSErrors have no errno)."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def retry_io(read: Callable[[], T]) -> T:
+    """`read()`, tried again after each of RETRY_PAUSES where an I/O error may pass.
+
+    Raises what `read` raises; the last time, or at once for a file that is missing or forbidden.
+    """
+    for pause in RETRY_PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            permanent = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+            if not is_io_error(error) or isinstance(error, permanent):
+                raise
+        time.sleep(pause)
+    return read()
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

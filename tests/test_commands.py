@@ -52,6 +52,7 @@ def assert_refused(done, *words):
 
 def test_a_run_leaves_what_it_says(run):
     workdir, output = run
+    assert output.startswith("data: digits: 898 images of 8x8x1 ")
     assert "step 30/30" in output and "ETA 0:00:00" in output and "MFU" in output
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30]
@@ -121,10 +122,11 @@ def picture(tmp_path_factory):
 
 def test_edit_keeps_what_is_not_masked(run, picture, tmp_path):
     workdir, out = run[0], tmp_path / "out"
-    args = ("--mask=1,5,4,8", "--label=3", "--num=3", "--ar_steps=2")
+    args = ("--mask=1,5,4,8", "--label=Three", "--num=3", "--ar_steps=2")
     done = edit(workdir, out, picture, *args)
     assert done.returncode == 0, done.stderr
     assert "rounded outward to whole tokens of 2x2: 16 pixels are regenerated instead of 9" in done.stderr
+    assert f"weights: ema of step 30 of {workdir}\n" in done.stdout
     before = np.asarray(Image.open(picture))
     with np.load(out / "samples.npz") as arrays:
         images, labels, mask = arrays["arr_0"], arrays["arr_1"], arrays["mask"]
@@ -153,7 +155,7 @@ def test_edit_keeps_what_is_not_masked(run, picture, tmp_path):
         (["--mask=0,0,9,8", "--label=3"], ["--mask", "x1 <= 8"]),
         (["--mask=top"], ["--label", "is required"]),
         (["--mask=top", "--label=10"], ["--label=10", "0..9"]),
-        (["--mask=top", "--label=1,2"], ["--label", "one class number, or 1"]),
+        (["--mask=top", "--label=1,2"], ["--label", "one class, or 1"]),
         (["--mask=top", "--label=3", "--ar_steps=9"], ["--ar_steps=9", "<= 8"]),
         (["--mask=top", "--label=3", "--num=0"], ["--num=0"]),
         (["--mask=top", "--label=3", "--nopaste"], ["--paste", "needs --vae"]),
@@ -184,6 +186,19 @@ def test_an_image_or_mask_of_another_size_is_refused(run, picture, tmp_path):
 @pytest.fixture(scope="module")
 def expected(run, tmp_path_factory):
     return samples(run[0], tmp_path_factory.mktemp("expected") / "out")
+
+
+def test_exported_and_imported_it_samples_what_the_run_samples(run, expected, tmp_path):
+    file, folder, out = tmp_path / "digits.safetensors", tmp_path / "digits", tmp_path / "out"
+    done = command("convert", "--reverse", f"--checkpoint={run[0]}", f"--out={file}")
+    assert f"weights: ema of step 30 of {run[0]}\n" in done.stdout, done.stderr
+    done = command("convert", "--kind=causalfusion", f"--checkpoint={file}", f"--out={folder}")
+    assert "weights: ema of step 30 of digits.safetensors\n" in done.stdout, done.stderr
+    done = command(
+        "sample", f"--checkpoint={folder}", f"--out={out}", "--num=20", "--solver_steps=5", "--ar_steps=4", "--seed=3"
+    )
+    assert f"weights: ema of step 30 of digits.safetensors in {folder}\n" in done.stdout, done.stderr
+    assert (out / "samples.npz").read_bytes() == expected
 
 
 def test_kill_and_resume_is_byte_identical(run, expected, tmp_path):
@@ -264,6 +279,7 @@ def test_bad_training_input_touches_nothing(tmp_path, args, words):
 def test_missing_flags_and_files():
     assert_refused(command("train", "--config=configs/digits.py"), "--workdir", "is required")
     assert_refused(command("train", "--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py", "no such file")
+    assert_refused(command("train", "--config=configs/imagenet_causalfusion.py:XXL", "--workdir=x"), "XXL", "mean XL?")
     assert_refused(command("train", "--workdir=x"), "--config", "is required")
 
 
@@ -282,6 +298,12 @@ def test_bad_folders(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+IMAGES = (
+    "--config.data.source=image_folder", "--config.data.channels=3", "--config.data.num_classes=2",
+    "--config.data.flip=True", "--config.data.workers=1", "--config.train.steps=10",
+)  # fmt: skip
+
+
 def test_folder_of_images_trains_samples_and_scores(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("dark", "light"):
@@ -289,15 +311,26 @@ def test_folder_of_images_trains_samples_and_scores(tmp_path):
         for i in range(8):
             pixels = rng.integers(0, 120, (10, 12, 3)) + (130 if name == "light" else 0)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
-    done = train(
-        tmp_path / "run", "--config.data.source=image_folder", f"--config.data.path={tmp_path / 'images'}",
-        "--config.data.channels=3", "--config.data.num_classes=2", "--config.data.flip=True", "--config.data.workers=1",
-        "--config.train.steps=10",
-    )  # fmt: skip
+    done = train(tmp_path / "run", *IMAGES, f"--config.data.path={tmp_path / 'images'}")
     assert done.returncode == 0, done.stderr
     assert sample(tmp_path / "run", tmp_path / "out").returncode == 0
     scored = command("evaluate", f"--workdir={tmp_path / 'run'}", f"--samples={tmp_path / 'out' / 'samples.npz'}")
     assert scored.returncode == 0 and json.loads(scored.stdout)["fd"] > 0, scored.stderr
+    named_classes_stay_those_of_training(tmp_path)
+
+
+def named_classes_stay_those_of_training(folder):
+    """Whatever becomes of the folders that named them."""
+    (folder / "images" / "dark").rename(folder / "images" / "night")
+    done = command("train", *SMALL, f"--workdir={folder / 'run'}", *IMAGES, f"--config.data.path={folder / 'images'}")
+    assert_refused(done, "workdir", "class 0 is 'dark' in the run and 'light' in the data")
+    scored = command("evaluate", f"--workdir={folder / 'run'}", f"--samples={folder / 'out' / 'samples.npz'}")
+    assert "warning: class 0 is 'dark' in the run" in scored.stderr and json.loads(scored.stdout)["fd"] > 0
+    (folder / "images").rename(folder / "moved")
+    done = sample(folder / "run", folder / "named", f"--labels={','.join(10 * ['dark', 'light'])}")
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "named" / "samples.npz") as arrays:
+        assert arrays["arr_1"].tolist() == 10 * [0, 1]
 
 
 def test_another_config_and_another_folder(run, tmp_path):

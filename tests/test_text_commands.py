@@ -24,10 +24,13 @@ def workdir(tmp_path_factory):
         "train", "--config=configs/digit_pairs.py", f"--workdir={folder / 'run'}", *SMALL,
         "--config.logging.sample_every=8", "--config.logging.num_samples=4", "--config.text.tokenizer=words",
         f"--config.text.path={folder / 'words.txt'}", "--config.text.max_tokens=4",
+        "--config.evaluation.eval_every=8", "--config.evaluation.num_images=4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"diffusion", "cross_entropy", "mse/text_to_image", "ce/image_to_text", "captions_cut"} <= set(line)
+    assert "evaluated step 8: accuracy" in done.stdout
+    scalars, scores = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()[-2:])
+    assert {"diffusion", "cross_entropy", "mse/text_to_image", "ce/image_to_text", "captions_cut"} <= set(scalars)
+    assert {"evaluation/accuracy", "evaluation/left", "evaluation/right"} <= set(scores)
     assert (folder / "run" / "samples" / "00000008.png").is_file()
     return folder / "run"
 

@@ -31,7 +31,12 @@ def check_captions(source, config: TextConfig) -> None:
         raise InputError("config.data.source", type(source).__name__, f"first example: {error}") from None
 
 
-def example_texts(source, config: TextConfig, num: int) -> np.ndarray:
-    """Texts of `num` examples all over the source, int32 [num, max_tokens]: prompts to watch training by."""
-    indices = np.arange(num) * len(source) // num
-    return np.stack([tokenize(source[int(index)], config)["text"] for index in indices])
+def example_prompts(source, config: TextConfig, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts and labels of `num` examples all over the source: prompts to watch training by.
+
+    Returns:
+      text: int32 [num, max_tokens].
+      label: int32 [num].
+    """
+    examples = [tokenize(source[int(index)], config) for index in np.arange(num) * len(source) // num]
+    return np.stack([example["text"] for example in examples]), np.array([e["label"] for e in examples], np.int32)

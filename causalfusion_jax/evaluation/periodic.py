@@ -8,12 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from causalfusion_jax import distributed
+from causalfusion_jax.data.pipeline import Source
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.evaluation import inception_metrics, scores
-from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, WITHOUT_REFERENCE
+from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, OF_CLASSES, WITHOUT_REFERENCE, pixel_metrics
 from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images, image_shares
-from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
@@ -24,13 +25,14 @@ class Evaluator:
       config: all settings of the run.
       mesh: its devices, which each hold the averaged weights whole while they sample, and
         share every batch. Each process scores what its own devices made.
+      source: the training data, for the prompts of a model of text; default: opened here.
 
     Raises:
       InputError: the settings do not fit, or a folder or file that they name is not what
         it must be.
     """
 
-    def __init__(self, config: ExperimentConfig, mesh: Mesh):
+    def __init__(self, config: ExperimentConfig, mesh: Mesh, source: Source | None = None):
         self._config, self._mesh = config, mesh
         evaluation, data = config.evaluation, config.data
         self._inception = self._reference = self._decode = None
@@ -44,15 +46,26 @@ class Evaluator:
         if evaluation.metric in INCEPTION_METRICS:
             self._open_inception()
         else:
-            require(
-                not data.latents, "config.evaluation.metric", evaluation.metric,
-                f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
-            )
-            require(
-                evaluation.metric != "accuracy" or data.source == "digits", "config.evaluation.metric",
-                evaluation.metric, "is of source digits; else give fd",
-            )
-        self._labels = balanced_labels(evaluation.num_images, data.num_classes)
+            self._check_pixel_metric()
+        self._conditions = make_conditions(config, evaluation.num_images, source)
+
+    def _check_pixel_metric(self) -> None:
+        data, metric = self._config.data, self._config.evaluation.metric
+        require(
+            not data.latents, "config.evaluation.metric", metric,
+            f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
+        )
+        require(
+            metric in self._pixel_metrics, "config.evaluation.metric", metric,
+            f"cannot be measured of this model of source {data.source}; give"
+            f" {' or '.join((*self._pixel_metrics, 'one that needs evaluation.inception'))}",
+        )
+
+    @property
+    def _pixel_metrics(self) -> tuple[str, ...]:
+        """Those of the source; without any of classes where samples are of no class in particular."""
+        of_classes = self._config.knows_classes or self._config.text.is_on
+        return tuple(n for n in pixel_metrics(self._config.data) if of_classes or n not in OF_CLASSES)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
@@ -84,14 +97,16 @@ class Evaluator:
           between_batches: called after each batch of samples, on all processes; may raise to end the evaluation.
         """
         config, evaluation = self._config, self._config.evaluation
-        sampled = (config, config.sampling, ema, self._labels, config.train.seed, evaluation.sample_batch_size)
+        labels, text, _ = self._conditions
+        sampled = (config, config.sampling, ema, labels, config.train.seed, evaluation.sample_batch_size)
+        how = {"decode": self._decode, "text": text}
         if self._inception is None:
-            images = generate_images(*sampled, progress=lambda done: between_batches(), decode=self._decode)
+            images = generate_images(*sampled, progress=lambda done: between_batches(), **how)
             return distributed.on_primary(lambda: self._pixel_scores(images))
         collected, numbers = inception_metrics.Collected([evaluation.metric]), collections.deque()
 
         def shares() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for share in image_shares(*sampled, decode=self._decode):
+            for share in image_shares(*sampled, **how):
                 between_batches()
                 yield share
 
@@ -106,8 +121,8 @@ class Evaluator:
         return distributed.on_primary(lambda: self._inception_score(whole))
 
     def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
-        found = scores.score(self._config.data, images, self._labels)
-        return {name: value for name, value in found.items() if isinstance(value, float)}
+        found = scores.score(self._config.data, images, self._conditions.classes)
+        return {name: found[name] for name in self._pixel_metrics}
 
     def _inception_score(self, collected: inception_metrics.Collected) -> dict[str, float]:
         metric = self._config.evaluation.metric

@@ -42,7 +42,7 @@ def caption_images(
       config: what `params` were trained as.
       how: the search.
       params: the Transformer's parameters.
-      images: float32 [num, height, width, channels].
+      images: float32 [num, height, width, channels]; or what has a length and gives them by index.
       prompts: what each caption begins with.
       seed: of what is drawn.
       batch_size: images read at a time.

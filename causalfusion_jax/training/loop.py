@@ -10,13 +10,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from causalfusion_jax import distributed, experiment, sharding
-from causalfusion_jax.data.captions import check_captions, example_texts
-from causalfusion_jax.data.pipeline import BatchIterator, Source, host_batches, make_source, reading_threads
+from causalfusion_jax.data.captions import check_captions
+from causalfusion_jax.data.class_names import check_class_names, store_class_names
+from causalfusion_jax.data.pipeline import (
+    BatchIterator,
+    Source,
+    describe,
+    host_batches,
+    make_source,
+    reading_threads,
+)
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.transformer import count_params
+from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images
-from causalfusion_jax.sampling.images import balanced_labels, frames_in_rows, make_grid, save_png
+from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
 from causalfusion_jax.training import metrics as metrics_lib
 from causalfusion_jax.training.checkpoint import Checkpoints
 from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
@@ -50,10 +59,10 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         check_captions(source, config.text)
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
-    evaluate = Evaluator(config, mesh) if config.evaluation.eval_every else None
+    evaluate = Evaluator(config, mesh, source) if config.evaluation.eval_every else None
     with distributed.held_folder(workdir, "workdir") as lock:
         changes: experiment.Changes = {}
-        distributed.on_primary(lambda: changes.update(experiment.claim_workdir(workdir, config)), None)
+        distributed.on_primary(lambda: changes.update(_claim(workdir, config, tuple(source.class_names))), None)
         checkpoints = Checkpoints(workdir, config.checkpoint, lock=lock)
         # Made by one program on all processes, where they are to lie.
         make_keys = jax.jit(
@@ -78,6 +87,14 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
             finally:
                 run.close()
     return state
+
+
+def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> experiment.Changes:
+    """Makes `workdir` this run's, or checks that it is; keeps the names of its classes. Raises InputError."""
+    check_class_names(workdir, class_names)
+    changes = experiment.claim_workdir(workdir, config)
+    store_class_names(workdir, class_names)
+    return changes
 
 
 def _continue_from(checkpoints: Checkpoints, config, workdir: str, changes: experiment.Changes, step: int) -> None:
@@ -127,7 +144,7 @@ class _Run:
         # One program, or one for each length, compiled when a step first needs it.
         self.programs = {}
         self.share = sharding.BatchShare(self.mesh, config.train.batch_size)
-        self.text = self.log = self.iterator = None
+        self.conditions = self.log = self.iterator = None
 
     def to_the_end(self, state: TrainState, start: int, position: int) -> TrainState:
         """Continues from a step. Raises Stopped where a signal ends it before all is done."""
@@ -136,10 +153,10 @@ class _Run:
         if start >= total and not any(pending):
             _say(f"{self.workdir} is already trained to step {start}")
             return state
+        _say(describe(self.source, config.data))
         _describe(config, self.mesh, self.workdir, start)
         self.log = metrics_lib.MetricsLog(str(self.workdir), total)
-        if config.text.is_on:
-            self.text = example_texts(self.source, config.text, config.logging.num_samples)
+        self.conditions = make_conditions(config, config.logging.num_samples, self.source)
         try:
             self._review(start, state, *pending)
             if start < total:
@@ -312,13 +329,10 @@ class _Run:
     def _sample(self, step: int, state: TrainState) -> None:
         """A grid of samples from the averaged weights, by the sampler that users call."""
         config = self.config
-        labels = balanced_labels(config.logging.num_samples, config.data.num_classes)
-        # Beside a text, a class would have to be its own.
-        labels = labels if self.text is None else np.full_like(labels, config.data.num_classes)
         with jax.transfer_guard("allow"):
             images = generate_images(
-                config, config.sampling, state.ema, labels, config.train.seed,
-                progress=lambda done: self.stop.interrupt(), text=self.text,
+                config, config.sampling, state.ema, self.conditions.labels, config.train.seed,
+                progress=lambda done: self.stop.interrupt(), text=self.conditions.text,
             )
         grid = make_grid(*frames_in_rows(images, config.data.num_classes if config.data.num_classes <= 20 else 8))
         if distributed.is_primary():

@@ -130,6 +130,10 @@ def test_tfds_record_that_is_damaged_is_named(tfds_folder, tmp_path):
         except CorruptRecord as error:
             failed.append(error.value)
     assert len(failed) == 1 and failed[0].startswith("tiny_digits train["), failed
+    file.unlink()
+    with pytest.raises(InputError, match="could not be read .*No such file") as error:
+        pickle.loads(pickle.dumps(source))[0]
+    assert not isinstance(error.value, CorruptRecord)
 
 
 def tar_config(folder, **changes):

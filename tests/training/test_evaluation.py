@@ -11,12 +11,16 @@ from helpers import random_params, tiny_config
 from host_reads import no_implicit_reads
 
 from causalfusion_jax import experiment, sharding
+from causalfusion_jax.data.digit_pairs import digit_pairs
+from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.tokenizers import END, make_tokenizer
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import periodic
 from causalfusion_jax.evaluation.scores import score
-from causalfusion_jax.evaluation.settings import is_better
+from causalfusion_jax.evaluation.settings import HIGHER_IS_BETTER, SCORES, is_better, pixel_metrics
 from causalfusion_jax.sampling.generation import generate_images, image_batches, replicate
-from causalfusion_jax.sampling.images import balanced_labels
+from causalfusion_jax.sampling.images import balanced_labels, to_uint8
 from causalfusion_jax.sampling.trained import from_run
 from causalfusion_jax.training import loop
 from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
@@ -152,9 +156,73 @@ def test_evaluator_scores_what_is_sampled(two_devices):
     assert difference.max() <= 2 and difference.mean() < 0.1
 
 
+PAIRS = tiny_config(
+    data=dict(source="digit_pairs", image_width=16, num_classes=100), text=dict(tokenizer="bytes", max_tokens=13),
+    model=dict(class_dropout=1.0), evaluation=dict(eval_every=1, num_images=40, metric="accuracy"),
+)
+
+
+def evaluate_with(config, draw, monkeypatch):
+    """The scores of an Evaluator whose images are `draw(labels, text)`."""
+    monkeypatch.setattr(
+        periodic, "generate_images", lambda _, sampler, params, labels, *rest, text=None, **kwargs: draw(labels, text)
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    return periodic.Evaluator(config, mesh)({"w": np.zeros(1, np.float32)})
+
+
+def test_models_of_text_are_evaluated_by_captions_and_no_class(monkeypatch):
+    config = experiment.from_dict(PAIRS)
+    held_out, decode = digit_pairs("held_out_digits"), make_tokenizer(config.text).decode
+    of_caption = {held_out[i]["caption"]: held_out[i]["image"] for i in range(0, len(held_out), 50)}
+    prompts = []
+
+    def draw(labels, text):
+        assert labels.tolist() == [100] * 40, "a class that no text came with in training"
+        prompts.extend(decode([int(token) for token in slots if token > END]) for slots in text)
+        return np.stack([to_uint8(of_caption[prompt]) for prompt in prompts])
+
+    scores = evaluate_with(config, draw, monkeypatch)
+    assert set(scores) == {"accuracy", "left", "right"} and scores["accuracy"] > 0.9
+    assert len(set(prompts)) > 20
+
+
+def test_models_that_saw_no_class_are_sampled_without(monkeypatch):
+    values = tiny_config(model=dict(class_dropout=1.0), evaluation=dict(eval_every=1, num_images=30))
+    seen = []
+
+    def draw(labels, text):
+        seen.append((labels, text))
+        return to_uint8(digits("train").images[:30])
+
+    scores = evaluate_with(experiment.from_dict(values), draw, monkeypatch)
+    ((labels, text),) = seen
+    assert labels.tolist() == [10] * 30 and text is None and set(scores) == {"fd"}
+
+
+@pytest.mark.parametrize("data", [{}, PAIRS["data"], dict(source="moving_digits", image_size=16, frames=2)])
+def test_every_declared_pixel_metric_is_measured_and_has_a_direction(data):
+    data = DataConfig(**dict(source="digits") | data)
+    longer = (2 * data.frames,) if data.frames > 1 else ()
+    samples = np.zeros((4, *longer, *data.shape[-3:]), np.uint8)
+    assert set(score(data, samples, np.zeros(4, int))) == set(pixel_metrics(data)) <= set(SCORES)
+    # Of no class in particular, what compares samples with their classes is left out.
+    of_classes = {"accuracy", "accuracy_beyond", "left", "right"}
+    assert of_classes <= set(HIGHER_IS_BETTER)
+    without = set(pixel_metrics(data)) - of_classes
+    if without:
+        assert set(score(data, samples, np.full(4, data.num_classes))) == without
+    else:
+        with pytest.raises(InputError, match="scored by their classes or prompts"):
+            score(data, samples, np.full(4, data.num_classes))
+
+
 @pytest.mark.parametrize(
     ("sections", "field"),
     [
+        (dict(evaluation=dict(metric="fd"), **{k: PAIRS[k] for k in ("data", "text", "model")}), "metric"),
+        (dict(evaluation=dict(metric="left", eval_every=1)), "metric"),
+        (dict(evaluation=dict(metric="accuracy", eval_every=1), model=dict(class_dropout=1.0)), "metric"),
         (dict(evaluation=dict(metric="accuracy", eval_every=1), data=dict(source="arrays", path="x")), "metric"),
         (dict(evaluation=dict(metric="fid", inception="no", reference="no.npz", eval_every=1)), "reference"),
         (dict(evaluation=dict(metric="inception_score", inception="no", eval_every=1)), "inception"),
