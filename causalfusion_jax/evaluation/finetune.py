@@ -327,7 +327,9 @@ class Finetuning:
         if step >= total:
             return state
         shapes = batch_shapes(self.settings, self.data)
-        run, clock = compile_finetune_step(self.step, self.mesh, shapes, self.key), time.perf_counter()
+        with jax.transfer_guard("allow"):
+            run = compile_finetune_step(self.step, self.mesh, shapes, self.key)
+        clock = time.perf_counter()
         while step < total:
             batch = next(iterator)
             state, loss = run(state, self.share.place({name: batch[name] for name in shapes}), self.key)

@@ -63,7 +63,7 @@ class Evaluator:
     def __init__(self, config: ExperimentConfig, mesh: Mesh, source: Source | None = None):
         check_evaluation(config)
         self._config, self._mesh = config, mesh
-        evaluation, data = config.evaluation, config.data
+        evaluation = config.evaluation
         self._inception = self._reference = self._decode = None
         if evaluation.vae:
             self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode

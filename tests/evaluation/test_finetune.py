@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, tiny_config
+from host_reads import no_implicit_reads
 
 from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.sources import digits
@@ -199,8 +200,9 @@ def run(folder, devices=1, **changes):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.devices()[:devices])
     folder.mkdir(exist_ok=True)
     tuning = finetune.Finetuning(READING, settings, CONFIG.data, Few(70), mesh, folder)
-    weights = tuning.train(lambda: place_params(random_params(READING.model), READING.model, mesh))
-    return jax.device_get(weights), tuning.test(weights, Few(50, "held_out"), ProbeConfig(read_batch_size=32))
+    with no_implicit_reads():
+        weights = tuning.train(lambda: place_params(random_params(READING.model), READING.model, mesh))
+        return jax.device_get(weights), tuning.test(weights, Few(50, "held_out"), ProbeConfig(read_batch_size=32))
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, compiled_once):
