@@ -130,13 +130,6 @@ class Process:
             self._bytes, timeout = self._bytes + read, 0
 
 
-def run(module: str | Callable[[], Any], *args: str, fault: Callable[[], None] | None = None) -> Process:
-    """A process that has ended."""
-    process = Process(module, args, fault)
-    process.wait()
-    return process
-
-
 def train(workdir: pathlib.Path, *flags: str, fault: Callable[[], None] | None = None) -> Process:
     """A training process of the tiny run, started."""
     return Process("causalfusion_jax.train", (*TINY, f"--workdir={workdir}", *flags), fault)
@@ -166,6 +159,15 @@ def reached(workdir: pathlib.Path) -> int:
 
 def _text(path: pathlib.Path) -> str:
     return path.read_text() if path.is_file() else ""
+
+
+def lost_steps(reached: int, resumed: int, every: int = EVERY) -> int:
+    """Steps lost, of those up to the newest checkpoint whose save had begun.
+
+    Saving goes on in the background: steps trained meanwhile are repeated too, but are not
+    what `checkpoint.every` promises.
+    """
+    return max(0, (reached - 1) // every * every - resumed)
 
 
 def metrics_of(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -220,16 +222,26 @@ def _digest(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def digests(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of what differs between two ends, sorted; empty where they are byte-identical."""
     names = sorted(expected.keys() | found.keys())
     return [name for name in names if name not in expected or name not in found or expected[name] != found[name]]
 
 
+def value_of(function: Callable[[], Any]) -> Any:
+    """What a function returns, called in a process of its own, as plain values."""
+    process = finished(Process(function), "a process of the drill")
+    return json.loads(process.output.strip().splitlines()[-1])
+
+
 def read_end(workdir: pathlib.Path) -> dict[str, Any]:
     """`end_of` in a process of its own."""
-    process = finished(Process(lambda: end_of(workdir)), f"reading the end of {workdir}")
-    return json.loads(process.output.strip().splitlines()[-1])
+    return value_of(lambda: end_of(workdir))
 
 
 def reference(out: pathlib.Path, *flags: str) -> tuple[dict[str, Any], float]:

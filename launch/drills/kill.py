@@ -46,15 +46,6 @@ def all_kills(count: int) -> list[Kill]:
     return [Kill(number, *next(kinds)) for number in range(count)]
 
 
-def lost_steps(reached: int, resumed: int, every: int) -> int:
-    """Steps lost, of those up to the newest checkpoint whose save had begun.
-
-    Saving goes on in the background: steps trained meanwhile are repeated too, but are not
-    what `checkpoint.every` promises.
-    """
-    return max(0, (reached - 1) // every * every - resumed)
-
-
 class KilledRun:
     """One run, killed up to five times and then trained to its end.
 
@@ -112,7 +103,7 @@ class KilledRun:
                 outcome |= {"survived": not refused, "error": process.output[-2000:] if refused else ""}
                 if resumed is not None:
                     outcome["repeated"] = outcome["reached"] - resumed
-                    outcome["lost"] = lost_steps(outcome["reached"], resumed, drill.EVERY)
+                    outcome["lost"] = drill.lost_steps(outcome["reached"], resumed)
             self._unjudged.clear()
         return not refused
 
