@@ -84,8 +84,8 @@ def cases(workdir: pathlib.Path) -> list[tuple[str, pathlib.Path, pathlib.Path, 
     content = {path: (workdir / path).read_bytes() for path in files}
     found = []
     for path in files:
-        older = pathlib.Path(*(part.replace(str(step), str(before), 1) if i == 1 else part for i, part in
-                               enumerate(path.parts)))
+        # checkpoints/STEP/..., or manifests/STEP.json.
+        older = pathlib.Path(path.parts[0], path.parts[1].replace(str(step), str(before), 1), *path.parts[2:])
         other = next(other for other in reversed(files) if content[other] != content[path])
         is_stale = (workdir / older).is_file() and (workdir / older).read_bytes() != content[path]
         left_out = set() if content[path] else {"a flipped bit", "truncated"}
@@ -201,7 +201,8 @@ def main() -> int:
         DAMAGES[name](workdir / path, workdir / older, workdir / other, rng)
         outcome = damaged_run(workdir, STOPPED_AT, expected)
         done.add([{"damage": name, "file": str(path)} | outcome])
-        print(f"{path} {name}: {'detected' if outcome['detected'] else 'NOT DETECTED'}, lost {outcome['lost']}", flush=True)
+        detected = "detected" if outcome["detected"] else "NOT DETECTED"
+        print(f"{path} {name}: {detected}, {outcome['lost']} steps lost", flush=True)
     missed = drill.value_of(lambda: undetected_bits(stopped, STOPPED_AT, args.manifest_bits, random.Random(args.seed)))
     failures = failures_of(done.records) + [f"not detected: {bit}" for bit in missed]
     rows = rows_of(done.records, args.manifest_bits, missed)

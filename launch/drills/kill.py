@@ -11,6 +11,7 @@ table and one JSON line; exit status 1 where a restart was refused, more than
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import pathlib
 import random
@@ -88,9 +89,10 @@ class KilledRun:
             process = drill.train(self._workdir, self._flags)
             process.wait(self._rng.uniform(0, self._seconds), number)
             return process, process.was_killed
-        process = drill.train(
-            self._workdir, self._flags, fault=moments.at(moment, count, lambda: moments.kill(number))
-        )
+        # SIGTERM lets the process go on, so that it must find its files as they are.
+        moment = moment._replace(half=moment.half and number == signal.SIGKILL)
+        fault = moments.at(moment, count, functools.partial(moments.kill, number))
+        process = drill.train(self._workdir, self._flags, fault=fault)
         process.wait()
         return process, moments.FIRED in process.output
 
@@ -178,7 +180,7 @@ def main() -> int:
         for outcome in run.outcomes:
             outcome |= {"run": number, "differs": differs, "identical": not differs}
         done.add(run.outcomes)
-        told = (f"{o['signal']} {o['moment']} (step {o['reached']}, {o.get('repeated')} repeated)" for o in run.outcomes)
+        told = (f"{o['signal']} {o['moment']} at step {o['reached']}" for o in run.outcomes)
         print(f"run {number}, keep={left[0].keep}{' DIFFERS' if differs else ''}: {', '.join(told)}", flush=True)
         numbers = {outcome["number"] for outcome in run.outcomes}
         left = [kill for kill in left if kill.number not in numbers]
