@@ -7,10 +7,17 @@ import os
 import pathlib
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from causalfusion_jax.errors import InputError
+
+LEASE = "lease.json"
+"""The file by which a process holds a folder; see `lock`."""
+
+PART_PATTERN = ".*.part"
+"""Files that are being written, or that a killed process left so."""
 
 Description = dict[str, dict[str, Any]]
 """Size and SHA-256 of every file of a folder, by relative path."""
@@ -51,17 +58,24 @@ def read_json(path: pathlib.Path) -> Any:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    # Of a name of its own: another process may be writing the same file.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def is_new(folder: pathlib.Path) -> bool:
-    """Whether `folder` does not exist or is empty."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    """Whether `folder` does not exist or is empty but for a lease and unfinished files."""
+    return not folder.exists() or (
+        folder.is_dir() and all(path.name == LEASE or path.match(PART_PATTERN) for path in folder.iterdir())
+    )
 
 
 def require_new(field: str, folder: pathlib.Path) -> None:

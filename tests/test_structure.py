@@ -9,7 +9,7 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "files", "npz", "hardware", "distributed", "factorization", "layouts", "diffusion", "sharding"),
+    ("errors", "files", "lock", "npz", "hardware", "distributed", "factorization", "layouts", "diffusion", "sharding"),
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
     (
