@@ -65,13 +65,8 @@ DAMAGES: dict[str, Damage] = {
 
 def files_of(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
     """Files of a checkpoint and its manifests, relative to the run's folder, sorted."""
-    paths = [*(workdir / "checkpoints" / str(step)).rglob("*"), *(workdir / "manifests").glob(f"{step}.*")]
-    return sorted(path.relative_to(workdir) for path in paths if path.is_file())
-
-
-def steps_of(workdir: pathlib.Path) -> list[int]:
-    """Steps saved, newest first."""
-    return sorted((int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), reverse=True)
+    folders = workdir / "checkpoints" / str(step), workdir / "manifests" / str(step)
+    return sorted(path.relative_to(workdir) for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def cases(workdir: pathlib.Path) -> list[tuple[str, pathlib.Path, pathlib.Path, pathlib.Path]]:
@@ -79,31 +74,19 @@ def cases(workdir: pathlib.Path) -> list[tuple[str, pathlib.Path, pathlib.Path, 
 
     Only what changes something: an empty file has no bit, and some files are alike in every step.
     """
-    step, before = steps_of(workdir)[:2]
+    step, before = drill.steps_of(workdir)[:2]
     files = files_of(workdir, step)
     content = {path: (workdir / path).read_bytes() for path in files}
     found = []
     for path in files:
-        # checkpoints/STEP/..., or manifests/STEP.json.
-        older = pathlib.Path(path.parts[0], path.parts[1].replace(str(step), str(before), 1), *path.parts[2:])
+        # checkpoints/STEP/..., or manifests/STEP/...
+        older = pathlib.Path(path.parts[0], str(before), *path.parts[2:])
         other = next(other for other in reversed(files) if content[other] != content[path])
         is_stale = (workdir / older).is_file() and (workdir / older).read_bytes() != content[path]
         left_out = set() if content[path] else {"a flipped bit", "truncated"}
         left_out |= set() if is_stale else {"that of the step before"}
         found += [(name, path, older, other) for name in DAMAGES if name not in left_out]
     return found
-
-
-def is_detected(workdir: pathlib.Path, step: int) -> bool:
-    """Whether a step is refused when it is asked for."""
-    from causalfusion_jax.errors import InputError
-    from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
-
-    try:
-        Checkpoints(workdir, CheckpointConfig(), read_only=True).good_step(step)
-    except InputError:
-        return True
-    return False
 
 
 def undetected_bits(workdir: pathlib.Path, step: int, count: int, rng: random.Random) -> list[str]:
@@ -117,7 +100,7 @@ def undetected_bits(workdir: pathlib.Path, step: int, count: int, rng: random.Ra
             flipped[byte] ^= 1 << bit
             (workdir / path).write_bytes(flipped)
             try:
-                if not is_detected(workdir, step):
+                if drill.is_intact(workdir, step):
                     missed.append(f"{path}: bit {bit} of byte {byte}")
             except Exception as error:
                 missed.append(f"{path}: bit {bit} of byte {byte}: {error!r}")
@@ -183,7 +166,7 @@ def main() -> int:
     print(f"seed {args.seed}, in {out}", flush=True)
     expected, _ = drill.reference(out)
     stopped = out / "stopped"
-    if not stopped.is_dir() or STOPPED_AT not in steps_of(stopped):
+    if not stopped.is_dir() or STOPPED_AT not in drill.steps_of(stopped):
         drill.remove(stopped)
         stop = moments.at(moments.METRICS, STOPPED_AT, functools.partial(moments.kill, signal.SIGTERM))
         drill.train(stopped, fault=stop).wait()

@@ -50,14 +50,14 @@ CASES = (
     Case("train", "the commit of a checkpoint", moments.COMMIT, 3), Case("train", "a manifest", moments.MANIFEST, 3),
     Case("train", "metrics", moments.METRICS, 6), Case("train", "an evaluation", moments.EVALUATION),
     Case("train", "a grid", moments.GRID_FILE),
-    Case("sample", "the request", Moment("open", r"/parts/request\.json\S*")),
-    Case("sample", "a part", Moment("open", r"/parts/\d+\.half"), 2),
-    Case("sample", "samples.npz", Moment("open", r"/samples\.npz\S*")),
-    Case("sample", "grid.png", Moment("open", r"/grid\.png\S*")),
-    Case("encode", "the request", Moment("open", r"/progress/request\.json\S*")),
+    Case("sample", "the request", Moment("open", r"/parts/\.?request\.json\S*")),
+    Case("sample", "a part", Moment("open", r"/parts/\.?\d+\.\S+"), 2),
+    Case("sample", "samples.npz", Moment("open", r"/\.?samples\.npz\S*")),
+    Case("sample", "grid.png", Moment("open", r"/\.?grid\.png\S*")),
+    Case("encode", "the request", Moment("open", r"/progress/\.?request\.json\S*")),
     Case("encode", "a shard", Moment("call", "causalfusion_jax.data.latents:pack"), 350),
-    Case("encode", "a shard's statistics", Moment("open", r"/progress/\d+\.json\S*"), 2),
-    Case("encode", "the manifest", Moment("open", r"/manifest\.json\S*")),
+    Case("encode", "a shard's statistics", Moment("open", r"/progress/\.?\d+\.json\S*"), 2),
+    Case("encode", "the manifest", Moment("open", r"/\.?manifest\.json\S*")),
 )  # fmt: skip
 
 ERRORS = {"no space left": errno.ENOSPC, "file too large": errno.EFBIG}

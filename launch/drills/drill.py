@@ -187,44 +187,61 @@ def metrics_of(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def steps_of(workdir: pathlib.Path) -> list[int]:
+    """Steps of which something is saved, newest first."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def is_intact(workdir: pathlib.Path, step: int) -> bool:
+    """Whether a step is given where it is asked for, rather than refused as damaged."""
+    from causalfusion_jax.errors import InputError
+    from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+
+    try:
+        return Checkpoints(workdir, CheckpointConfig(), read_only=True).good_step(step) == step
+    except InputError:
+        return False
+
+
 def end_of(workdir: pathlib.Path) -> dict[str, Any]:
     """What must be the same at the end of two runs of the same settings, as plain values.
 
-    Starts jax's device: for a process of its own.
+    The arrays are read by Orbax alone. Starts jax's device: for a process of its own.
     """
     import jax
     import numpy as np
+    import orbax.checkpoint as ocp
 
-    from causalfusion_jax import experiment, sharding
-    from causalfusion_jax.training.checkpoint import Checkpoints
-    from causalfusion_jax.training.state import abstract_state
+    from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 
-    config = experiment.load(str(workdir))
-    checkpoints = Checkpoints(workdir, config.checkpoint, read_only=True)
-    mesh = sharding.make_mesh(config.mesh)
-    step = checkpoints.good_step()
-    state, position = checkpoints.restore(step, abstract_state(config.step, mesh))
+    steps = steps_of(workdir)
+    folder = workdir / "checkpoints" / str(steps[0])
+    state = ocp.StandardCheckpointer().restore(folder / "state")
     arrays = {
-        f"array{jax.tree_util.keystr(path)}": hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+        f"array{jax.tree_util.keystr(path)}": _digest(np.asarray(leaf).tobytes())
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-    broken = [wanted for wanted in checkpoints.steps() if checkpoints._problem(wanted)]
     left = [path.name for path in workdir.rglob("*") if re.search(r"orbax-checkpoint-tmp|\.part$|\.half$", path.name)]
-    grids = {f"grid {path.name}": _digest(path) for path in sorted((workdir / "samples").glob("*.png"))}
+    grids = {f"grid {path.name}": _digest(path.read_bytes()) for path in sorted((workdir / "samples").glob("*.png"))}
     return {
-        "step": step, "data position": position, "best": checkpoints.best(step),
-        "checkpoints that are not whole": broken, "files left behind": left, **arrays, **grids,
+        "step": steps[0], "data position": json.loads((folder / "data" / "metadata").read_text())["position"],
+        "best": Checkpoints(workdir, CheckpointConfig(), read_only=True).best(steps[0]),
+        "checkpoints that are not whole": [step for step in steps if not is_intact(workdir, step)],
+        "files left behind": left, **arrays, **grids,
         **metrics_of(_text(workdir / "metrics.jsonl").splitlines()),
     }
 
 
-def _digest(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by relative path."""
-    return {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): _digest(path.read_bytes()) for path in paths}
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -37,16 +37,16 @@ class Moment(NamedTuple):
 FIRED = "drill: the moment has come"
 """What the process prints."""
 
-ARRAYS = Moment("os.mkdir", r"/checkpoints/\d+\.orbax-checkpoint-tmp/state.*/array_metadatas")
+ARRAYS = Moment("os.mkdir", r"/checkpoints/\d+\.orbax-checkpoint-tmp[^/]*/state[^/]*/array_metadatas")
 COMMIT = Moment("os.rename", r"/checkpoints/\d+")
-MANIFEST = Moment("open", r"/manifests/\d+\.json\.\S*")
-HALF_MANIFEST = Moment("os.rename", r"/manifests/\d+\.json", half=True)
+MANIFEST = Moment("open", r"/manifests/\S+")
+HALF_MANIFEST = Moment("os.rename", r"/manifests/\S+\.json", half=True)
 DELETION = Moment("shutil.rmtree", r"/checkpoints/\d+", files_removed=4)
 GRID = Moment("call", "causalfusion_jax.training.loop:_Run._sample")
-GRID_FILE = Moment("open", r"/samples/\d+\.png\S*")
+GRID_FILE = Moment("open", r"/samples/\.?\d+\.png\S*")
 EVALUATION = Moment("call", "causalfusion_jax.evaluation.periodic:Evaluator.__call__")
 METRICS = Moment("call", "causalfusion_jax.training.metrics:MetricsLog.write")
-CONFIG = Moment("open", r"/config\.json\S*")
+CONFIG = Moment("open", r"/\.?config\.json\S*")
 
 
 def kill(number: int) -> None:
