@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, nearest
 
 
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
     """Parses flags and runs `main`.
 
-    InputError, from anywhere, ends the process with one line on stderr and status 2.
+    InputError, from anywhere, ends the process with one line on stderr and status 2; a disk
+    that is full or fails (`files.DISK_ERRORS`), with one line and status 1.
 
     Args:
       main: takes the arguments that are not flags.
@@ -40,6 +42,11 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
             main(argv)
         except InputError as error:
             fail(error)
+        except OSError as error:
+            if error.errno not in files.DISK_ERRORS:
+                raise
+            where = error.filename or "a file"
+            fail(f"{where}: {error.strerror}; run the same command again to continue once this is resolved", 1)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
 
@@ -101,10 +108,10 @@ _ACCELERATOR_VENDORS = {"0x1ae0", "0x10de", "0x1002"}
 """Google, NVIDIA, AMD."""
 
 
-def fail(error: Exception | str) -> None:
-    """Prints the error as one line and ends the process with status 2."""
+def fail(error: Exception | str, status: int = 2) -> None:
+    """Prints the error as one line and ends the process."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:

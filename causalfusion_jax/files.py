@@ -1,6 +1,7 @@
 """Files written whole, and known by their checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from causalfusion_jax.errors import InputError
@@ -56,19 +57,49 @@ def read_json(path: pathlib.Path) -> Any:
     return None
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    # Of a name of its own: another process may be writing the same file.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of a disk that is full, limited, broken or read-only: of the machine, not of the program."""
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Has an OSError raised inside name `path`: those of writes name no file, or one under another name."""
     try:
-        with part.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, shared: bool = False) -> Iterator[pathlib.Path]:
+    """The path of a file to write, which becomes `path` at the end: whole, on disk, or not at all.
+
+    Args:
+      path: the file; what it held is replaced.
+      shared: other processes may write it at the same time.
+
+    Raises:
+      OSError: it names `path`.
+    """
+    owner = f".{uuid.uuid4().hex}" if shared else ""
+    part = path.with_name(f".{path.name}{owner}.part")
+    try:
+        with writing(path):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    with replacing(path, shared=True) as part, part.open("w") as file:
+        json.dump(content, file, indent=1)
 
 
 def is_new(folder: pathlib.Path) -> bool:

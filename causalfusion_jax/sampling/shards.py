@@ -6,7 +6,7 @@ are done, so that any process, now or after an interruption, can make the others
 """
 
 import contextlib
-import os
+import io
 import pathlib
 import shutil
 from typing import Any
@@ -85,12 +85,11 @@ class SampleFolder:
 
     def write(self, index: int, images: np.ndarray) -> None:
         """Keeps a batch, whole or not at all."""
-        half = self._part(index).with_suffix(".half")
-        with half.open("wb") as file:
-            np.save(file, images)
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(self._part(index))
+        # Through memory: numpy's own errors of writing do not say why.
+        content = io.BytesIO()
+        np.save(content, images)
+        with files.replacing(self._part(index)) as part:
+            part.write_bytes(content.getbuffer())
 
     def join(self, columns: int) -> None:
         """Writes samples.npz and the grid of all parts, one part in memory at a time, and lets go of the parts.
