@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -83,13 +85,24 @@ class Process:
     @staticmethod
     def _run(module, args: list[str], fault) -> int:
         """In the new process: the command; its exit status."""
-        command_server.die_with_parent()
-        if not isinstance(module, str):
-            print(json.dumps(module()), flush=True)
-            return 0
-        if fault is not None:
-            fault()
-        return command_server.run_module(module, args)
+        try:
+            command_server.die_with_parent()
+            if fault is not None:
+                fault()
+            if isinstance(module, str):
+                status = command_server.run_module(module, args)
+            else:
+                print(json.dumps(module()), flush=True)
+                status = 0
+            # As Python does at the end.
+            for thread in threading.enumerate():
+                if thread is not threading.current_thread() and not thread.daemon:
+                    thread.join()
+            return status
+        except BaseException:
+            # Nothing may reach the stack that this process has inherited.
+            traceback.print_exc()
+            return 1
 
     @property
     def output(self) -> str:
@@ -175,13 +188,14 @@ def metrics_of(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
 
     Args:
       lines: of the file; those of evaluations are a step's own second line.
-
-    Raises:
-      ValueError: a line that is not JSON.
     """
     found = {}
-    for line in lines:
-        values = json.loads(line)
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            found[f"broken line {number} of the metrics"] = {"text": line}
+            continue
         kind = "evaluation" if any(name.startswith("evaluation/") for name in values) else "training"
         found[f"{kind} of step {values['step']}"] = {n: v for n, v in values.items() if n not in TIMES}
     return found
