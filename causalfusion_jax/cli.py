@@ -7,7 +7,7 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 
@@ -36,19 +36,26 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
         if not flags.FLAGS["verbosity"].present:
             # Orbax reports every file at INFO; --verbosity=0 shows it.
             logging.set_verbosity(logging.WARNING)
-        try:
+        with errors_in_one_line():
             if len(argv) > 1:
                 raise InputError("argument", argv[1], "not understood; options are given as --name=value")
             main(argv)
-        except InputError as error:
-            fail(error)
-        except OSError as error:
-            if error.errno not in files.DISK_ERRORS:
-                raise
-            where = error.filename or "a file"
-            fail(f"{where}: {error.strerror}; run the same command again to continue once this is resolved", 1)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the process with one line on InputError (status 2) and on errors of the disk (status 1)."""
+    try:
+        yield
+    except InputError as error:
+        fail(error)
+    except OSError as error:
+        if error.errno not in files.DISK_ERRORS:
+            raise
+        where = error.filename or "a file"
+        fail(f"{where}: {error.strerror}; run the same command again to continue once this is resolved", 1)
 
 
 def define_processes() -> Callable[[], None]:
