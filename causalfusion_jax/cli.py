@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from absl import app, flags, logging
 
@@ -77,6 +78,32 @@ def define_processes() -> Callable[[], None]:
         distributed.initialize(address.value, count.value, number.value, multihost.value)
 
     return join
+
+
+INTERRUPTED = 75
+"""Exit status (EX_TEMPFAIL) of a command that a signal stopped before its work was complete, which is saved: run it
+again. A command exits with 0 only when its work is complete."""
+
+
+@contextlib.contextmanager
+def exit_status_of_training(out: TextIO | None = None):
+    """Ends the process with INTERRUPTED where training was stopped, and with 1 where it diverged.
+
+    Args:
+      out: where one line says how far it came; default: stderr.
+    """
+    from causalfusion_jax import distributed
+    from causalfusion_jax.training.stopping import Stopped, TrainingDiverged
+
+    try:
+        yield
+    except Stopped as stopped:
+        if distributed.is_primary():
+            print(stopped, file=out or sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,9 @@
 """Several processes (hosts) as one program: how they start, agree and stop."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from causalfusion_jax.errors import require
+from causalfusion_jax.lock import FolderLock
 
 T = TypeVar("T")
 
@@ -86,12 +89,21 @@ def on_primary(run: Callable[[], T], default: T) -> T:
     return int(number) if has_result else None
 
 
-def from_primary(values: dict[str, float]) -> dict[str, float]:
-    """Process 0's numbers, to single precision, on all: what they decide by is then alike."""
-    if jax.process_count() == 1:
-        return values
-    numbers = multihost_utils.broadcast_one_to_all(np.array(list(values.values()), np.float32))
-    return dict(zip(values, map(float, numbers), strict=True))
+@contextlib.contextmanager
+def held_folder(folder: str | pathlib.Path, field: str) -> Iterator[FolderLock | None]:
+    """Keeps other jobs out of `folder`; process 0 holds it for all (None on the others).
+
+    Args:
+      folder: made if it does not exist.
+      field: the option that names it, for errors.
+
+    Raises:
+      InputError: another job is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        locks = []
+        on_primary(lambda: locks.append(stack.enter_context(FolderLock(folder, field))), None)
+        yield locks[0] if locks else None
 
 
 def wait_for_all(name: str) -> None:
@@ -100,17 +112,17 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def should_stop(step: int, received: bool) -> bool:
-    """Whether all processes stop after this step.
+def should_stop(poll: int, received: bool) -> bool:
+    """Whether all processes stop at this poll.
 
     Args:
-      step: the step, alike on all processes, which all ask after every step.
-      received: whether this process, running alone, was told to stop. Of several, the
-        runtime notices SIGTERM on any and picks a step that all can still reach.
+      poll: its number, which counts up by one from poll to poll, alike on all processes.
+      received: whether this process, running alone, was told to stop. With several processes the
+        runtime notices SIGTERM on any of them and picks a poll that none has reached yet.
     """
     if jax.process_count() == 1:
         return received
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(poll)
 
 
 def everywhere(x: jax.Array) -> np.ndarray:

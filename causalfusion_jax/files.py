@@ -1,5 +1,6 @@
 """Files written whole, and known by their checksums."""
 
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -9,7 +10,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from causalfusion_jax.errors import InputError
@@ -23,6 +24,9 @@ PART_PATTERN = ".*.part"
 Description = dict[str, dict[str, Any]]
 """Size and SHA-256 of every file of a folder, by relative path."""
 
+_THREADS = 8
+"""Files hashed at a time; hashing and reading release the interpreter lock."""
+
 
 def describe_file(path: pathlib.Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
@@ -31,23 +35,28 @@ def describe_file(path: pathlib.Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def describe(folder: pathlib.Path) -> Description:
-    """Size and SHA-256 of every file below `folder`."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
+def names(folder: pathlib.Path) -> list[str]:
+    """Relative paths of all files below `folder`, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def describe(folder: pathlib.Path, of: Iterable[str] | None = None) -> Description:
+    """Size and SHA-256 of the files `of` (default: every file) below `folder`; several are read at a time."""
+    listed = names(folder) if of is None else list(of)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(listed, pool.map(lambda name: describe_file(folder / name), listed), strict=True))
 
 
 def difference(folder: pathlib.Path, expected: Description) -> str | None:
     """How the files of `folder` differ from what was described; None where they do not."""
-    actual = describe(folder)
     for name, described in expected.items():
-        if name not in actual:
+        path = folder / name
+        if not path.is_file():
             return f"file {name} is missing"
-        if actual[name]["bytes"] != described["bytes"]:
-            return f"file {name} has {actual[name]['bytes']} bytes instead of {described['bytes']}"
-        if actual[name] != described:
-            return f"file {name} has another checksum"
-    return None
+        if path.stat().st_size != described["bytes"]:
+            return f"file {name} has {path.stat().st_size} bytes instead of {described['bytes']}"
+    actual = describe(folder, expected)
+    return next((f"file {name} has another checksum" for name in expected if actual[name] != expected[name]), None)
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -61,15 +70,30 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Errors of a disk that is full, limited, broken or read-only: of the machine, not of the program."""
 
 
+def disk_error(error: BaseException) -> int | None:
+    """The errno of an error that the disk is the reason of; None for others.
+
+    Libraries (TensorStore, ArrayRecord) raise errors of other types whose text holds the system's.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in DISK_ERRORS else None
+    return next((number for number in DISK_ERRORS if os.strerror(number) in str(error)), None)
+
+
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Has an OSError raised inside name `path`: those of writes name no file, or one under another name."""
+    """Has errors of the disk raised inside name `path`: those of writes name no file, or one under another name.
+
+    Raises:
+      OSError: with `errno` and `filename`, also where a library raised something else.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename, error.filename2 = str(path), None
-        raise
+    except Exception as error:
+        number = disk_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -97,9 +121,23 @@ def replacing(path: pathlib.Path, shared: bool = False) -> Iterator[pathlib.Path
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    with replacing(path, shared=True) as part, part.open("w") as file:
-        json.dump(content, file, indent=1)
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+    """Writes a text file whole or not at all."""
+    with replacing(path, shared=True) as part:
+        part.write_text(content)
+
+
+def drop_torn_line(path: pathlib.Path) -> None:
+    """Removes the end of a file of lines that follows its last newline: a line that a kill cut short."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def is_new(folder: pathlib.Path) -> bool:

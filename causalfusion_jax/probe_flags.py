@@ -166,21 +166,15 @@ def _maps(study, of) -> dict[str, Any]:
 
 
 def _finetuned(study, of, folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies after fine-tuning; ends the process with status 1 where it is stopped or diverges."""
+    """Accuracies after fine-tuning; ends the process as training does where it is stopped or diverges."""
     from causalfusion_jax import distributed
-    from causalfusion_jax.evaluation.finetune import Stopped
-    from causalfusion_jax.training.loop import diverged_is_one_line
 
     tunings = {name: study.finetuning(name, folder / name) for name in of}
     for tuning in tunings.values():
         distributed.on_primary(lambda tuning=tuning: _claim(tuning.folder, request), None)
-    try:
-        with diverged_is_one_line():
-            found = {name: study.finetune(tunings[name], params) for name, params in of.items()}
-            return _beside(found, study.described)
-    except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(1)
+    with cli.exit_status_of_training():
+        found = {name: study.finetune(tunings[name], params) for name, params in of.items()}
+        return _beside(found, study.described)
 
 
 def _draw(path: pathlib.Path, study, found: dict[str, Any]) -> None:

@@ -71,6 +71,7 @@ class Stage:
 def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     """The commands of a run, in order."""
     from causalfusion_jax.sweeps import samples_folder
+    from causalfusion_jax.training.manifests import manifest_path
 
     folder = workdir / run.name
     train = (
@@ -78,7 +79,7 @@ def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
         *shlex.split(_TRAIN_FLAGS.value),
     )
     # The manifest of a checkpoint is the last thing that is written of it.
-    planned = [Stage("training", train, folder / "manifests" / f"{run.config.train.steps}.json")]
+    planned = [Stage("training", train, manifest_path(folder, run.config.train.steps))]
     for ar_steps in run.ar_steps:
         out = samples_folder(workdir, run, ar_steps, sweep)
         sample = (

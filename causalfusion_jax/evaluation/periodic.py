@@ -1,6 +1,6 @@
 """Evaluation during training: images from the averaged weights on the run's devices, scored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -75,19 +75,25 @@ class Evaluator:
         names = ("metric", "num_images", "inception", "reference", "vae")
         return {name: getattr(evaluation, name) for name in names} | {"sampling": repr(sampling)}
 
-    def __call__(self, ema) -> dict[str, float]:
-        """Scores of the averaged weights, which lie as training has them; collective."""
+    def __call__(self, ema, between_batches: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Scores of the averaged weights, which lie as training has them; collective.
+
+        Args:
+          ema: the weights.
+          between_batches: called after each batch of samples, on all processes; may raise to end the evaluation.
+        """
         config, evaluation = self._config, self._config.evaluation
         params = replicate(ema, self._mesh.devices.ravel())
         sampled = (config, config.sampling, params, self._labels, config.train.seed, evaluation.sample_batch_size)
         if self._inception is None:
-            images = generate_images(*sampled, decode=self._decode)
+            images = generate_images(*sampled, progress=lambda done: between_batches(), decode=self._decode)
             found = scores.score(config.data, images, self._labels)
             return {name: value for name, value in found.items() if isinstance(value, float)}
         collected = inception_metrics.Collected([evaluation.metric])
 
         def batches(size: int) -> Iterator[np.ndarray]:
             for images in image_batches(*sampled, decode=self._decode):
+                between_batches()
                 yield from (images[i:i + size] for i in range(0, len(images), size))
 
         collected.add_all(self._inception.features(batches, collected.names))

@@ -1,6 +1,7 @@
 """What can be measured, which way is better, and when training does it."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from causalfusion_jax.errors import require, require_number, require_one_of
@@ -20,7 +21,9 @@ HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall")
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    """Whether `value` beats `best`; what is not a number beats nothing."""
+    """Whether `value` beats `best`. A value that is not a number beats nothing, and any number beats it."""
+    if math.isnan(best):
+        return not math.isnan(value)
     return value > best if metric in HIGHER_IS_BETTER else value < best
 
 

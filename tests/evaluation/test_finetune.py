@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from helpers import random_params, tiny_config
 
-from causalfusion_jax import experiment, sharding
+from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import augment, finetune
 from causalfusion_jax.evaluation.features import make_reading, place_params
 from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
+from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from causalfusion_jax.training.stopping import Stopped, TrainingDiverged
 
 CONFIG = experiment.from_dict(tiny_config())
 READING = make_reading(CONFIG, ProbeConfig())
@@ -205,14 +207,41 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, compil
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and set(found) == {"top1", "top5"}
     # Told to stop after the sixth of sixteen steps, in the middle of an epoch.
-    monkeypatch.setattr(finetune.distributed, "should_stop", lambda step, received: step == 6)
-    with pytest.raises(finetune.Stopped, match="step 6 of 16"):
-        run(tmp_path / "parts")
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "should_stop", lambda poll, received: poll == 6)
+        with pytest.raises(Stopped, match="SIGTERM: saved step 6 of 16"):
+            run(tmp_path / "parts")
+    # As a kill leaves it: an epoch that is trained again, and half a line.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "loss": 0.0, "seconds": 1.0}\n{"epoch": 3, "lo')
     again, same = run(tmp_path / "parts")
+    resumed = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["loss"]) for line in resumed] == [(line["epoch"], line["loss"]) for line in lines]
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert same == found
     # Finished: nothing is learned any more.
     jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "parts")[0], whole)
+
+
+def test_a_state_that_is_not_finite_is_not_saved_over_the_only_checkpoint(tmp_path, monkeypatch, compiled_once):
+    """Told to stop in the middle of an epoch, after a step that gave NaN."""
+    compile_as_before = finetune.compile_finetune_step
+
+    def compile_step(*args):
+        step = compile_as_before(*args)
+
+        def run_step(state, batch, key):
+            state, loss = step(state, batch, key)
+            broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params) if int(state.step) == 6 else state.params
+            return state._replace(params=broken), loss
+
+        return run_step
+
+    monkeypatch.setattr(finetune, "compile_finetune_step", compile_step)
+    monkeypatch.setattr(distributed, "should_stop", lambda poll, received: poll == 6)
+    with pytest.raises(TrainingDiverged, match="epoch 2 .* not finite"):
+        run(tmp_path / "run")
+    assert Checkpoints(tmp_path / "run", CheckpointConfig(), read_only=True).good_step() == 4
 
 
 def test_devices_share_a_step(tmp_path, compiled_once):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from causalfusion_jax import experiment, sharding
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import periodic
 from causalfusion_jax.evaluation.scores import score
+from causalfusion_jax.evaluation.settings import is_better
 from causalfusion_jax.sampling.generation import generate_images, image_batches, replicate
 from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import from_run
@@ -68,23 +70,63 @@ def test_the_best_is_kept_beside_the_latest_across_restarts(tmp_path, monkeypatc
     assert steps == [24, 20] and (best["step"], best["value"]) == (20, 0.5)
 
 
+def save(checkpoints, step, value=None, of=dict(metric="fd")):
+    checkpoints.save(step, {"x": np.arange(3)}, position=0)
+    if value is not None:
+        checkpoints.record_evaluation(step, value, of)
+
+
 def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
-    state = {"x": np.arange(3)}
-    best = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}
-    for step, of in best.items():
-        checkpoints.save(step, state, position=0, best={"step": of, "value": 0.0, "of": {}})
-    checkpoints.wait()
-    assert checkpoints.steps() == [5, 4]
+    for step, value in {1: 5.0, 2: 6.0, 3: 7.0, 4: 2.0, 5: 3.0}.items():
+        save(checkpoints, step, value)
     checkpoints.close()
+    assert checkpoints.steps() == [5, 4]
     again = Checkpoints(tmp_path, CheckpointConfig(keep=2))
     assert again.best(5)["step"] == 4
-    again.save(6, state, position=0, best={"step": 4, "value": 0.0, "of": {}})
-    again.save(7, state, position=0, best={"step": 7, "value": -1.0, "of": {}})
-    again.wait()
-    # 6 was saved when 4 was the best.
-    assert again.steps() == [7, 6, 4] and again.best(6)["step"] == 4 and again.best()["step"] == 7
+    save(again, 6)
+    save(again, 7, -1.0)
     again.close()
+    # The best one up to 6 is 4.
+    assert again.steps() == [7, 6, 4] and again.best(6)["step"] == 4 and again.best()["step"] == 7
+    shutil.rmtree(tmp_path / "checkpoints" / "7")
+    again = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    again.go_back(6)
+    assert again.best()["step"] == 4 and not again.is_evaluated(7, dict(metric="fd"))
+    # What is best starts anew where values cannot be compared.
+    save(again, 8, 9.0, dict(metric="fd", num_images=2))
+    again.close()
+    assert again.best()["step"] == 8
+
+
+@pytest.mark.parametrize("metric", ["fd", "accuracy"])
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, metric):
+    checkpoints, of = Checkpoints(tmp_path, CheckpointConfig()), dict(metric=metric)
+    assert not checkpoints.is_best(1, np.nan, of)
+    checkpoints.record_evaluation(1, np.nan, of)
+    for step, value in {2: 0.5, 3: np.nan}.items():
+        assert checkpoints.is_best(step, value, of) == (step == 2)
+        save(checkpoints, step, value, of)
+    checkpoints.close()
+    assert checkpoints.best()["step"] == 2
+    assert is_better(metric, 0.5, np.nan) and not is_better(metric, np.nan, 0.5)
+
+
+def test_the_best_of_an_older_version_is_found_and_kept(tmp_path):
+    """It was saved inside of the checkpoint."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    for step in (4, 8):
+        save(checkpoints, step, 1.0 * step)
+    checkpoints.close()
+    (tmp_path / "evaluations.json").unlink()
+    data = tmp_path / "checkpoints" / "8" / "data" / "metadata"
+    data.write_text(json.dumps({"position": 0, "best": {"step": 4, "value": 4.0, "of": dict(metric="fd")}}))
+    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).best(8)["step"] == 4
+    again = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    again.go_back(8)
+    save(again, 12, 5.0)
+    again.close()
+    assert again.steps() == [12, 4]
 
 
 def test_evaluator_scores_what_is_sampled(two_devices):
