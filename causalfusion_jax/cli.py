@@ -55,8 +55,8 @@ def errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         if error.errno not in files.DISK_ERRORS:
             raise
-        where = error.filename or "a file"
-        fail(f"{where}: {error.strerror}; run the same command again to continue once this is resolved", 1)
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror}; run the same command again to continue once this is resolved", 1)
 
 
 def define_processes() -> Callable[[], None]:

@@ -330,9 +330,7 @@ class _Run:
         if distributed.is_primary():
             path = self._grid_path(step)
             path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(f".{path.name}")
-            save_png(unfinished, grid)
-            unfinished.replace(path)
+            save_png(path, grid)
             self.log.write_grid(step, grid)
             with jax.transfer_guard("allow"):
                 self.watch(step, {})

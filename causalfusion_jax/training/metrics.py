@@ -87,10 +87,10 @@ class MetricsLog:
             str(self._workdir / "tensorboard"), just_logging=not self._primary
         )
         self._jsonl = None
+        self._path = self._workdir / "metrics.jsonl"
         if self._primary:
-            path = self._workdir / "metrics.jsonl"
-            files.drop_torn_line(path)
-            self._jsonl = path.open("a")
+            files.drop_torn_line(self._path)
+            self._jsonl = self._path.open("a")
 
     def write(self, step: int, scalars: dict[str, float | None]) -> None:
         """Records scalars and prints the progress line; on process 0 alone."""
@@ -103,8 +103,9 @@ class MetricsLog:
         finite = {name: value for name, value in scalars.items() if value is not None and math.isfinite(value)}
         self._writer.write_scalars(step, finite)
         line = {"step": step, **{name: finite.get(name) for name in scalars}}
-        self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
-        self._jsonl.flush()
+        with files.writing(self._path):
+            self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
+            self._jsonl.flush()
 
     def write_scores(self, step: int, scores: dict[str, float], is_best: bool) -> None:
         """Records an evaluation, as a line of its own; on process 0 alone."""
@@ -122,7 +123,8 @@ class MetricsLog:
         """Until everything is written."""
         self._writer.close()
         if self._jsonl is not None:
-            self._jsonl.close()
+            with files.writing(self._path):
+                self._jsonl.close()
 
 
 def progress_line(step: int, total_steps: int, scalars: dict[str, float | None]) -> str:

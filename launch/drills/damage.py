@@ -90,7 +90,7 @@ def cases(workdir: pathlib.Path) -> list[tuple[str, pathlib.Path, pathlib.Path, 
 
 
 def undetected_bits(workdir: pathlib.Path, step: int, count: int, rng: random.Random) -> list[str]:
-    """Flips bits of a step's manifests one by one, and undoes each; those that were not detected."""
+    """Flips `count` bits of a step's manifest one by one, and undoes each; those that were not detected."""
     missed = []
     for path in (path for path in files_of(workdir, step) if path.parts[0] == "manifests"):
         content = (workdir / path).read_bytes()

@@ -94,10 +94,8 @@ class Process:
             else:
                 print(json.dumps(module()), flush=True)
                 status = 0
-            # As Python does at the end.
-            for thread in threading.enumerate():
-                if thread is not threading.current_thread() and not thread.daemon:
-                    thread.join()
+            # As Python does at the end: waits for threads that are no daemons.
+            threading._shutdown()
             return status
         except BaseException:
             # Nothing may reach the stack that this process has inherited.
