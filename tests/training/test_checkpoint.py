@@ -15,7 +15,7 @@ from causalfusion_jax import experiment, files, sharding
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.training import checkpoint
 from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
-from causalfusion_jax.training.manifests import Manifests, manifest_path
+from causalfusion_jax.training.manifests import Manifests, manifest_path, writer
 from causalfusion_jax.training.state import abstract_state, create_state
 
 CONFIG = experiment.from_dict(tiny_config())
