@@ -1,5 +1,6 @@
 """The training loop: compile once, step, watch, save, stop when asked."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -169,10 +170,11 @@ class _Run:
         self.peak_flops = metrics_lib.peak_flops(self.mesh.devices.flat[0]) * self.mesh.devices.size
 
     def close(self) -> None:
-        """Lets go of everything; what was saved is on disk then."""
-        for opened in (self.iterator, self.log, self.checkpoints):
-            if opened is not None:
-                opened.close()
+        """Lets go of everything, also where some of it fails; what was saved is on disk then."""
+        with contextlib.ExitStack() as closing:
+            for opened in (self.checkpoints, self.log, self.iterator):
+                if opened is not None:
+                    closing.callback(opened.close)
 
     def _program(self, length: int):
         """The compiled training step for batches that attend to so many clean tokens."""

@@ -83,9 +83,8 @@ class MetricsLog:
     def __init__(self, workdir: str, total_steps: int):
         self._workdir, self._total_steps = pathlib.Path(workdir), total_steps
         self._primary = distributed.is_primary()
-        self._writer = metric_writers.create_default_writer(
-            str(self._workdir / "tensorboard"), just_logging=not self._primary
-        )
+        self._events = self._workdir / "tensorboard"
+        self._writer = metric_writers.create_default_writer(str(self._events), just_logging=not self._primary)
         self._jsonl = None
         self._path = self._workdir / "metrics.jsonl"
         if self._primary:
@@ -101,7 +100,8 @@ class MetricsLog:
     def _record(self, step: int, scalars: dict[str, float | None]) -> None:
         """One line of `metrics.jsonl`, null where a value is not a finite number, and the same for TensorBoard."""
         finite = {name: value for name, value in scalars.items() if value is not None and math.isfinite(value)}
-        self._writer.write_scalars(step, finite)
+        with files.writing(self._events):
+            self._writer.write_scalars(step, finite)
         line = {"step": step, **{name: finite.get(name) for name in scalars}}
         with files.writing(self._path):
             self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
@@ -117,11 +117,13 @@ class MetricsLog:
 
     def write_grid(self, step: int, grid: np.ndarray) -> None:
         """Records a sample grid, uint8 [height, width, channels], in TensorBoard."""
-        self._writer.write_images(step, {"samples": grid[None]})
+        with files.writing(self._events):
+            self._writer.write_images(step, {"samples": grid[None]})
 
     def close(self) -> None:
         """Until everything is written."""
-        self._writer.close()
+        with files.writing(self._events):
+            self._writer.close()
         if self._jsonl is not None:
             with files.writing(self._path):
                 self._jsonl.close()

@@ -124,14 +124,15 @@ def failing(case: Case, error: str, disk: pathlib.Path) -> Callable[[], None]:
 
 def judged(output: str, error: str, folder: pathlib.Path) -> str:
     """What is wrong with what a failed command printed; nothing where it is one line that says all."""
-    lines = [line for line in output.splitlines() if line.startswith("error: ")]
-    if "Traceback" in output:
-        return "a traceback"
-    if len(lines) != 1:
-        return f"{len(lines)} lines of error"
-    if os.strerror(ERRORS[error]) not in lines[0]:
+    # Libraries log what they raise, tracebacks too; the command's own line comes last.
+    lines = output.strip().splitlines() or [""]
+    if not lines[-1].startswith("error: "):
+        return "a traceback" if "Traceback" in output else "no line of error"
+    if sum(line.startswith("error: ") for line in lines) > 1:
+        return "more than one line of error"
+    if os.strerror(ERRORS[error]) not in lines[-1]:
         return "the reason is not said"
-    if not re.search(re.escape(str(folder)) + r"/\S", lines[0]):
+    if not re.search(re.escape(str(folder)) + r"/\S", lines[-1]):
         return "the file is not named"
     return ""
 

@@ -56,7 +56,6 @@ def kill(number: int) -> None:
 
 def limit_file_size(size: int) -> None:
     """Makes every write beyond `size` bytes of a file fail (EFBIG, "File too large")."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 

@@ -78,7 +78,7 @@ def test_a_kill_misses_the_goal_by_each_of_its_conditions(changes, words):
     ("output", "wrong"),
     [
         ("error: /d/train/x: No space left on device; run again\n", ""),
-        ("Traceback (most recent call last):\n", "a traceback"), ("step 4\n", "0 lines of error"),
+        ("Traceback (most recent call last):\n", "a traceback"), ("step 4\n", "no line of error"),
         ("error: /d/train/x: it failed\n", "the reason is not said"),
         ("error: No space left on device\n", "the file is not named"),
     ],
