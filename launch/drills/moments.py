@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
