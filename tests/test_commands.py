@@ -11,6 +11,9 @@ import pytest
 from helpers import ROOT, command, command_env
 from PIL import Image
 
+from causalfusion_jax.cli import INTERRUPTED
+from causalfusion_jax.training.manifests import manifest_path
+
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=30",
     "--config.train.batch_size=8",
@@ -203,10 +206,10 @@ def test_sigterm_saves_and_resumes_byte_identical(run, expected, tmp_path):
     wait_for_step(process, 8)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
+    assert process.returncode == INTERRUPTED, stderr
     assert "SIGTERM: saved step" in stdout and "run the same command again to continue" in stdout
     step = int(stdout.split("saved step ")[1].split()[0])
-    assert (workdir / "checkpoints" / str(step)).is_dir() and (workdir / "manifests" / f"{step}.json").is_file()
+    assert (workdir / "checkpoints" / str(step)).is_dir() and manifest_path(workdir, step).is_file()
     done = train(workdir)
     assert f"at step {step}" in done.stdout, done.stdout + done.stderr
     assert samples(workdir, tmp_path / "out") == expected
@@ -220,7 +223,7 @@ def test_damage_and_resume_is_byte_identical(run, expected, tmp_path, damage):
     wait_for_step(process, 20)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0 and "SIGTERM: saved step" in stdout, stderr
+    assert process.returncode == INTERRUPTED and "SIGTERM: saved step" in stdout, stderr
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())

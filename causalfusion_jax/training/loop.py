@@ -262,7 +262,8 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState, totals, since: int) -> None:
-        """Saves the state, and the metrics that were not written yet."""
+        """Saves the state, and the metrics that were not written yet. Raises TrainingDiverged instead where it did."""
+        self._check_finite(state, step)
         partial = None if totals is None else {"since": since, "totals": metrics_lib.to_plain(totals)}
         self.checkpoints.save(step, state, self.iterator.position, partial)
 
