@@ -327,11 +327,13 @@ def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
             record |= {"index": np.array(index, np.int64)}
             if batch["caption"][i] is not None:
                 record["caption"] = np.frombuffer(batch["caption"][i].encode(), np.uint8)
-            writer.write(latents.pack(record))
+            with files.writing(part):
+                writer.write(latents.pack(record))
         statistics = _add(statistics, _statistics(encoded[: len(batch["index"])]))
         done += len(batch["index"])
         if batch["last"] == shards.examples(number)[-1]:
-            writer.close()
+            with files.writing(part):
+                writer.close()
             writer = None
             _name_shard(shards, number, part, corrupt, statistics)
             speed = done / (time.perf_counter() - start)

@@ -1,5 +1,6 @@
 """The training loop: compile once, step, watch, save, stop when asked."""
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -185,10 +186,11 @@ class _Run:
         self.peak_flops = metrics_lib.peak_flops(self.mesh.devices.flat[0]) * self.mesh.devices.size
 
     def close(self) -> None:
-        """Lets go of everything; what was saved is on disk then."""
-        for opened in (self.iterator, self.log, self.checkpoints):
-            if opened is not None:
-                opened.close()
+        """Lets go of everything, also where some of it fails; what was saved is on disk then."""
+        with contextlib.ExitStack() as closing:
+            for opened in (self.checkpoints, self.log, self.iterator):
+                if opened is not None:
+                    closing.callback(opened.close)
 
     def _program(self, length: int):
         """The compiled training step for batches that attend to so many clean tokens."""
@@ -339,9 +341,7 @@ class _Run:
         if distributed.is_primary():
             path = self._grid_path(step)
             path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(f".{path.name}")
-            save_png(unfinished, grid)
-            unfinished.replace(path)
+            save_png(path, grid)
             self.log.write_grid(step, grid)
             with jax.transfer_guard("allow"):
                 self.watch(step, {})
