@@ -50,7 +50,7 @@ class Course:
         monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
         monkeypatch.setattr(metrics_lib, "peak_flops", lambda device: 1.0)
         monkeypatch.setattr(loop, "compile_train_step", lambda step, mesh, shapes, key: compiled(step, mesh))
-        monkeypatch.setattr(loop, "Evaluator", lambda config, mesh: self)
+        monkeypatch.setattr(loop, "Evaluator", lambda config, mesh, source: self)
         monkeypatch.setattr(loop, "generate_images", self.generate)
         course, save = self, Checkpoints.save
 
