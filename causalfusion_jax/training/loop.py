@@ -157,7 +157,7 @@ class _Run:
         return state
 
     def _open(self, position: int) -> None:
-        """Prepares to step: the data from a position on, and the compiled step."""
+        """Prepares to step: the data from a position on, and the compiled step. Raises Interrupted by a signal."""
         config = self.config
         batches = host_batches(
             self.source, config.data, config.train.batch_size, config.train.seed, jax.process_index(),
@@ -167,6 +167,8 @@ class _Run:
         self.iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
         self._program(self.length_of.lengths[-1])
         self.peak_flops = metrics_lib.peak_flops(self.mesh.devices.flat[0]) * self.mesh.devices.size
+        # Compilation may have taken minutes.
+        self.stop.interrupt()
 
     def close(self) -> None:
         """Lets go of everything; what was saved is on disk then."""
@@ -211,12 +213,12 @@ class _Run:
                     self._check_finite(state, step)
                     totals, since, first, waited, flops = None, step, step, 0.0, 0
                 stopping = self.stop.poll()
-                reviewed = time.perf_counter()
                 save = last or stopping or step % config.checkpoint.every == 0 or self._evaluation_is_due(step)
                 if save:
                     self._save(step, state, totals, since)
                 if stopping:
                     break
+                reviewed = time.perf_counter()
                 try:
                     self._review(step, state, self._evaluation_is_due(step), self._grid_is_due(step))
                 except Interrupted:
@@ -237,7 +239,7 @@ class _Run:
         where = sharding.batch_sharding(self.mesh)
         put = functools.partial(jax.make_array_from_process_local_data, where)
         batch = next(self.iterator)
-        # What moves here is meant to; of several processes, jax does not see that.
+        # This transfer is intentional, which jax does not see with several processes.
         with jax.transfer_guard("allow"):
             return {name: put(values, self.batch_shapes[name][0]) for name, values in batch.items()}
 
