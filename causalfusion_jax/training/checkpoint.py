@@ -155,6 +155,8 @@ class Checkpoints:
                 return False
             time.sleep(0.1)
         unlisted = set(files.names(self._folder(step))) - set(self._manifests.expected(step))
+        # Hidden files are those of a mounted file system.
+        unlisted = {name for name in unlisted if not pathlib.PurePath(name).name.startswith(".")}
         if unlisted:
             raise OSError(f"the manifest of checkpoint {step} does not list {min(unlisted)}")
         return True

@@ -175,7 +175,7 @@ class _Run:
         return state
 
     def _open(self, position: int) -> None:
-        """Prepares to step: the data from a position on, and the compiled step."""
+        """Prepares to step: the data from a position on, and the compiled step. Raises Interrupted by a signal."""
         config = self.config
         batches = host_batches(
             self.source, config.data, config.train.batch_size, config.train.seed, self.share.rows, config.text
@@ -184,6 +184,8 @@ class _Run:
         self.iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
         self._program(self.length_of.lengths[-1])
         self.peak_flops = metrics_lib.peak_flops(self.mesh.devices.flat[0]) * self.mesh.devices.size
+        # Compilation may have taken minutes.
+        self.stop.interrupt()
 
     def close(self) -> None:
         """Lets go of everything, also where some of it fails; what was saved is on disk then."""
@@ -229,12 +231,12 @@ class _Run:
                     self._check_finite(state, step)
                     totals, since, first, waited, flops = None, step, step, 0.0, 0
                 stopping = self.stop.poll()
-                reviewed = time.perf_counter()
                 save = last or stopping or step % config.checkpoint.every == 0 or self._evaluation_is_due(step)
                 if save:
                     self._save(step, state, totals, since)
                 if stopping:
                     break
+                reviewed = time.perf_counter()
                 try:
                     self._review(step, state, self._evaluation_is_due(step), self._grid_is_due(step))
                 except Interrupted:
