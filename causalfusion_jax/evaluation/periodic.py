@@ -126,7 +126,8 @@ class Evaluator:
 
     def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
         found = scores.score(self._config.data, images, self._conditions.classes)
-        return {name: found[name] for name in _pixel_metrics(self._config)}
+        known = _pixel_metrics(self._config)
+        return {name: value for name, value in found.items() if name in known}
 
     def _inception_score(self, collected: inception_metrics.Collected) -> dict[str, float]:
         metric = self._config.evaluation.metric

@@ -9,7 +9,7 @@ from PIL import Image
 from causalfusion_jax import files
 from causalfusion_jax.data import tar_shards
 from causalfusion_jax.data.caption_folder import read_captions
-from causalfusion_jax.data.captions import check_captions, example_texts
+from causalfusion_jax.data.captions import check_captions, example_prompts
 from causalfusion_jax.data.digit_pairs import HELD_OUT_PAIRS, DigitPairsSource, digit_pairs, held_out_prompts
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
 from causalfusion_jax.data.sources import CorruptRecord, digits
@@ -120,7 +120,7 @@ def test_undecodable_image_is_a_corrupt_record(tmp_path):
     assert texts == {"image 1", "image 2"} and set(iterator.corrupt) == {str(tmp_path / "0.png")}
     source = make_source(config, captions=True)
     check_captions(source, TEXT)
-    assert [from_slots(TEXT, text) for text in example_texts(source, TEXT, 3)] == ["image 1", "image 1", "image 2"]
+    assert [from_slots(TEXT, text) for text in example_prompts(source, TEXT, 3)[0]] == ["image 1", "image 1", "image 2"]
     for i in (1, 2):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     with pytest.raises(CorruptRecord, match="not a readable image"):
