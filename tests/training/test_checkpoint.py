@@ -1,5 +1,6 @@
 """Checkpoints: verified, damage and interruptions passed over, an old step kept until the new one is complete."""
 
+import contextlib
 import errno
 import json
 import pathlib
@@ -152,19 +153,25 @@ def test_checkpoints_without_the_folder_of_manifests_are_refused(copied):
 # --- Interruptions ----------------------------------------------------------------
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+class Killed(BaseException):
+    """Where a process is killed."""
 
 
 def killed_at(monkeypatch, method, condition=lambda *args: True):
     """Ends the background thread where it would call a method, as a kill would."""
-    real = getattr(Checkpoints, method)
+    real, finish = getattr(Checkpoints, method), Checkpoints._finish
 
     def end(*args):
         if condition(*args):
-            raise SystemExit
+            raise Killed
         return real(*args)
 
+    def finish_until_killed(self, step):
+        with contextlib.suppress(Killed):
+            finish(self, step)
+
     monkeypatch.setattr(Checkpoints, method, end)
+    monkeypatch.setattr(Checkpoints, "_finish", finish_until_killed)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
