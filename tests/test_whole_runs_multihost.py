@@ -27,7 +27,7 @@ LATENTS = ("--config.data.image_size=4", "--config.data.channels=4", "--config.d
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """`inception`, `vae`, a `reference` of images alone, and folders of images of two classes to train on and to test."""
+    """`inception`, `vae`, a `reference` of images, and folders of images of two classes to train on and to test."""
     folder, rng = tmp_path_factory.mktemp("store"), np.random.default_rng(0)
     write_inception(folder / "inception")
     write_vae(folder / "vae")

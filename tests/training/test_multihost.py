@@ -10,7 +10,7 @@ import signal
 import multihost_checks
 import numpy as np
 import pytest
-from helpers import ROOT, all_done, command, random_params, start_processes
+from helpers import all_done, command, random_params, start_processes
 from tiny_data import write_vae
 
 from causalfusion_jax.distributed import initialize
