@@ -21,6 +21,7 @@ of them `bits_per_token`, the end of each text counted as a token.
 import dataclasses
 import json
 import pathlib
+import sys
 
 from absl import flags
 
@@ -122,7 +123,8 @@ def main(argv):
     config = trained.config
     require(config.text.is_on, "--workdir", _WORKDIR.value, "the model was trained without text")
     read = read_images(config, _IMAGES.value, _NUM.value)
-    records = (_score if _SCORE.value else _generate)(config, trained.announced_params, read)
+    # On stderr: with --score, a line of JSON comes first on stdout.
+    records = (_score if _SCORE.value else _generate)(config, lambda: trained.announced_params(sys.stderr), read)
     name = "scores.jsonl" if _SCORE.value else "captions.jsonl"
 
     def fill(folder):

@@ -7,11 +7,12 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from absl import app, flags, logging
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, nearest
 
 INTERRUPTED = 75
@@ -21,7 +22,8 @@ INTERRUPTED = 75
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
     """Parses flags and runs `main`.
 
-    InputError, from anywhere, ends the process with one line on stderr and status 2.
+    InputError, from anywhere, ends the process with one line on stderr and status 2; a disk
+    that is full or fails (`files.DISK_ERRORS`), with one line and status 1.
 
     Args:
       main: takes the arguments that are not flags.
@@ -40,14 +42,26 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
         if not flags.FLAGS["verbosity"].present:
             # Orbax reports every file at INFO; --verbosity=0 shows it.
             logging.set_verbosity(logging.WARNING)
-        try:
+        with errors_in_one_line():
             if len(argv) > 1:
                 raise InputError("argument", argv[1], "not understood; options are given as --name=value")
             main(argv)
-        except InputError as error:
-            fail(error)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required))
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the process with one line on InputError (status 2) and on errors of the disk (status 1)."""
+    try:
+        yield
+    except InputError as error:
+        fail(error)
+    except OSError as error:
+        if error.errno not in files.DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror}; run the same command again to continue once this is resolved", 1)
 
 
 def define_processes() -> Callable[[], None]:
@@ -163,10 +177,10 @@ _ACCELERATOR_VENDORS = {"0x1ae0", "0x10de", "0x1002"}
 """Google, NVIDIA, AMD."""
 
 
-def fail(error: Exception | str) -> None:
-    """Prints the error as one line and ends the process with status 2."""
+def fail(error: Exception | str, status: int = 2) -> None:
+    """Prints the error as one line and ends the process."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:

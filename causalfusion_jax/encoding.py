@@ -8,6 +8,7 @@ byte for byte that of a run nobody killed. (Another number of devices may change
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -33,6 +34,7 @@ from causalfusion_jax.errors import InputError, require, require_number
 from causalfusion_jax.lock import FolderLock
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, moments
 from causalfusion_jax.models.store import Converted
+from causalfusion_jax.models.transformer import Params
 from causalfusion_jax.sharding import MeshConfig
 
 FITTING_STD = (0.7, 1.4)
@@ -94,6 +96,14 @@ def pixel_data(data: DataConfig, vae: AutoencoderConfig) -> DataConfig:
     return data
 
 
+def check_batch_size(settings: EncodeConfig, devices: int) -> None:
+    """Raises InputError where a batch does not split over the devices of a host."""
+    require(
+        settings.batch_size % devices == 0, "--batch_size", settings.batch_size,
+        f"must be a multiple of the {devices} devices",
+    )
+
+
 def encode(
     data: DataConfig, converted: Converted, vae: AutoencoderConfig, out: str, settings: EncodeConfig
 ) -> dict[str, Any]:
@@ -114,10 +124,7 @@ def encode(
     """
     data = pixel_data(data, vae)
     devices = jax.local_devices()
-    require(
-        settings.batch_size % len(devices) == 0, "--batch_size", settings.batch_size,
-        f"must be a multiple of the {len(devices)} devices",
-    )
+    check_batch_size(settings, len(devices))
     source = make_source(data, settings.captions)
     request = describe_request(data, source, converted, settings)
     folder = pathlib.Path(out)
@@ -252,6 +259,38 @@ class _ReadBatch:
         return example | {"captions": "\n".join(" ".join(caption.split()) for caption in every)}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode_views(vae: AutoencoderConfig, micro_batch: int, params: Params, images: jax.Array) -> jax.Array:
+    """Mean and std of images, upright and mirrored, as `_Encoder` returns them."""
+    flat = images.reshape(-1, *images.shape[-3:])
+    both = []
+    for view in (flat, flat[:, :, ::-1]):
+        mean, log_variance = moments(vae, params, view, micro_batch)
+        shape = (*images.shape[:-3], *mean.shape[1:])
+        both.append(jnp.stack([mean, jnp.exp(0.5 * log_variance)]).reshape(2, *shape))
+    return jnp.stack(both, 2).swapaxes(0, 1).astype(jnp.bfloat16)
+
+
+def lower_encoder(
+    vae: AutoencoderConfig, data: DataConfig, settings: EncodeConfig, devices
+) -> jax.stages.Lowered:
+    """The program that encodes a batch on the devices of a host, to be compiled.
+
+    Args:
+      vae: the autoencoder.
+      data: the images, as of `pixel_data`.
+      settings: how many at a time.
+      devices: of one host.
+    """
+    mesh = sharding.make_mesh(MeshConfig(data=-1), devices)
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract_autoencoder(vae)[1]
+    )
+    images = jax.ShapeDtypeStruct((settings.batch_size, *data.shape), np.float32, sharding=split)
+    return _encode_views.lower(vae, settings.micro_batch * len(devices), params, images)
+
+
 class _Encoder:
     """Images to the two Gaussians of each, upright and mirrored, over the devices of this host."""
 
@@ -260,18 +299,7 @@ class _Encoder:
         self.batch_size, self.where = settings.batch_size, sharding.batch_sharding(mesh)
         params = jax.device_get(converted.params(abstract_autoencoder(vae)[1]))
         self.params = jax.device_put(params, sharding.replicated(mesh))
-        micro_batch = settings.micro_batch * len(devices)
-
-        def run(params, images):
-            flat = images.reshape(-1, *images.shape[-3:])
-            both = []
-            for view in (flat, flat[:, :, ::-1]):
-                mean, log_variance = moments(vae, params, view, micro_batch)
-                shape = (*images.shape[:-3], *mean.shape[1:])
-                both.append(jnp.stack([mean, jnp.exp(0.5 * log_variance)]).reshape(2, *shape))
-            return jnp.stack(both, 2).swapaxes(0, 1).astype(jnp.bfloat16)
-
-        self._run = jax.jit(run)
+        self._run = functools.partial(_encode_views, vae, settings.micro_batch * len(devices))
 
     def __call__(self, images: np.ndarray) -> jax.Array:
         """Mean and std, bfloat16 [batch, 2 (mean, std), 2 (flips), (frames,) h, w, channels], as they get ready."""
@@ -299,11 +327,13 @@ def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
             record |= {"index": np.array(index, np.int64)}
             if batch["caption"][i] is not None:
                 record["caption"] = np.frombuffer(batch["caption"][i].encode(), np.uint8)
-            writer.write(latents.pack(record))
+            with files.writing(part):
+                writer.write(latents.pack(record))
         statistics = _add(statistics, _statistics(encoded[: len(batch["index"])]))
         done += len(batch["index"])
         if batch["last"] == shards.examples(number)[-1]:
-            writer.close()
+            with files.writing(part):
+                writer.close()
             writer = None
             _name_shard(shards, number, part, corrupt, statistics)
             speed = done / (time.perf_counter() - start)

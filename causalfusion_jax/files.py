@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from causalfusion_jax.errors import InputError
@@ -108,6 +109,60 @@ def retry_io(read: Callable[[], T]) -> T:
     return read()
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of a disk that is full, limited, broken or read-only: of the machine, not of the program."""
+
+
+def disk_error(error: BaseException) -> int | None:
+    """The errno of an error that the disk is the reason of; None for others.
+
+    Libraries (TensorStore, ArrayRecord) raise errors of other types whose text holds the system's.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in DISK_ERRORS else None
+    return next((number for number in DISK_ERRORS if os.strerror(number) in str(error)), None)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Has errors of the disk raised inside name `path`: those of writes name no file, or one under another name.
+
+    Raises:
+      OSError: with `errno` and `filename`, also where a library raised something else.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = disk_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, shared: bool = False) -> Iterator[pathlib.Path]:
+    """The path of a file to write, which becomes `path` at the end: whole, on disk, or not at all.
+
+    Args:
+      path: the file; what it held is replaced.
+      shared: other processes may write it at the same time.
+
+    Raises:
+      OSError: it names `path`.
+    """
+    owner = f".{uuid.uuid4().hex}" if shared else ""
+    part = path.with_name(f".{path.name}{owner}.part")
+    try:
+        with writing(path):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
     write_text(path, json.dumps(content, indent=1))
@@ -115,17 +170,8 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 def write_text(path: pathlib.Path, content: str) -> None:
     """Writes a text file whole or not at all."""
-    # Of a name of its own: another process may be writing the same file.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path, shared=True) as part:
+        part.write_text(content)
 
 
 def drop_torn_line(path: pathlib.Path) -> None:

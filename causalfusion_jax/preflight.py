@@ -3,6 +3,7 @@
     python -m causalfusion_jax.preflight --config=configs/imagenet_causalfusion.py:XL --topology=v5e:16x16
     python -m causalfusion_jax.preflight --config=configs/imagenet_causalfusion.py:XL --topology=v5e:16x16,v5p:4x4x4
     python -m causalfusion_jax.preflight --config=... --topology=v5e:2x2 --job=sample --num=64
+    python -m causalfusion_jax.preflight --config=... --topology=v5e:16x16 --job=run
 
 The real program (the training step, or the sampler of `config.sampling`) goes through the
 real TPU compiler, `libtpu`: pip install 'causalfusion_jax[preflight]'. Printed are memory,
@@ -11,8 +12,15 @@ does not fit, the cheapest change of settings that does, compiled too. Machine c
 takes most of a compiler's time, is not made. The last line is one JSON object. Settings are
 changed as for train: --config.train.batch_size=1024.
 
+`--job=run` compiles every program of a run instead, and counts with each what lies in HBM beside it:
+initial state, every length of the training step, the grid's sampler, the evaluator's with decoder and
+Inception (`config.evaluation`), then the programs of probes and of fine-tuning, and I3D for videos. Folders
+of weights need not be there: an autoencoder is then known by its name (mar_vae, sd_vae) or by the model's
+latents. `--job=encode` compiles the autoencoder's encoder for a host of the slice; the config is that of
+`encode`.
+
 Topologies are GENERATION:SHAPE: v5e:16x16, v6e:4x4, v4:2x2x4, v5p:2x2x4. Exit status: 0 it
-fits (every one of several topologies), 1 it does not, 2 wrong input or no program.
+fits (every program, on every one of several topologies), 1 it does not, or does not compile, 2 wrong input.
 
 Bounds take the vendor's peak figures, so they are what no run exceeds, not a forecast.
 """
@@ -35,8 +43,13 @@ os.environ.update(
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices: v5e:16x16, or several separated by commas.")
-_JOB = flags.DEFINE_enum("job", "train", ["train", "sample"], "The training step, or the sampler.")
-_NUM = flags.DEFINE_integer("num", None, "Images of a batch that is sampled [8 for each device].")
+_JOB = flags.DEFINE_enum(
+    "job", "train", ["train", "sample", "run", "encode"],
+    "The training step, the sampler, all programs of a run, or the autoencoder's encoder.",
+)
+_NUM = flags.DEFINE_integer(
+    "num", None, "Images of a batch that is sampled [8 for each device], or that a host encodes [64]."
+)
 _SEARCH = flags.DEFINE_bool("search", True, "Search the largest batch that fits.")
 _MACHINE_CODE = flags.DEFINE_bool("machine_code", False, "Compile to the end: minutes more, no more is learned.")
 _SECONDS = flags.DEFINE_float("seconds", 100.0, "Begin to compile no more than fits in so many, for each topology.")
@@ -50,13 +63,18 @@ def _specs():
     config = experiment.from_dict(_CONFIG.value.to_dict())
     require(_SECONDS.value >= 0, "--seconds", _SECONDS.value, "must be >= 0")
     require(_NUM.value is None or _NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
-    require(_NUM.value is None or _JOB.value == "sample", "--num", _NUM.value, "belongs to --job=sample")
+    require(
+        _NUM.value is None or _JOB.value in ("sample", "encode"), "--num", _NUM.value,
+        "belongs to --job=sample and --job=encode",
+    )
+    job = "sample" if _JOB.value == "sample" else "train"
     specs = []
     for topology in [hardware.topology(name) for name in _TOPOLOGY.value]:
-        spec = program.Spec(config, topology, _JOB.value)
-        if _JOB.value == "sample":
+        spec = program.Spec(config, topology, job)
+        if job == "sample":
             spec = spec.with_batch(_NUM.value or 8 * spec.batch_devices)
-        program.check(spec)
+        if _JOB.value != "encode":
+            program.check(spec)
         specs.append(spec)
     return specs
 
@@ -70,15 +88,40 @@ def _compile(spec):
         compiled = compiler.compile_program(spec, _MACHINE_CODE.value)
     except compiler.CompilerError as error:
         print()
-        cli.fail(f"the TPU compiler fails: {error}")
+        from causalfusion_jax.compile_ahead.run_report import one_line
+
+        print(f"error: {report.settings_words(spec)} does not compile: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(1)
     print(f"{report.memory_words(compiled)}, {compiled.seconds:.1f} s", flush=True)
     return compiled
+
+
+def _check_programs(specs) -> None:
+    """Compiles all programs of a job, prints what came of them and ends the process."""
+    from causalfusion_jax import encoding
+    from causalfusion_jax.compile_ahead import programs, run_report
+
+    if _JOB.value == "run":
+        listings = [programs.run_programs(spec) for spec in specs]
+    else:
+        settings = encoding.EncodeConfig() if _NUM.value is None else encoding.EncodeConfig(batch_size=_NUM.value)
+        listings = [programs.encode_programs(spec, settings) for spec in specs]
+    results = []
+    for spec, listing in zip(specs, listings, strict=True):
+        results.append(run_report.preflight_run(spec, listing, lambda line: print(line, flush=True)))
+        print(run_report.table(results[-1]))
+        print(run_report.verdict(results[-1]))
+    fits = all(result.fits for result in results)
+    print(json.dumps({"fits": fits, "results": [run_report.record(result, _JOB.value) for result in results]}))
+    sys.exit(0 if fits else 1)
 
 
 def main(argv):
     """Runs the command."""
     del argv
     specs = _specs()
+    if _JOB.value in ("run", "encode"):
+        _check_programs(specs)
     from causalfusion_jax.compile_ahead import report
 
     results = [report.preflight(spec, _SECONDS.value, _SEARCH.value, _compile) for spec in specs]

@@ -6,6 +6,7 @@ table says which mesh axis each name is split over. Everything else, XLA derives
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -207,7 +208,13 @@ def _place(array, where: Sharding) -> jax.Array:
         return jax.device_put(array, where)
     # `device_put` refuses arrays of one process here, and compares host arrays over the network.
     values = np.asarray(jax.device_get(array))
-    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+    return _from_host(values.shape, where, lambda index: values[index])
+
+
+def _from_host(shape: tuple[int, ...], where: Sharding, part_at: Callable) -> jax.Array:
+    # This transfer is intentional; jax counts it as implicit.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(shape, where, part_at)
 
 
 def rows_of_process(where: NamedSharding, num: int, process: int | None = None) -> np.ndarray:
@@ -258,4 +265,4 @@ class BatchShare:
             start = int(np.searchsorted(self.rows, first))
             return values[start : start + end - first]
 
-        return jax.make_array_from_callback((self._batch_size, *values.shape[1:]), self._where, part)
+        return _from_host((self._batch_size, *values.shape[1:]), self._where, part)

@@ -38,5 +38,7 @@ def get_config(arg: str = "XL"):
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.update(sample_every=10_000, num_samples=8)
     config.sampling.update(solver="dpmpp_2m", solver_steps=25, ar_steps=4, cfg_scale=2.5)
+    # 4096 tokens a video: as many at a time as in training.
+    config.finetune.batch_size = config.train.batch_size
     config.mesh.preset = "fsdp"
     return config

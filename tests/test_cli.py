@@ -1,5 +1,6 @@
 """What the commands share."""
 
+import errno
 import importlib.util
 import os
 import resource
@@ -63,3 +64,17 @@ def test_a_tpu_is_left_out_only_where_there_is_none(installed, files, platforms,
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
     cli.leave_out_absent_tpu()
     assert os.environ.get("JAX_PLATFORMS") == expected
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG])
+def test_a_full_or_failing_disk_is_one_line_that_names_the_file(number, capsys):
+    with pytest.raises(SystemExit) as ended, cli.errors_in_one_line():
+        raise OSError(number, os.strerror(number), "run/metrics.jsonl")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: run/metrics.jsonl: {os.strerror(number)}; run the same command again")
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    with pytest.raises(FileNotFoundError), cli.errors_in_one_line():
+        open("no/such/file")

@@ -11,6 +11,9 @@ import pytest
 from helpers import ROOT, command, command_env
 from PIL import Image
 
+from causalfusion_jax.cli import INTERRUPTED
+from causalfusion_jax.training.manifests import manifest_path
+
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=30",
     "--config.train.batch_size=8",
@@ -189,16 +192,33 @@ def expected(run, tmp_path_factory):
 
 
 def test_exported_and_imported_it_samples_what_the_run_samples(run, expected, tmp_path):
-    file, folder, out = tmp_path / "digits.safetensors", tmp_path / "digits", tmp_path / "out"
-    done = command("convert", "--reverse", f"--checkpoint={run[0]}", f"--out={file}")
-    assert f"weights: ema of step 30 of {run[0]}\n" in done.stdout, done.stderr
-    done = command("convert", "--kind=causalfusion", f"--checkpoint={file}", f"--out={folder}")
-    assert "weights: ema of step 30 of digits.safetensors\n" in done.stdout, done.stderr
+    how = ("--num=20", "--solver_steps=5", "--ar_steps=4", "--seed=3")
+    assert sampled_through_a_file(tmp_path, run[0], "causalfusion", 30, how) == expected
+
+
+@pytest.mark.slow
+def test_exported_and_imported_videos_are_those_of_the_run(tmp_path):
     done = command(
-        "sample", f"--checkpoint={folder}", f"--out={out}", "--num=20", "--solver_steps=5", "--ar_steps=4", "--seed=3"
-    )
-    assert f"weights: ema of step 30 of digits.safetensors in {folder}\n" in done.stdout, done.stderr
-    assert (out / "samples.npz").read_bytes() == expected
+        "train", "--config=configs/moving_digits.py", "--config.model.hidden=48", "--config.train.steps=4",
+        "--config.optimizer.warmup_steps=2", "--config.logging.sample_every=0", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = command("sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'own'}", "--num=2")
+    assert done.returncode == 0, done.stderr
+    own = (tmp_path / "own" / "samples.npz").read_bytes()
+    assert sampled_through_a_file(tmp_path, tmp_path / "run", "acdit", 4, ["--num=2"]) == own
+
+
+def sampled_through_a_file(tmp_path, workdir, kind, step, how):
+    """The samples of a run's weights that were exported and imported."""
+    file, folder, out = tmp_path / "run.safetensors", tmp_path / "imported", tmp_path / "out"
+    done = command("convert", "--reverse", f"--checkpoint={workdir}", f"--out={file}")
+    assert f"weights: ema of step {step} of {workdir}\n" in done.stdout, done.stderr
+    done = command("convert", f"--kind={kind}", f"--checkpoint={file}", f"--out={folder}")
+    assert f"weights: ema of step {step} of run.safetensors\n" in done.stdout, done.stderr
+    done = command("sample", f"--checkpoint={folder}", f"--out={out}", *how)
+    assert f"weights: ema of step {step} of run.safetensors in {folder}\n" in done.stdout, done.stderr
+    return (out / "samples.npz").read_bytes()
 
 
 def test_kill_and_resume_is_byte_identical(run, expected, tmp_path):
@@ -221,10 +241,10 @@ def test_sigterm_saves_and_resumes_byte_identical(run, expected, tmp_path):
     wait_for_step(process, 8)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
+    assert process.returncode == INTERRUPTED, stderr
     assert "SIGTERM: saved step" in stdout and "run the same command again to continue" in stdout
     step = int(stdout.split("saved step ")[1].split()[0])
-    assert (workdir / "checkpoints" / str(step)).is_dir() and (workdir / "manifests" / f"{step}.json").is_file()
+    assert (workdir / "checkpoints" / str(step)).is_dir() and manifest_path(workdir, step).is_file()
     done = train(workdir)
     assert f"at step {step}" in done.stdout, done.stdout + done.stderr
     assert samples(workdir, tmp_path / "out") == expected
@@ -238,7 +258,7 @@ def test_damage_and_resume_is_byte_identical(run, expected, tmp_path, damage):
     wait_for_step(process, 20)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0 and "SIGTERM: saved step" in stdout, stderr
+    assert process.returncode == INTERRUPTED and "SIGTERM: saved step" in stdout, stderr
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())

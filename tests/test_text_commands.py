@@ -118,6 +118,7 @@ def test_images_to_captions_and_scores(workdir, tmp_path):
         "caption", f"--workdir={workdir}", "--images=held_out", "--num=3", "--score", f"--out={tmp_path / 'scores'}"
     )
     assert json.loads(done.stdout.splitlines()[0])["bits_per_token"] > 0, done.stderr
+    assert f"weights: ema of step 8 of {workdir}\n" in done.stderr
     records = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
     assert all(record["tokens"] == 3 and record["log_prob"] < 0 for record in records)
 

@@ -27,7 +27,7 @@ LATENTS = ("--config.data.image_size=4", "--config.data.channels=4", "--config.d
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """`inception`, `vae`, a `reference` of images, and folders of images of two classes to train on and to test."""
+    """`inception`, `vae`, a `reference` of images alone, and images of two classes to train on and to test."""
     folder, rng = tmp_path_factory.mktemp("store"), np.random.default_rng(0)
     write_inception(folder / "inception")
     write_vae(folder / "vae")
@@ -142,7 +142,7 @@ def test_from_images_to_latents_to_samples(count, store, tmp_path):
             "--config.finetune.warmup_epochs=1", "--config.mesh.preset=fsdp",
         )  # fmt: skip
         return [
-            json.loads(each("evaluate", f"--probe={kind}", f"--workdir={where / 'pixels'}", *probe)[0])
+            json.loads(each("evaluate", f"--probe={kind}", f"--workdir={where / 'pixels'}", *probe)[0].splitlines()[-1])
             for kind in ("linear", "knn", "finetune")
         ]
 

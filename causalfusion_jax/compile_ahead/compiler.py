@@ -74,20 +74,30 @@ class Compiled:
 
 
 def compile_program(spec: Spec, machine_code: bool = False) -> Compiled:
-    """Compiles a program for its slice, or learns that it does not fit.
+    """Compiles a program for its slice, or learns that it does not fit; as `compile_lowered`."""
+    return compile_lowered(functools.partial(lower, spec), spec.topology, machine_code)
+
+
+def compile_lowered(
+    make_lowered: functools.partial, topology: Topology, machine_code: bool = False
+) -> Compiled:
+    """Compiles what `make_lowered` traces for a slice, or learns that it does not fit.
 
     Args:
-      spec: the program.
+      make_lowered: of a function of a module, with arguments that can be pickled: another process calls it.
+      topology: the slice.
       machine_code: to the end; else until its memory and its instructions are known.
 
     Raises:
-      CompilerError: the compiler fails for another reason than HBM.
+      CompilerError: the program cannot be traced, or the compiler fails for another reason than HBM.
     """
-    limit = hbm_limit(spec.topology)
-    context = multiprocessing.get_context("spawn")
+    limit = hbm_limit(topology)
+    # Each process is a fork of one that has the imports, and has not started jax.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([make_lowered.func.__module__])
     said, says = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        worker = context.Process(target=_work, args=(spec, folder, says), daemon=True)
+        worker = context.Process(target=_work, args=(make_lowered, folder, says), daemon=True)
         worker.start()
         says.close()
         try:
@@ -103,11 +113,14 @@ def compile_program(spec: Spec, machine_code: bool = False) -> Compiled:
                 raise CompilerError(error)
             return Compiled(seconds, *needed)
         text, allocations, report = _written(pathlib.Path(folder))
-    memory = parse_memory(allocations, report)
+    try:
+        memory, module = parse_memory(allocations, report), hlo.parse(text)
+    except ValueError as error:
+        raise CompilerError(f"what it wrote cannot be read: {error}") from None
     if memory.total > limit:
         # The compiler lets a program through that is over by a hair.
         return Compiled(seconds, memory.total, limit)
-    return Compiled(seconds, memory.total, limit, memory, program_costs(hlo.parse(text)))
+    return Compiled(seconds, memory.total, limit, memory, program_costs(module))
 
 
 _WRITTEN = (
@@ -118,14 +131,16 @@ _WRITTEN = (
 )
 
 
-def _work(spec: Spec, folder: str, says) -> None:
+def _work(make_lowered: functools.partial, folder: str, says) -> None:
     """Compiles, in the process of its own; tells when it begins, and at the end an error or None."""
     try:
-        lowered = lower(spec)
+        lowered = make_lowered()
         says.send(None)
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:
         says.send(str(error))
+    except Exception as error:  # Whatever tracing raises is the program's fault, and is reported under its name.
+        says.send(f"{type(error).__name__}: {error}")
     else:
         says.send(None)
 
@@ -143,11 +158,8 @@ def _receive(said) -> float:
 
 def _wait(said, folder: pathlib.Path, machine_code: bool) -> str | None:
     """Until the compiler is done with what is wanted of it; its error, if any."""
-    size = 0
     while not said.poll(0.2):
-        written = [path for path in folder.glob(f"*.{_WRITTEN[0]}.txt") if ".extracted." not in path.name]
-        before, size = size, written[0].stat().st_size if written else 0
-        if size and size == before and not machine_code:
+        if not machine_code and any(hlo.is_complete(path.read_text()) for path in _programs(folder)):
             return None
     try:
         return said.recv()
@@ -155,11 +167,15 @@ def _wait(said, folder: pathlib.Path, machine_code: bool) -> str | None:
         raise CompilerError("its process ended without a word") from None
 
 
+def _programs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The optimized programs, whole or being written; without those of parts (`extracted`)."""
+    return [path for path in folder.glob(f"*.{_WRITTEN[0]}.txt") if ".extracted." not in path.name]
+
+
 def _written(folder: pathlib.Path) -> list[str]:
-    """What the compiler wrote of the whole program; there are files of parts of it (`extracted`) too."""
+    """What the compiler wrote of the whole program."""
     suffixes = [f".{name}.txt" for name in _WRITTEN]
-    programs = [path.name.removesuffix(suffixes[0]) for path in folder.glob(f"*{suffixes[0]}")]
-    programs = [name for name in programs if ".extracted." not in name]
+    programs = [path.name.removesuffix(suffixes[0]) for path in _programs(folder)]
     if len(programs) != 1 or not all((folder / (programs[0] + suffix)).exists() for suffix in suffixes):
         raise CompilerError(f"it wrote {len(programs)} programs {suffixes[0]}, not one; libtpu 0.0.51 is known to")
     return [(folder / (programs[0] + suffix)).read_text() for suffix in suffixes]
@@ -174,6 +190,9 @@ def parse_memory(allocations: str, report: str) -> Memory:
     Args:
       allocations: text of `buffer-assignment`, one line an allocation.
       report: text of `memory-usage-report`, whose first total is that of HBM.
+
+    Raises:
+      ValueError: the report has no such total.
     """
     arguments = outputs = 0
     # Other kinds of memory have a colour.
@@ -182,8 +201,10 @@ def parse_memory(allocations: str, report: str) -> Memory:
             arguments += int(size)
         elif "output" in kind or "maybe-live-out" in kind:
             outputs += int(size)
-    total = int(re.search(r"\(color=0\)\nTotal bytes: (\d+)", report).group(1))
-    return Memory(arguments, outputs, max(total - arguments - outputs, 0))
+    total = re.search(r"\(color=0\)\nTotal bytes: (\d+) \(", report)
+    if total is None:
+        raise ValueError("a memory usage report without the total of HBM")
+    return Memory(arguments, outputs, max(int(total.group(1)) - arguments - outputs, 0))
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -12,6 +12,7 @@ import re
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_CLOSED = re.compile(r"^ +ROOT .*\n(?:.*\n)*?\}$", re.M)
 _INTEGER = re.compile(r"^-?\d+$")
 
 
@@ -148,8 +149,16 @@ class Module:
     partitions: int
 
 
+def is_complete(text: str) -> bool:
+    """Whether the text of a module is whole: its ENTRY computation, the last one, has a ROOT and is closed."""
+    entry = text.rfind("\nENTRY ")
+    return entry >= 0 and _CLOSED.search(text, entry) is not None
+
+
 def parse(text: str) -> Module:
-    """Reads a module. Raises ValueError where the text is none."""
+    """Reads a module. Raises ValueError where the text is none, or is cut off."""
+    if not is_complete(text):
+        raise ValueError("not the whole text of an HLO module: it has no closed ENTRY computation with a ROOT")
     computations, entry, current = {}, None, None
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     for line in text.splitlines():
@@ -162,8 +171,6 @@ def parse(text: str) -> Module:
         elif current is not None and (instruction := _instruction(line)):
             current.instructions[instruction.name] = instruction
             current.root = instruction if instruction.is_root else current.root
-    if entry is None:
-        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
     return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 

@@ -1,4 +1,4 @@
-"""The programs that a TPU slice would run: the training step, the sampler.
+"""The main programs that a TPU slice would run, the training step and the sampler; `programs` has them all.
 
 The very functions that `train` and `sample` jit are lowered for the devices of a slice that
 is only described (`jax.experimental.topologies`), to be compiled by the TPU compiler, which
@@ -11,7 +11,6 @@ import importlib.util
 import re
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -19,9 +18,10 @@ from causalfusion_jax import experiment, sharding
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.hardware import Topology
-from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sampling.sampler import generate, image_keys, sampling_flops
-from causalfusion_jax.training.state import lower_train_step
+from causalfusion_jax.sampling.generation import lower_sampler
+from causalfusion_jax.sampling.sampler import sampling_flops
+from causalfusion_jax.training.state import abstract_key, lower_train_step
+from causalfusion_jax.training.trimming import program_lengths, with_length
 
 JOBS = ("train", "sample")
 
@@ -34,7 +34,7 @@ class Spec:
       config: all settings.
       topology: the slice.
       job: `train`, the training step; or `sample`, the sampler, with `config.sampling`, the
-        parameters whole on every device and the images split over the mesh.
+        parameters whole on every device and the images split over all of them.
       num: images of a batch that is sampled.
     """
 
@@ -62,6 +62,8 @@ class Spec:
     @property
     def batch_devices(self) -> int:
         """Devices that the images are split over."""
+        if self.job == "sample":
+            return self.topology.devices
         mesh = self.mesh()
         return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -136,24 +138,18 @@ def model_flops(spec: Spec) -> int:
 
 def lower(spec: Spec) -> jax.stages.Lowered:
     """The program, traced for its slice."""
-    return {"train": _lower_step, "sample": _lower_sampler}[spec.job](spec)
+    return lower_sample(spec, spec.num) if spec.job == "sample" else lower_training_step(spec)
 
 
-def _lower_step(spec: Spec):
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return lower_train_step(spec.config.step, spec.mesh(), spec.config.batch_shapes, key)
-
-
-def _lower_sampler(spec: Spec):
+def lower_training_step(spec: Spec, length: int | None = None) -> jax.stages.Lowered:
+    """The training step of a length in clean tokens; by default of the longest."""
     config, mesh = spec.config, spec.mesh()
-    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    length = length or program_lengths(config.step.objective, config.train.length_buckets)[-1]
+    return lower_train_step(with_length(config.step, length), mesh, config.batch_shapes, abstract_key(mesh))
 
-    def place(tree, where):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
 
-    params = place(abstract_model(config.transformer)[1], whole)
-    keys = place(jax.eval_shape(lambda: image_keys(0, jnp.arange(spec.num))), split)
-    labels = jax.ShapeDtypeStruct((spec.num,), jnp.int32, sharding=split)
-    run = functools.partial(generate, config.transformer, config.diffusion, config.factorization, config.sampling)
-    with jax.set_mesh(mesh):
-        return jax.jit(run, out_shardings=split).lower(params, keys, labels)
+def lower_sample(spec: Spec, num: int) -> jax.stages.Lowered:
+    """The sampler of `config.sampling` for batches of `num` images, which all devices of the slice share."""
+    config = spec.config
+    text_tokens = config.text.max_tokens if config.text.is_on else 0
+    return lower_sampler(config, config.sampling, spec.mesh().devices.ravel(), num, text_tokens)

@@ -90,14 +90,14 @@ def verdict(result: Preflight) -> str:
         return text + " No remat, accumulation, mesh or smaller batch is predicted to fit: use more chips."
     flags = " ".join(change.flags)
     if change.compiled is None:
-        return text + f" Try {flags}: predicted {_gib(change.predicted_bytes)} GiB, not compiled for lack of time."
-    return text + f" The cheapest change that fits: {flags}, {_gib(change.compiled.total_bytes)} GiB (compiled)."
+        return text + f" Try {flags}: predicted {gib(change.predicted_bytes)} GiB, not compiled for lack of time."
+    return text + f" The cheapest change that fits: {flags}, {gib(change.compiled.total_bytes)} GiB (compiled)."
 
 
 def memory_words(compiled: Compiled) -> str:
     """Whether a program fits, and what it needs."""
     fits = "fits" if compiled.fits else "does not fit"
-    return f"{fits}, {_gib(compiled.total_bytes)} of {_gib(compiled.limit_bytes)} GiB HBM a device"
+    return f"{fits}, {gib(compiled.total_bytes)} of {gib(compiled.limit_bytes)} GiB HBM a device"
 
 
 def settings_words(spec: Spec) -> str:
@@ -197,7 +197,11 @@ def table(results: list[Preflight]) -> str:
             changed = result.change
             columns.append(_column(changed.spec, changed.compiled, "with the change", None))
     names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    return aligned([[name, *(column.get(name, "-") for column in columns)] for name in names])
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells below a heading, the first of them."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -215,11 +219,11 @@ def _column(spec: Spec, compiled: Compiled, title: str, largest: LargestBatch | 
     column |= {
         "compile": f"{compiled.seconds:.1f} s",
         "fits": "yes" if compiled.fits else "NO",
-        "HBM a device": f"{_gib(compiled.total_bytes)} of {_gib(compiled.limit_bytes)} GiB",
+        "HBM a device": f"{gib(compiled.total_bytes)} of {gib(compiled.limit_bytes)} GiB",
     }
     if compiled.fits:
         for field in dataclasses.fields(compiled.memory):
-            column[f"  {field.name}"] = f"{_gib(getattr(compiled.memory, field.name))} GiB"
+            column[f"  {field.name}"] = f"{gib(getattr(compiled.memory, field.name))} GiB"
     column["model FLOPs an image"] = _unit(model_flops(spec), "FLOP")
     column["model FLOPs a call"] = _unit(model_flops(spec) * spec.batch, "FLOP")
     if compiled.fits:
@@ -237,10 +241,10 @@ def _cost_rows(spec: Spec, costs: Costs) -> dict[str, str]:
         for kind in KINDS if costs.count[kind]
     }
     rows |= {
-        "time at least": f"{_time(times.seconds)} ({times.bound} bound)",
-        "  compute": _time(times.compute),
-        "  memory": f"{_time(times.memory)} ({_unit(costs.hbm_bytes, 'B')})",
-        "  network": f"{_time(times.network)} ({_unit(costs.sent_bytes, 'B')})",
+        "time at least": f"{time_words(times.seconds)} ({times.bound} bound)",
+        "  compute": time_words(times.compute),
+        "  memory": f"{time_words(times.memory)} ({_unit(costs.hbm_bytes, 'B')})",
+        "  network": f"{time_words(times.network)} ({_unit(costs.sent_bytes, 'B')})",
         "images/s at most": f"{spec.batch / times.seconds:,.1f}",
         "MFU at most": f"{model_flops(spec) * spec.batch / times.seconds / peak_flops(spec.topology):.1%}",
     }
@@ -249,11 +253,13 @@ def _cost_rows(spec: Spec, costs: Costs) -> dict[str, str]:
     return rows
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes in GiB."""
     return f"{size / GIB:.2f}"
 
 
-def _time(seconds: float) -> str:
+def time_words(seconds: float) -> str:
+    """A duration."""
     return f"{seconds * 1e3:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 

@@ -73,9 +73,11 @@ class DataConfig:
       num_classes: classes; must be what the source holds.
       flip: flip half of the images, drawn anew each epoch; of latents, take half of them from
         the mirrored images that were encoded too.
-      workers: processes that read and decode; 0 reads in this one.
+      workers: processes that read and decode; 0 reads in this one. All of them together hold
+        2 GiB of batches that are read ahead (`batches.READ_AHEAD_BYTES`), or one batch each.
       verify: decode every image of a folder once before training, and refuse one that is corrupt.
-      max_corrupt: different corrupt records that a process may skip; one more ends training.
+      max_corrupt: different records that cannot be decoded and that a process may skip; one more
+        ends training. A record that cannot be read at all ends it in any case.
     """
 
     source: str = "digits"

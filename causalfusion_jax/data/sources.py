@@ -173,8 +173,9 @@ class ImageFolderSource:
         self.labels = np.array([label for _, label in found], np.int32)
         if verify:
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                # Read all, so that the first bad image by name is the one reported.
-                list(pool.map(lambda path: self.format.open(str(path), path), self.paths))
+                # Read all, so that the first bad image by name is the one reported; none is kept.
+                for _ in pool.map(lambda path: self.format.open(str(path), path) is None, self.paths):
+                    pass
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -5,6 +5,7 @@ beside them, so that examples are read by offset.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -69,8 +70,9 @@ class TarSource:
         return len(self.index["label"])
 
     def listing(self) -> Listing:
-        """The shards."""
-        return Listing(self.root, self.shards)
+        """The shards, and names, places, sizes and labels of all their images."""
+        columns = {name: hashlib.sha256(column.tobytes()).hexdigest() for name, column in self.index.items()}
+        return Listing(self.root, self.shards, [columns])
 
     def name(self, index: int) -> str:
         """Shard and member of an image."""

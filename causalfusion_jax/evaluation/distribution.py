@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jax.sharding import SingleDeviceSharding
 from scipy.special import entr, softmax
 
 from causalfusion_jax.errors import require, require_number
@@ -204,6 +205,10 @@ def inception_score(values: np.ndarray, splits: int = 10, *, probabilities: bool
     return score.result()
 
 
+BLOCK = 1024
+"""Samples of one set that are compared with all of the other at once."""
+
+
 def _squared_distances(a, b):
     """Between rows, [m, dim] and [n, dim] to [m, n]."""
     product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
@@ -240,7 +245,21 @@ def _manifold(features: np.ndarray, k: int, block: int) -> np.ndarray:
     return np.concatenate(nearest)[:len(features), k]
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3, block: int = 1024) -> dict[str, float]:
+def lower_precision_recall(
+    num_real: int, num_generated: int, dim: int, device: jax.Device, k: int = 3
+) -> dict[str, jax.stages.Lowered]:
+    """The larger programs of `precision_recall`, `radii` and `coverage`, to be compiled for a device."""
+    def rows(num, *more):
+        return jax.ShapeDtypeStruct((num, *more), jnp.float32, sharding=SingleDeviceSharding(device))
+
+    most, block = max(num_real, num_generated), min(BLOCK, num_generated)
+    return {
+        "radii": _nearest.lower(rows(min(BLOCK, most), dim), rows(most, dim), k + 1),
+        "coverage": _covered.lower(rows(block, dim), rows(block), rows(num_real, dim), rows(num_real)),
+    }
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3, block: int = BLOCK) -> dict[str, float]:
     """Improved precision and recall (arXiv 1904.06991), by distances in float32.
 
     A set's manifold is the union of balls around its samples that reach their k-th

@@ -148,6 +148,15 @@ def pooled(reading: Reading, every_layer: bool, params: Params, images, keys) ->
     return mean_of_tokens(hidden_states(reading, params, images, keys)[0])[None]
 
 
+def lower_pooled(
+    reading: Reading, every_layer: bool, mesh: Mesh, batch_size: int, shape: tuple[int, ...]
+) -> jax.stages.Lowered:
+    """`pooled` of images of a shape, traced for a mesh as `over_images` runs it."""
+    params = abstract_params(reading.model, mesh)
+    with jax.set_mesh(mesh):
+        return pooled.lower(reading, every_layer, params, *abstract_images(mesh, batch_size, shape))
+
+
 def first_layers(reading: Reading, params: Params, layers: int) -> tuple[Reading, Params]:
     """The network cut off after its first so many layers."""
     model = dataclasses.replace(
@@ -165,11 +174,16 @@ def layer_to_read(model: TransformerConfig, layer: int) -> int:
     return layer or math.ceil(model.layers / 2)
 
 
+def abstract_params(model: TransformerConfig, mesh: Mesh) -> Params:
+    """Shape, type and place of the Transformer's parameters on a mesh."""
+    _, shapes, axes = abstract_model(model)
+    return place_abstract(shapes, axes, mesh)
+
+
 def place_params(params: Params, model: TransformerConfig, mesh: Mesh) -> Params:
     """The Transformer's parameters where training has them on a mesh."""
-    _, shapes, axes = abstract_model(model)
-    where = jax.tree.map(lambda leaf: leaf.sharding, place_abstract(shapes, axes, mesh))
-    used = {name: params[name] for name in shapes}
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
+    used = {name: params[name] for name in where}
     return sharding.place(used, where)
 
 
@@ -259,6 +273,24 @@ def keys_of(seed: int, indices: np.ndarray, mesh: Mesh) -> jax.Array:
     return _index_keys(seed, indices, where)
 
 
+def _computed_size(batch_size: int, mesh: Mesh) -> int:
+    """Images in a call: the devices of the batch share them evenly."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-batch_size // devices) * devices
+
+
+def abstract_images(
+    mesh: Mesh, batch_size: int, shape: tuple[int, ...]
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of what `over_images` gives to `compute`: images of a shape, and keys."""
+    num, split = _computed_size(batch_size, mesh), sharding.batch_sharding(mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num))
+    return (
+        jax.ShapeDtypeStruct((num, *shape), jnp.float32, sharding=split),
+        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split),
+    )
+
+
 def over_images(
     compute: Callable[[jax.Array, jax.Array], jax.Array], mesh: Mesh, images: Iterator[Images], batch_size: int,
     seed: int, batch_axis: int = 0, progress: Callable[[int], None] = lambda done: None,
@@ -277,8 +309,7 @@ def over_images(
     Returns:
       The results as one array, and the images' labels, int32 [num].
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-batch_size // devices) * devices
+    size = _computed_size(batch_size, mesh)
     values, labels, where = [], [], sharding.batch_sharding(mesh)
     for batch in images:
         # Filled up with the last one, so that one program serves all batches.

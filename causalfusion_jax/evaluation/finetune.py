@@ -19,7 +19,15 @@ from causalfusion_jax import distributed, files, sharding
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, host_batches, reading_threads
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.augment import cropped, mixed, shifted, smooth_one_hot
-from causalfusion_jax.evaluation.features import Reading, hidden_states, images_in_order, mean_of_tokens, over_images
+from causalfusion_jax.evaluation.features import (
+    Reading,
+    abstract_images,
+    abstract_params,
+    hidden_states,
+    images_in_order,
+    mean_of_tokens,
+    over_images,
+)
 from causalfusion_jax.evaluation.probe import top_accuracies
 from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
 from causalfusion_jax.models.layers import drop_path_scale, normalize
@@ -30,6 +38,7 @@ from causalfusion_jax.training.optimizer import OptimizerConfig, make_optimizer
 from causalfusion_jax.training.state import lower_step, place_abstract, update_ema
 from causalfusion_jax.training.stopping import Stopped, StopSignal, TrainingDiverged
 
+BATCH_SIZE = "config.finetune.batch_size"
 CLASSIFIER_AXES = {"kernel": ("embed", "classes"), "bias": ("classes",), "scale": ("embed",), "shift": ("embed",)}
 
 
@@ -162,6 +171,12 @@ def finetune_loss(config: FinetuneStep, params: Params, batch, keys) -> jax.Arra
     return jnp.mean(optax.softmax_cross_entropy(logits, target))
 
 
+def batch_shapes(settings: FinetuneConfig, data: DataConfig) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and type of each array of a global batch."""
+    size = settings.batch_size
+    return {"image": ((size, *data.shape), np.float32), "label": ((size,), np.int32)}
+
+
 def finetune_step(config: FinetuneStep, state: FinetuneState, batch, key: jax.Array) -> tuple[FinetuneState, jax.Array]:
     """One step; its number is folded into `key`. Returns the next state and the loss."""
     keys = example_keys(jax.random.fold_in(key, state.step), batch["label"].shape[0])
@@ -174,17 +189,42 @@ def finetune_step(config: FinetuneStep, state: FinetuneState, batch, key: jax.Ar
     return FinetuneState(state.step + 1, params, ema, opt_state), loss
 
 
-def compile_finetune_step(config: FinetuneStep, mesh: Mesh, batch_shapes, key: jax.Array):
+def compile_finetune_step(config: FinetuneStep, mesh: Mesh, shapes, key: jax.Array):
     """Compiles `finetune_step` for a mesh; (state, batch, key) -> (state, loss), which donates the state.
+
+    Takes what `lower_finetune_step` takes.
+    """
+    return lower_finetune_step(config, mesh, shapes, key).compile()
+
+
+def lower_finetune_step(config: FinetuneStep, mesh: Mesh, shapes, key: jax.Array) -> jax.stages.Lowered:
+    """`finetune_step` traced for a mesh, to be compiled.
 
     Args:
       config: static settings.
       mesh: where it runs.
-      batch_shapes: (shape, dtype) of each array of a global batch, by name.
+      shapes: (shape, dtype) of each array of a global batch, by name.
       key: PRNG key (its shape and type).
     """
     step = functools.partial(finetune_step, config)
-    return lower_step(step, abstract_finetune(config, mesh), mesh, batch_shapes, key).compile()
+    return lower_step(step, abstract_finetune(config, mesh), mesh, shapes, key)
+
+
+def lower_begin(config: FinetuneStep, mesh: Mesh) -> jax.stages.Lowered:
+    """The program that puts a classifier on top of a network, to be compiled for a mesh."""
+    return _state_maker(config, mesh).lower(abstract_params(config.reading.model, mesh))
+
+
+def _state_maker(config: FinetuneStep, mesh: Mesh):
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_finetune(config, mesh))
+    return jax.jit(functools.partial(init_finetune, config), out_shardings=shardings)
+
+
+def lower_predict(config: FinetuneStep, mesh: Mesh, batch_size: int, shape: tuple[int, ...]) -> jax.stages.Lowered:
+    """The fine-tuned network on images of a shape, traced for a mesh as `over_images` runs it."""
+    params = abstract_finetune(config, mesh).params
+    with jax.set_mesh(mesh):
+        return _predict.lower(config, params, *abstract_images(mesh, batch_size, shape))
 
 
 @jax.jit
@@ -193,6 +233,12 @@ def _all_finite(params: Params) -> jax.Array:
 
 
 # --- The whole --------------------------------------------------------------------
+
+
+def check_batch(settings: FinetuneConfig, mesh: Mesh) -> None:
+    """Raises InputError where a batch does not split over the devices."""
+    size, devices = settings.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
+    require(size % devices == 0, BATCH_SIZE, size, f"must be a multiple of {devices}, the devices of the batch")
 
 
 class Finetuning:
@@ -214,10 +260,9 @@ class Finetuning:
         self, reading: Reading, settings: FinetuneConfig, data: DataConfig, source: Source, mesh: Mesh,
         folder: pathlib.Path, progress: Callable[[str], None] = lambda line: None,
     ):
-        size, devices = settings.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
-        field = "config.finetune.batch_size"
-        require(size <= len(source), field, size, f"must be <= {len(source)}, the training images")
-        require(size % devices == 0, field, size, f"must be a multiple of {devices}, the devices of the batch")
+        size = settings.batch_size
+        require(size <= len(source), BATCH_SIZE, size, f"must be <= {len(source)}, the training images")
+        check_batch(settings, mesh)
         self.step = FinetuneStep(reading, settings, data.num_classes, len(source) // size)
         self.settings, self.data, self.source, self.mesh = settings, data, source, mesh
         self.folder, self.progress = folder, progress
@@ -233,9 +278,7 @@ class Finetuning:
         if step is not None:
             state, position = checkpoints.restore(step, abstract)
             return state, position, (checkpoints.partial(step) or {}).get("losses", [])
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        begin = jax.jit(functools.partial(init_finetune, self.step), out_shardings=shardings)
-        return begin(network()), 0, []
+        return _state_maker(self.step, self.mesh)(network()), 0, []
 
     def _forget_epochs_after(self, step: int) -> None:
         """Removes the metrics of epochs that are trained again."""
@@ -283,8 +326,7 @@ class Finetuning:
         step, total = int(jax.device_get(state.step)), self.step.total_steps
         if step >= total:
             return state
-        size = self.settings.batch_size
-        shapes = {"image": ((size, *self.data.shape), np.float32), "label": ((size,), np.int32)}
+        shapes = batch_shapes(self.settings, self.data)
         with jax.transfer_guard("allow"):
             run = compile_finetune_step(self.step, self.mesh, shapes, self.key)
         clock = time.perf_counter()

@@ -18,6 +18,34 @@ from causalfusion_jax.sampling.generation import generate_images, image_shares
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
+def check_evaluation(config: ExperimentConfig) -> None:
+    """Raises InputError where `config.evaluation` makes no sense for the data; reads no file."""
+    evaluation, data = config.evaluation, config.data
+    require(data.frames == 1, "config.evaluation.eval_every", evaluation.eval_every, "must be 0 for videos")
+    require(
+        bool(evaluation.vae) or not data.latents, "config.evaluation.vae", evaluation.vae,
+        "a model of latents is evaluated on the images that an autoencoder makes of them",
+    )
+    if evaluation.metric in INCEPTION_METRICS:
+        return
+    require(
+        not data.latents, "config.evaluation.metric", evaluation.metric,
+        f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
+    )
+    known = _pixel_metrics(config)
+    require(
+        evaluation.metric in known, "config.evaluation.metric", evaluation.metric,
+        f"cannot be measured of this model of source {data.source}; give"
+        f" {' or '.join((*known, 'one that needs evaluation.inception'))}",
+    )
+
+
+def _pixel_metrics(config: ExperimentConfig) -> tuple[str, ...]:
+    """Those of the source; without any of classes where samples are of no class in particular."""
+    of_classes = config.knows_classes or config.text.is_on
+    return tuple(name for name in pixel_metrics(config.data) if of_classes or name not in OF_CLASSES)
+
+
 class Evaluator:
     """Samples and scores, the same images at every call.
 
@@ -33,39 +61,15 @@ class Evaluator:
     """
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh, source: Source | None = None):
+        check_evaluation(config)
         self._config, self._mesh = config, mesh
-        evaluation, data = config.evaluation, config.data
+        evaluation = config.evaluation
         self._inception = self._reference = self._decode = None
         if evaluation.vae:
             self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode
-        require(
-            self._decode is not None or not data.latents, "config.evaluation.vae", evaluation.vae,
-            "a model of latents is evaluated on the images that an autoencoder makes of them",
-        )
-        require(data.frames == 1, "config.evaluation.eval_every", evaluation.eval_every, "must be 0 for videos")
         if evaluation.metric in INCEPTION_METRICS:
             self._open_inception()
-        else:
-            self._check_pixel_metric()
         self._conditions = make_conditions(config, evaluation.num_images, source)
-
-    def _check_pixel_metric(self) -> None:
-        data, metric = self._config.data, self._config.evaluation.metric
-        require(
-            not data.latents, "config.evaluation.metric", metric,
-            f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
-        )
-        require(
-            metric in self._pixel_metrics, "config.evaluation.metric", metric,
-            f"cannot be measured of this model of source {data.source}; give"
-            f" {' or '.join((*self._pixel_metrics, 'one that needs evaluation.inception'))}",
-        )
-
-    @property
-    def _pixel_metrics(self) -> tuple[str, ...]:
-        """Those of the source; without any of classes where samples are of no class in particular."""
-        of_classes = self._config.knows_classes or self._config.text.is_on
-        return tuple(n for n in pixel_metrics(self._config.data) if of_classes or n not in OF_CLASSES)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
@@ -122,7 +126,8 @@ class Evaluator:
 
     def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
         found = scores.score(self._config.data, images, self._conditions.classes)
-        return {name: found[name] for name in self._pixel_metrics}
+        known = _pixel_metrics(self._config)
+        return {name: value for name, value in found.items() if name in known}
 
     def _inception_score(self, collected: inception_metrics.Collected) -> dict[str, float]:
         metric = self._config.evaluation.metric

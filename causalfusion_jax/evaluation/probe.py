@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import SingleDeviceSharding
 
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.probe_settings import ProbeConfig
@@ -72,6 +73,12 @@ def _logits(classifier, features):
     return features @ classifier["kernel"] + classifier["bias"]
 
 
+def _static(settings: ProbeConfig) -> ProbeConfig:
+    """Without what does not say how to learn, which would compile the same program again."""
+    learned = ("optimizer", "epochs", "learning_rate", "weight_decay", "warmup_epochs")
+    return ProbeConfig(**{name: getattr(settings, name) for name in learned})
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _linear_step(settings: ProbeConfig, epoch_steps: int, classifier, opt_state, standard, features, labels):
     """One step on a minibatch: features [batch, dim], labels [batch]."""
@@ -83,6 +90,22 @@ def _linear_step(settings: ProbeConfig, epoch_steps: int, classifier, opt_state,
     grads = jax.grad(loss)(classifier)
     updates, opt_state = make_linear_optimizer(settings, epoch_steps).update(grads, opt_state, classifier)
     return optax.apply_updates(classifier, updates), opt_state
+
+
+def lower_linear_step(
+    settings: ProbeConfig, dim: int, num_classes: int, device: jax.Device
+) -> jax.stages.Lowered:
+    """The step of `fit_linear` on features [num, dim], traced for a device; at most `batch_size` of them."""
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    steps, batch = 1000, settings.batch_size
+    static = _static(settings)
+    weights = {"kernel": place((dim, num_classes), jnp.float32), "bias": place((num_classes,), jnp.float32)}
+    opt_state = jax.tree.map(
+        lambda leaf: place(leaf.shape, leaf.dtype), jax.eval_shape(make_linear_optimizer(static, steps).init, weights)
+    )
+    standard = Standard(place((dim,), jnp.float32), place((dim,), jnp.float32))
+    features, labels = place((batch, dim), jnp.float32), place((batch,), jnp.int32)
+    return _linear_step.lower(static, steps, weights, opt_state, standard, features, labels)
 
 
 class LinearClassifier(NamedTuple):
@@ -114,9 +137,7 @@ def fit_linear(settings: ProbeConfig, features: np.ndarray, labels: np.ndarray, 
     num, dim = features.shape
     batch = min(settings.batch_size, num)
     epoch_steps = num // batch
-    # What does not say how to learn would compile the same program again.
-    learned = ("optimizer", "epochs", "learning_rate", "weight_decay", "warmup_epochs")
-    static = ProbeConfig(**{name: getattr(settings, name) for name in learned})
+    static = _static(settings)
     kernel = 0.01 * jax.random.truncated_normal(jax.random.key(settings.seed), -2.0, 2.0, (dim, num_classes))
     weights = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
     opt_state = make_linear_optimizer(static, epoch_steps).init(weights)
@@ -153,6 +174,16 @@ def _nearer(k: int, queries, known, known_labels, similarity, labels):
     labels = jnp.concatenate([labels, jnp.broadcast_to(known_labels, products.shape)], axis=1)
     similarity, found = jax.lax.top_k(similarity, k)
     return similarity, jnp.take_along_axis(labels, found, axis=1)
+
+
+def lower_nearer(settings: ProbeConfig, dim: int, device: jax.Device) -> jax.stages.Lowered:
+    """The program of `vote` for whole chunks of features [..., dim], traced for a device."""
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    found = (QUERY_CHUNK, settings.neighbours)
+    return _nearer.lower(
+        settings.neighbours, place((QUERY_CHUNK, dim), jnp.float32), place((NEIGHBOUR_CHUNK, dim), jnp.float32),
+        place((NEIGHBOUR_CHUNK,), jnp.int32), place(found, jnp.float32), place(found, jnp.int32),
+    )
 
 
 def normalized(features: np.ndarray) -> np.ndarray:

@@ -118,6 +118,17 @@ def _logits(params, videos):
     return nnx.merge(abstract_i3d()[0], params)(videos)
 
 
+def lower_resize(videos_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """The first program of `i3d_logits`, to be compiled, for videos of a shape and sharding."""
+    return _resize.lower(videos_uint8, SIDE, "tf1")
+
+
+def lower_logits(params: Params, videos_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """The second program of `i3d_logits`, to be compiled; its arguments as shapes with shardings."""
+    resized = (*videos_uint8.shape[:2], SIDE, SIDE, videos_uint8.shape[-1])
+    return _logits.lower(params, jax.ShapeDtypeStruct(resized, jnp.float32, sharding=videos_uint8.sharding))
+
+
 def i3d_logits(params: Params, videos_uint8: jax.Array, resize: str = "tf1", side: int = SIDE) -> jax.Array:
     """What FVD compares.
 

@@ -222,6 +222,17 @@ def _features(params, images):
     return nnx.merge(abstract_inception()[0], params)(images)
 
 
+def lower_resize(images_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """The first program of `inception_features`, to be compiled, for images of a shape and sharding."""
+    return _resize.lower(images_uint8, (SIDE, SIDE))
+
+
+def lower_features(params: Params, images_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """The second program of `inception_features`, to be compiled; its arguments as shapes with shardings."""
+    resized = (images_uint8.shape[0], SIDE, SIDE, images_uint8.shape[-1])
+    return _features.lower(params, jax.ShapeDtypeStruct(resized, jnp.float32, sharding=images_uint8.sharding))
+
+
 def inception_features(params: Params, images_uint8: jax.Array) -> dict[str, jax.Array]:
     """Features of images of any size.
 

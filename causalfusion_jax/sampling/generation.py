@@ -14,6 +14,9 @@ from causalfusion_jax.models.transformer import TransformerConfig, abstract_mode
 from causalfusion_jax.sampling.images import to_uint8
 from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens, sample_tokens_shared
 
+BATCH_SIZE = 250
+"""Images in a batch where nothing else is said."""
+
 
 def replicate(params, devices):
     """Parameters whole on each of `devices`, which then share every batch of images.
@@ -44,7 +47,7 @@ def for_sampling(params):
 
 
 def lower_replicate(params, devices) -> jax.stages.Lowered:
-    """The program by which `replicate` gathers parameters, traced.
+    """What `replicate` does to parameters of a training state, as one program, traced.
 
     Args:
       params: jax.ShapeDtypeStruct of each, with the sharding that training has it in.
@@ -90,11 +93,11 @@ def _mesh_of(params) -> Mesh | None:
     Raises ValueError where they are split: XLA would have to partition the sampler, which it
     cannot where attention is a kernel, and every device would sample every image.
     """
-    where = [leaf.sharding for leaf in jax.tree.leaves(params)]
-    if all(isinstance(sharding, SingleDeviceSharding) for sharding in where):
+    placed = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    if all(isinstance(where, SingleDeviceSharding) for where in placed):
         return None
-    mesh = where[0].mesh if isinstance(where[0], NamedSharding) else None
-    if mesh is None or mesh.shape["data"] != mesh.size or not all(w.is_fully_replicated for w in where):
+    mesh = placed[0].mesh if isinstance(placed[0], NamedSharding) else None
+    if mesh is None or mesh.shape["data"] != mesh.size or not all(where.is_fully_replicated for where in placed):
         raise ValueError("sampling needs all parameters whole on every device: see generation.for_sampling")
     return mesh
 
@@ -211,7 +214,7 @@ def generate_images(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[int], None] = lambda done: None,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     known: Known | None = None,
@@ -236,7 +239,7 @@ def image_batches(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     wanted: Iterable[int] | None = None,
     known: Known | None = None,
@@ -270,7 +273,7 @@ def image_shares(
     params,
     labels: np.ndarray,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     decode: Callable[[jax.Array], jax.Array] | None = None,
     text: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

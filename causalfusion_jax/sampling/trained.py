@@ -20,6 +20,8 @@ from causalfusion_jax.sharding import partition, place, replicated
 from causalfusion_jax.training.checkpoint import Checkpoints
 
 AUTOENCODERS = ("mar_vae", "sd_vae")
+DECODED_AT_A_TIME = 4
+"""Images in a device's memory while latents are decoded, perhaps beside a training state."""
 BEST = "best"
 """In place of a step: the best checkpoint."""
 
@@ -97,6 +99,15 @@ def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, Auto
     return converted, AutoencoderConfig(**listed)
 
 
+def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, field: str, folder: str) -> None:
+    """Raises InputError where a model's data are not the autoencoder's latents."""
+    require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
+    require(
+        config.data.channels == settings.latent_channels, field, folder,
+        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
+    )
+
+
 class Autoencoder(NamedTuple):
     """An autoencoder of a model's latents.
 
@@ -127,11 +138,7 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
       InputError: it is none, or the model's data are not its latents.
     """
     converted, settings = open_autoencoder(folder, field)
-    require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
-    require(
-        config.data.channels == settings.latent_channels, field, folder,
-        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
-    )
+    check_autoencoder(settings, config, field, folder)
     params = converted.params(abstract_autoencoder(settings)[1])
 
     @functools.lru_cache(maxsize=1)
@@ -152,8 +159,8 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
 
 
 def decode_each(settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
-    """Latents [..., h, w, channels] to pixels [..., height, width, image channels]."""
-    pixels = decode(settings, params, latents.reshape(-1, *latents.shape[-3:]))
+    """Latents [..., h, w, channels] to pixels [..., height, width, image channels], on one device."""
+    pixels = decode(settings, params, latents.reshape(-1, *latents.shape[-3:]), DECODED_AT_A_TIME)
     return pixels.reshape(*latents.shape[:-3], *pixels.shape[1:])
 
 

@@ -119,7 +119,7 @@ class Checkpoints:
         data = {"position": position} | ({} if partial is None else {"partial": partial})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         # The copy to the host is intentional; training forbids implicit ones.
-        with jax.transfer_guard("allow"):
+        with jax.transfer_guard("allow"), files.writing(self._folder(step)):
             self._checkpointer.save(self._folder(step), args=args, force=True)
         self._finishing = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
         self._saved = step
@@ -155,6 +155,8 @@ class Checkpoints:
                 return False
             time.sleep(0.1)
         unlisted = set(files.names(self._folder(step))) - set(self._manifests.expected(step))
+        # Hidden files are those of a mounted file system.
+        unlisted = {name for name in unlisted if not pathlib.PurePath(name).name.startswith(".")}
         if unlisted:
             raise OSError(f"the manifest of checkpoint {step} does not list {min(unlisted)}")
         return True
@@ -188,7 +190,9 @@ class Checkpoints:
             self._finishing = None
         error, self._error = self._error, None
         if error is not None:
-            raise OSError(f"checkpoint {self._saved} was not saved to {self._steps_dir}: {error}") from error
+            reason = f"checkpoint {self._saved} was not saved to {self._steps_dir}: {error}"
+            number = files.disk_error(error)
+            raise (OSError(reason) if number is None else OSError(number, reason)) from error
 
     def close(self) -> None:
         """Waits, then lets go."""

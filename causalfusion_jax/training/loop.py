@@ -1,5 +1,6 @@
 """The training loop: compile once, step, watch, save, stop when asked."""
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -174,7 +175,7 @@ class _Run:
         return state
 
     def _open(self, position: int) -> None:
-        """Prepares to step: the data from a position on, and the compiled step."""
+        """Prepares to step: the data from a position on, and the compiled step. Raises Interrupted by a signal."""
         config = self.config
         batches = host_batches(
             self.source, config.data, config.train.batch_size, config.train.seed, self.share.rows, config.text
@@ -183,12 +184,15 @@ class _Run:
         self.iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
         self._program(self.length_of.lengths[-1])
         self.peak_flops = metrics_lib.peak_flops(self.mesh.devices.flat[0]) * self.mesh.devices.size
+        # Compilation may have taken minutes.
+        self.stop.interrupt()
 
     def close(self) -> None:
-        """Lets go of everything; what was saved is on disk then."""
-        for opened in (self.iterator, self.log, self.checkpoints):
-            if opened is not None:
-                opened.close()
+        """Lets go of everything, also where some of it fails; what was saved is on disk then."""
+        with contextlib.ExitStack() as closing:
+            for opened in (self.checkpoints, self.log, self.iterator):
+                if opened is not None:
+                    closing.callback(opened.close)
 
     def _program(self, length: int):
         """The compiled training step for batches that attend to so many clean tokens."""
@@ -227,12 +231,12 @@ class _Run:
                     self._check_finite(state, step)
                     totals, since, first, waited, flops = None, step, step, 0.0, 0
                 stopping = self.stop.poll()
-                reviewed = time.perf_counter()
                 save = last or stopping or step % config.checkpoint.every == 0 or self._evaluation_is_due(step)
                 if save:
                     self._save(step, state, totals, since)
                 if stopping:
                     break
+                reviewed = time.perf_counter()
                 try:
                     self._review(step, state, self._evaluation_is_due(step), self._grid_is_due(step))
                 except Interrupted:
@@ -271,7 +275,8 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState, totals, since: int) -> None:
-        """Saves the state, and the metrics that were not written yet."""
+        """Saves the state, and the metrics that were not written yet. Raises TrainingDiverged instead where it did."""
+        self._check_finite(state, step)
         partial = None if totals is None else {"since": since, "totals": metrics_lib.to_plain(totals)}
         self.checkpoints.save(step, state, self.iterator.position, partial)
 
@@ -338,9 +343,7 @@ class _Run:
         if distributed.is_primary():
             path = self._grid_path(step)
             path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(f".{path.name}")
-            save_png(unfinished, grid)
-            unfinished.replace(path)
+            save_png(path, grid)
             self.log.write_grid(step, grid)
             with jax.transfer_guard("allow"):
                 self.watch(step, {})

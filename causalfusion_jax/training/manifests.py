@@ -2,7 +2,8 @@
 
 Orbax restores a flipped bit silently. So every process, once a step is committed, lists the
 size and SHA-256 of the files that it wrote itself in `manifests/STEP/PROCESS.json`, beside the
-number of processes. No process reads what another one wrote, and none waits for another.
+number of processes and a checksum of the list itself. No process reads what another one wrote,
+and none waits for another.
 
 A step is *complete* when the parts of all processes exist. A step without one of them was
 *interrupted*: nothing is wrong with the storage, the process ended while it saved or deleted
@@ -14,6 +15,7 @@ import hashlib
 import json
 import pathlib
 import re
+from typing import Any
 
 from causalfusion_jax import files
 
@@ -24,6 +26,19 @@ def writer(name: str) -> int:
     """The process that wrote a file of a step, by its relative path: Orbax keeps a folder for each; 0 the rest."""
     found = _WRITER.search(name)
     return int(found[1]) if found else 0
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of a part itself: a flipped bit in its number of processes would leave files out of the verification."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(part: pathlib.Path) -> dict[str, Any]:
+    """A part of a manifest. Raises OSError or ValueError where it is not what was written."""
+    content = json.loads(part.read_text())
+    if not isinstance(content, dict) or content.pop("sha256", None) != _checksum(content):
+        raise ValueError(f"{part.name} has another checksum")
+    return content
 
 
 def manifest_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
@@ -55,8 +70,11 @@ class Manifests:
         first = folder / "0.json"
         if not first.is_file():
             return None
-        content = files.read_json(first)
-        count = content.get("processes", 1) if isinstance(content, dict) else 1
+        try:
+            count = _read(first)["processes"]
+        except (OSError, ValueError):
+            # Complete but damaged, as `expected` finds.
+            count = 1
         parts = [folder / f"{process}.json" for process in range(count)]
         return parts if all(part.is_file() for part in parts) else None
 
@@ -72,8 +90,8 @@ class Manifests:
         """
         expected = {}
         for part in self._parts(step) or ():
-            content = json.loads(part.read_text())
-            listed = content if part == self._one_file(step) else content["files"]
+            is_one = part == self._one_file(step)
+            listed = json.loads(part.read_text()) if is_one else _read(part)["files"]
             if not isinstance(listed, dict):
                 raise ValueError(f"{part.name} is not a manifest")
             expected |= listed
@@ -83,7 +101,8 @@ class Manifests:
         """Writes the part of one of `processes` processes, whole or not at all."""
         folder = self.folder / str(step)
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / f"{process}.json", {"processes": processes, "files": described})
+        content = {"processes": processes, "files": described}
+        files.write_json(folder / f"{process}.json", content | {"sha256": _checksum(content)})
 
     def remove(self, step: int) -> None:
         """Makes a step incomplete. Once the first file is gone it is, so a kill in between damages nothing."""

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import metric_writers
 
 from causalfusion_jax import distributed, files
 from causalfusion_jax.hardware import by_device_kind
@@ -83,14 +82,16 @@ class MetricsLog:
     def __init__(self, workdir: str, total_steps: int):
         self._workdir, self._total_steps = pathlib.Path(workdir), total_steps
         self._primary = distributed.is_primary()
-        self._writer = metric_writers.create_default_writer(
-            str(self._workdir / "tensorboard"), just_logging=not self._primary
-        )
+        # Imported late: TensorFlow, which it brings, takes seconds.
+        from clu import metric_writers
+
+        self._events = self._workdir / "tensorboard"
+        self._writer = metric_writers.create_default_writer(str(self._events), just_logging=not self._primary)
         self._jsonl = None
+        self._path = self._workdir / "metrics.jsonl"
         if self._primary:
-            path = self._workdir / "metrics.jsonl"
-            files.drop_torn_line(path)
-            self._jsonl = path.open("a")
+            files.drop_torn_line(self._path)
+            self._jsonl = self._path.open("a")
 
     def write(self, step: int, scalars: dict[str, float | None]) -> None:
         """Records scalars and prints the progress line; on process 0 alone."""
@@ -101,10 +102,12 @@ class MetricsLog:
     def _record(self, step: int, scalars: dict[str, float | None]) -> None:
         """One line of `metrics.jsonl`, null where a value is not a finite number, and the same for TensorBoard."""
         finite = {name: value for name, value in scalars.items() if value is not None and math.isfinite(value)}
-        self._writer.write_scalars(step, finite)
+        with files.writing(self._events):
+            self._writer.write_scalars(step, finite)
         line = {"step": step, **{name: finite.get(name) for name in scalars}}
-        self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
-        self._jsonl.flush()
+        with files.writing(self._path):
+            self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
+            self._jsonl.flush()
 
     def write_scores(self, step: int, scores: dict[str, float], is_best: bool) -> None:
         """Records an evaluation, as a line of its own; on process 0 alone."""
@@ -116,13 +119,16 @@ class MetricsLog:
 
     def write_grid(self, step: int, grid: np.ndarray) -> None:
         """Records a sample grid, uint8 [height, width, channels], in TensorBoard."""
-        self._writer.write_images(step, {"samples": grid[None]})
+        with files.writing(self._events):
+            self._writer.write_images(step, {"samples": grid[None]})
 
     def close(self) -> None:
         """Until everything is written."""
-        self._writer.close()
+        with files.writing(self._events):
+            self._writer.close()
         if self._jsonl is not None:
-            self._jsonl.close()
+            with files.writing(self._path):
+                self._jsonl.close()
 
 
 def progress_line(step: int, total_steps: int, scalars: dict[str, float | None]) -> str:

@@ -101,8 +101,23 @@ def place_abstract(shapes, axes, mesh: Mesh):
 
 def create_state(config: StepConfig, mesh: Mesh, key: jax.Array) -> TrainState:
     """The initial state, every array born where it stays."""
+    return _state_maker(config, mesh)(key)
+
+
+def lower_create_state(config: StepConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The program of `create_state`, to be compiled."""
+    return _state_maker(config, mesh).lower(abstract_key(mesh))
+
+
+def _state_maker(config: StepConfig, mesh: Mesh):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(functools.partial(init_state, config), out_shardings=shardings)(key)
+    return jax.jit(functools.partial(init_state, config), out_shardings=shardings)
+
+
+def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A run's base key: its type, and where it lies."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
 
 def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> tuple[TrainState, dict]:

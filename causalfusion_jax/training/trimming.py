@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causalfusion_jax import sharding
 from causalfusion_jax.factorization import num_visible_clean_of_batch
 from causalfusion_jax.training.objective import ObjectiveConfig, batch_key
 from causalfusion_jax.training.state import StepConfig
@@ -24,6 +25,11 @@ def bucket_lengths(config: ObjectiveConfig, buckets: int) -> tuple[int, ...]:
     """Clean tokens of each program: equal parts of L, from the shortest up."""
     tokens = config.model.num_tokens
     return tuple(sorted({-(-tokens * (i + 1) // buckets) for i in range(buckets)}))
+
+
+def program_lengths(config: ObjectiveConfig, buckets: int) -> tuple[int, ...]:
+    """Clean tokens of each program of a run, from the shortest up; one where there are no buckets."""
+    return bucket_lengths(config, buckets) if buckets > 1 else (config.num_clean,)
 
 
 def with_length(config: StepConfig, length: int) -> StepConfig:
@@ -58,7 +64,7 @@ class LengthOfStep:
 
     def __init__(self, config: ObjectiveConfig, buckets: int, key: jax.Array):
         self._config, self._key = config, key
-        self.lengths = bucket_lengths(config, buckets) if buckets > 1 else (config.num_clean,)
+        self.lengths = program_lengths(config, buckets)
         self._chunk, self._visible = None, None
 
     def __call__(self, step: int) -> int:
@@ -67,7 +73,7 @@ class LengthOfStep:
             return self.lengths[0]
         if step // CHUNK != self._chunk:
             self._chunk = step // CHUNK
-            first = jax.device_put(np.int32(self._chunk * CHUNK), self._key.sharding)
+            first = sharding.place(np.int32(self._chunk * CHUNK), self._key.sharding)
             self._visible = jax.device_get(visible_lengths(self._config, self._key, first))
         visible = int(self._visible[step % CHUNK])
         return next(length for length in self.lengths if length >= visible)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -241,4 +242,34 @@ allocation 4: size 9000, page 0, preallocated-temp:
 allocation 5: size 512, color 6, page 0, parameter 7, shape |f32[1]| at ShapeIndex {}:
 """
     report = "Memory Space: default (color=0)\nTotal bytes: 9524 (9.3KiB)\nMemory Space: vmem (color=1)\nTotal bytes: 7"
+    with pytest.raises(ValueError, match="total"):
+        compiler.parse_memory(allocations, report[: report.index(" (9.3")])
     assert compiler.parse_memory(allocations, report) == Memory(arguments=1500, outputs=24, temporaries=8000)
+
+
+def test_the_compiler_is_waited_for_until_its_program_is_written_to_the_end(tmp_path):
+    """A dump that does not grow for a while, as on a busy machine, is not a finished one."""
+    whole = "HloModule m\n\nENTRY %main (x: f32[8]) -> f32[8] {\n  ROOT %x = f32[8] parameter(0)\n}\n"
+    dump = tmp_path / "module_0.jit_m.after_optimizations_after_buffer_assignment.txt"
+    texts = iter([whole[:20]] * 4 + [whole[:-3]] * 4 + [whole])
+
+    class Compiling:
+        polled = 0
+
+        def poll(self, seconds):
+            self.polled += 1
+            dump.write_text(next(texts))
+            return False
+
+    process = Compiling()
+    assert compiler._wait(process, tmp_path, machine_code=False) is None
+    assert process.polled == 9
+
+
+def test_whatever_stops_a_program_from_being_traced_is_reported_and_not_raised():
+    def lower():
+        raise NotImplementedError("Mosaic kernels cannot be automatically partitioned")
+
+    sent = []
+    compiler._work(lower, "", SimpleNamespace(send=sent.append))
+    assert sent == ["NotImplementedError: Mosaic kernels cannot be automatically partitioned"]

@@ -60,8 +60,8 @@ backend_config={"known_trip_count":{"n":"5"}}
 
 
 def costs_of(*lines, extra=""):
-    """Costs of an entry computation of these lines."""
-    body = "\n".join(f"  {line}" for line in lines)
+    """Costs of an entry computation of these lines; the last one is its result."""
+    body = "\n".join(f"  {line}" for line in (*lines[:-1], "ROOT " + lines[-1].removeprefix("ROOT ")))
     text = f"HloModule m, num_partitions=4\n\n{extra}\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
     return program_costs(hlo.parse(text))
 
@@ -269,6 +269,17 @@ def test_bytes_of_slices_updates_and_on_chip_arrays():
     )
     # Fusion: a row of w read, a row of big written; w fetched on chip; negate: its result alone.
     assert costs.hbm_bytes == 2 * 256 + 8192 + 8192
+
+
+def test_a_program_cut_off_anywhere_is_refused_and_a_whole_one_is_read():
+    assert hlo.is_complete(NESTED) and hlo.parse(NESTED).entry.root.name == "last"
+    assert hlo.is_complete(NESTED.rstrip())
+    end = NESTED.rindex("}")
+    places = {end, end - 1, NESTED.index("  ROOT %last"), NESTED.index("ENTRY"), *range(1, end, 97)}
+    for place in places:
+        assert not hlo.is_complete(NESTED[:place]), NESTED[:place][-80:]
+        with pytest.raises(ValueError, match="whole"):
+            hlo.parse(NESTED[:place])
 
 
 def test_what_is_no_program_is_refused():

@@ -1,6 +1,7 @@
 """The real TPU compiler: what is read from its programs against what their shapes ask for."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -9,8 +10,10 @@ os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLO
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from helpers import command, tiny_config  # noqa: E402
+from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import PartitionSpec  # noqa: E402
 
 from causalfusion_jax import experiment, hardware, sharding  # noqa: E402
@@ -68,6 +71,18 @@ def test_collectives_of_split_parameters(scanned):
     assert weights <= reduced <= 1.01 * weights
 
 
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4"])
+def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
+    """Whatever the order in which the hosts are listed."""
+    by_host = np.array(program.devices(hardware.topology(name))).reshape(-1, 4)
+    for parts in (2, 4):
+        mesh = sharding.make_mesh(MeshConfig("fsdp+tp", tensor=parts), by_host[::-1].ravel())
+        for group in mesh.devices.reshape(-1, parts):
+            assert len({device.process_index for device in group}) == 1
+            # Two chips are one step apart, four are a square.
+            assert np.abs(np.subtract(group[0].coords, group[-1].coords)).sum() == (1 if parts == 2 else 2)
+
+
 def test_what_the_chip_has_is_asked_of_the_compiler():
     assert 15 * GIB < compiler.hbm_limit(V5E) < 16 * GIB
     assert compiler.hbm_limit(hardware.topology("v4:2x2x1")) > 30 * GIB, "both cores of a chip are one device"
@@ -104,6 +119,15 @@ def test_wrong_input_is_one_line_before_anything_compiles(args, words):
     assert len(lines) == 1
     for word in words:
         assert word in lines[0], lines[0]
+
+
+def test_the_sampler_is_the_one_that_a_run_starts():
+    """Attention in a kernel, which cannot be partitioned, beside weights that training splits."""
+    spec = small_spec(job="sample", batch=8, attention="flash", layers=1)
+    text = program.lower(spec).as_text()
+    assert "tpu_custom_call" in text and "manual_computation" in text
+    with pytest.raises(InputError, match="give 4 or 8"):
+        program.check(dataclasses.replace(spec, num=6))
 
 
 # --- Whole programs ---------------------------------------------------------------
@@ -152,3 +176,38 @@ def test_the_command():
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["fits"] and [r["devices"] for r in record["results"]] == [4, 1]
     assert "v5e:1x1: fits" in done.stdout and "hardware / model FLOPs" in done.stdout
+
+
+@pytest.mark.slow
+def test_all_programs_of_a_run_on_a_slice():
+    """At a size where a chip cannot hold the fine-tuning step, which alone is named."""
+    small = ["--config.model.layers=1", "--config.train.batch_size=64", "--config.evaluation.eval_every=100"]
+    args = ["--config=configs/digits.py", "--topology=v5e:2x2", "--job=run", *small]
+    done = command("preflight", *args, "--config.finetune.batch_size=8388608")
+    assert done.returncode == 1, done.stdout + done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])["results"][0]
+    assert [p["name"] for p in record["programs"] if not p["fits"]] == ["fine-tuning step"]
+    assert "v5e:2x2: fine-tuning step does not fit" in done.stdout
+    evaluation = next(p for p in record["programs"] if p["name"] == "evaluation sampler")
+    step = next(p for p in record["programs"] if p["name"] == "training step")
+    beside = evaluation["resident_bytes"]
+    assert beside["training state"] + beside["batch"] == pytest.approx(step["hbm"]["arguments"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_program_that_cannot_be_partitioned_is_named():
+    spec = small_spec(layers=1)
+    with pytest.raises(compiler.CompilerError, match="Mosaic kernels cannot be automatically partitioned"):
+        compiler.compile_lowered(functools.partial(lower_without_shard_map, spec), V5E)
+
+
+def lower_without_shard_map(spec):
+    """A kernel on an array that is split over devices, left to GSPMD."""
+    where = sharding.batch_sharding(spec.mesh())
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
+
+    def double(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    kernel = pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.jit(kernel, in_shardings=where, out_shardings=where).lower(x)

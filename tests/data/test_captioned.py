@@ -9,9 +9,10 @@ from PIL import Image
 from causalfusion_jax import files
 from causalfusion_jax.data import tar_shards
 from causalfusion_jax.data.caption_folder import read_captions
+from causalfusion_jax.data.captions import check_captions, example_prompts
 from causalfusion_jax.data.digit_pairs import HELD_OUT_PAIRS, DigitPairsSource, digit_pairs, held_out_prompts
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.sources import CorruptRecord, digits
 from causalfusion_jax.data.tokenizers import TextConfig, from_slots
 from causalfusion_jax.errors import InputError
 
@@ -111,12 +112,19 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
 
 def test_undecodable_image_is_a_corrupt_record(tmp_path):
     write_folder(tmp_path, [{"file_name": f"{i}.png", "caption": f"image {i}"} for i in range(3)])
-    (tmp_path / "1.png").write_bytes(b"no image")
+    (tmp_path / "0.png").write_bytes(b"no image")
     config = DataConfig(source="caption_folder", path=str(tmp_path), channels=3, num_classes=1, max_corrupt=1)
     iterator = BatchIterator(host_batches(make_source(config, captions=True), config, 2, 0, text=TEXT), max_corrupt=1)
     texts = {from_slots(TEXT, text) for _ in range(6) for text in next(iterator)["text"]}
     iterator.close()
-    assert texts == {"image 0", "image 2"} and set(iterator.corrupt) == {str(tmp_path / "1.png")}
+    assert texts == {"image 1", "image 2"} and set(iterator.corrupt) == {str(tmp_path / "0.png")}
+    source = make_source(config, captions=True)
+    check_captions(source, TEXT)
+    assert [from_slots(TEXT, text) for text in example_prompts(source, TEXT, 3)[0]] == ["image 1", "image 1", "image 2"]
+    for i in (1, 2):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(CorruptRecord, match="not a readable image"):
+        check_captions(source, TEXT)
 
 
 @pytest.mark.parametrize(

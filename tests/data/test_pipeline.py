@@ -65,8 +65,7 @@ def test_description_names_shape_classes_and_what_is_left_out(folder):
         f"data: image_folder {folder}: 12 images of 8x8x1 (height x width x channels), 3 classes;"
         " left out in the folders of classes: 2 *.webp, 1 *.txt, 1 files without suffix, 1 folders"
     )
-    described = describe(digits("train"), DataConfig())
-    assert described.endswith("898 images of 8x8x1 (height x width x channels), 10 classes")
+    assert describe(digits("train"), DataConfig()).startswith("data: digits: 898 images of 8x8x1 ")
 
 
 def write_arrays(path, images, labels):

@@ -15,7 +15,7 @@ from tiny_data import write_clip, write_tars
 from causalfusion_jax import files
 from causalfusion_jax.data import latents, tar_shards, video_files
 from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
 from causalfusion_jax.errors import InputError
 
 
@@ -154,6 +154,22 @@ def test_packets_of_a_video_are_not_kept():
 
     assert video_files._frame_times(Container, None) == [0, 1, 2, 3]
     assert len(alive) == 4
+
+
+def test_images_that_are_verified_are_not_kept(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a", "folder", 20)
+    opened, alive, real = [], [], ImageFormat.open
+
+    def noted(*args):
+        image = real(*args)
+        opened.append(weakref.ref(image))
+        alive.append(sum(reference() is not None for reference in opened))
+        return image
+
+    monkeypatch.setattr(ImageFormat, "open", noted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    make_source(DataConfig(source="image_folder", path=str(tmp_path), channels=3, num_classes=1))
+    assert len(opened) == 20 and max(alive) <= 4
 
 
 def test_few_shards_stay_open(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation.distribution import (
     FeatureStatistics,
+    InceptionScore,
     frechet_from_statistics,
     inception_score,
     kernel_inception_distance,
@@ -53,6 +54,21 @@ def test_frechet_of_known_normals():
     covs = [axes * variance @ axes.T for variance in variances]
     distance = frechet_from_statistics(np.zeros(3), covs[0], np.full(3, 2.0), covs[1])
     np.testing.assert_allclose(distance, 3 * 4 + (1 - 3) ** 2 + 0 + 1, rtol=1e-6)
+
+
+def test_score_of_several_processes_has_the_parts_of_one():
+    """Parts are consecutive values, whichever process has seen them."""
+    logits, numbers = np.random.default_rng(0).normal(size=(23, 4)), np.arange(23)
+    whole, merged = InceptionScore(5), InceptionScore(5)
+    whole.update(logits)
+    for process in range(3):
+        score = InceptionScore(5)
+        for number in numbers[process::3]:
+            score.update(logits[number : number + 1], np.array([number]))
+        merged.merge_arrays(score.to_arrays())
+    merged.merge_arrays(InceptionScore(5).to_arrays())
+    np.testing.assert_allclose(merged.result(), whole.result(), rtol=1e-12)
+    assert whole.result()[1] > 0
 
 
 def test_inception_score_of_known_probabilities():

@@ -17,6 +17,7 @@ from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import augment, finetune
 from causalfusion_jax.evaluation.features import make_reading, place_params
 from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
+from causalfusion_jax.lock import FolderLock
 from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from causalfusion_jax.training.stopping import Stopped, TrainingDiverged
 
@@ -235,8 +236,8 @@ def test_a_state_that_is_not_finite_is_not_saved_over_the_only_checkpoint(tmp_pa
         def run_step(state, batch, key):
             state, loss = step(state, batch, key)
             with jax.transfer_guard("allow"):
-                broken = jax.tree.map(lambda x: x * jnp.nan, state.params) if int(state.step) == 6 else state.params
-            return state._replace(params=broken), loss
+                factor = jnp.nan if int(state.step) == 6 else 1.0
+                return state._replace(params=jax.tree.map(lambda leaf: leaf * factor, state.params)), loss
 
         return run_step
 
@@ -245,6 +246,12 @@ def test_a_state_that_is_not_finite_is_not_saved_over_the_only_checkpoint(tmp_pa
     with pytest.raises(TrainingDiverged, match="epoch 2 .* not finite"):
         run(tmp_path / "run")
     assert Checkpoints(tmp_path / "run", CheckpointConfig(), read_only=True).good_step() == 4
+
+
+def test_a_second_fine_tuning_in_a_folder_is_refused(tmp_path):
+    with FolderLock(tmp_path, "--out"):
+        with pytest.raises(InputError, match="--out=.*is in use by process"):
+            run(tmp_path)
 
 
 def test_devices_share_a_step(tmp_path, compiled_once):

@@ -1,6 +1,7 @@
 """The papers' tables: their figures, the runs behind them, the rule of the claims, the commands."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -136,6 +137,18 @@ def test_scores_of_other_settings_are_not_collected(tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match="other settings: train.batch_size=48 .it has 16"):
         page.collect(tmp_path, ["gamma"], "digits", 2, 0)
+    shutil.rmtree(path.parent)
+    overridden = {"train.batch_size": 16}
+    with pytest.raises(InputError, match="other settings: train.batch_size=16 .it has 48"):
+        page.collect(tmp_path, ["gamma"], "digits", 2, 0, overridden)
+    for path in (tmp_path / "digits").glob("*/config.json"):
+        values = json.loads(path.read_text())
+        values["train"]["batch_size"] = 16
+        path.write_text(json.dumps(values))
+    scores = page.collect(tmp_path, ["gamma"], "digits", 2, 0, overridden)
+    assert sum(len(place.get("fd", [])) for place in scores["gamma"].values()) == 2 * 5 * 4 - 4
+    text = page.render(scores, "digits", 2, 0, overrides=["train.batch_size=16"])
+    assert "--fork --override=train.batch_size=16`" in text
 
 
 def run(script, *args, **kwargs):
@@ -172,7 +185,9 @@ def test_runs_and_renders(tmp_path):
     done = run("run", *args, "--", "--parallel=2", "--fork", tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "page.md"
-    rendered = run("render", *args, f"--out={out}", "--header=here, today")
+    refused = run("render", *args, f"--out={out}")
+    assert refused.returncode == 2 and "trained by other settings" in refused.stderr and not out.exists()
+    rendered = run("render", *args, tiny, f"--out={out}", "--header=here, today")
     assert rendered.returncode == 0, rendered.stderr
     scores = [json.loads(path.read_text())["fd"] for path in tmp_path.glob("digits/*/samples_ar1_n20/evaluation.json")]
     text = out.read_text()

@@ -238,12 +238,12 @@ def test_keeps_the_newest_and_every_kth(tmp_path):
 def test_old_steps_are_kept_until_all_processes_wrote_their_manifest(copied, monkeypatch):
     monkeypatch.setattr(checkpoint, "PARTS_TIMEOUT", 0.0)
     manifest = json.loads(manifest_path(copied, 12).read_text())
-    manifest_path(copied, 12).write_text(json.dumps(manifest | {"processes": 2}))
+    Manifests(copied).write_part(12, 0, 2, manifest["files"])
     checkpoints = reopened(copied, keep=1)
     assert not checkpoints._await_parts(12)
     checkpoints._delete_outdated()
     assert checkpoints.steps() == [12, 8] and checkpoints.good_step() == 8
-    (copied / "manifests" / "12" / "1.json").write_text('{"processes": 2, "files": {}}')
+    Manifests(copied).write_part(12, 1, 2, {})
     assert checkpoints._await_parts(12)
     checkpoints._delete_outdated()
     assert checkpoints.steps() == [12]

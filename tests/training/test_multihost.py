@@ -13,6 +13,7 @@ import pytest
 from helpers import all_done, command, random_params, start_processes
 from tiny_data import write_vae
 
+from causalfusion_jax.cli import INTERRUPTED
 from causalfusion_jax.distributed import initialize
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.sampling.trained import make_autoencoder
@@ -72,10 +73,11 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
             break
     pair[1].send_signal(signal.SIGTERM)
     printed = [process.communicate(timeout=600) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], printed
+    assert [process.returncode for process in pair] == [INTERRUPTED, INTERRUPTED], printed
     step = int(re.search(r"saved step (\d+) of 24", printed[0][0])[1])
     assert step < 24 and "step" not in printed[1][0]
-    assert (tmp_path / "pair" / "manifests" / f"{step}.json").is_file()
+    parts = [json.loads((tmp_path / "pair" / "manifests" / str(step) / f"{p}.json").read_text()) for p in (0, 1)]
+    assert all(part["processes"] == 2 and any("ocdbt.process_" in name for name in part["files"]) for part in parts)
     assert list((tmp_path / "pair" / "samples").iterdir())
     scores = series(tmp_path / "pair", "evaluation/fd")
     assert 4 in scores and "evaluated step 4" in "".join(begun) and "evaluated" not in printed[1][0]

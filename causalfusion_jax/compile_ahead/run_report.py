@@ -1,0 +1,161 @@
+"""What a preflight says of the programs of a whole run: a table, a verdict, one record."""
+
+import dataclasses
+from collections.abc import Callable
+
+from causalfusion_jax.compile_ahead.compiler import Compiled, CompilerError, compile_lowered
+from causalfusion_jax.compile_ahead.program import Spec
+from causalfusion_jax.compile_ahead.programs import Listing, Program
+from causalfusion_jax.compile_ahead.report import aligned, gib, roofline, time_words
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of compiling a program.
+
+    Attributes:
+      program: it, and what lies in HBM beside it.
+      compiled: what the compiler says; None where it fails for another reason than memory.
+      error: that reason.
+    """
+
+    program: Program
+    compiled: Compiled | None
+    error: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        """HBM of each device that the program and what lies beside it need together."""
+        return self.program.resident_bytes + (self.compiled.total_bytes if self.compiled else 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it compiles, and fits beside what is there already."""
+        return self.compiled is not None and self.compiled.fits and self.total_bytes <= self.compiled.limit_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPreflight:
+    """The programs of a job on a slice.
+
+    Attributes:
+      spec: settings and slice.
+      listing: the programs.
+      outcomes: what came of each.
+    """
+
+    spec: Spec
+    listing: Listing
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all do."""
+        return all(outcome.fits for outcome in self.outcomes)
+
+
+def preflight_run(
+    spec: Spec, listing: Listing, say: Callable[[str], None], compiler: Callable[..., Compiled] = compile_lowered
+) -> RunPreflight:
+    """Compiles all programs of a job, one after the other.
+
+    Args:
+      spec: settings and slice.
+      listing: the programs.
+      say: called with a line for each.
+      compiler: `compile_lowered`, or a stand-in.
+    """
+    outcomes = []
+    for program in listing.programs:
+        try:
+            outcome = Outcome(program, compiler(program.lower, spec.topology))
+        except CompilerError as error:
+            outcome = Outcome(program, None, one_line(str(error)))
+        took = f", {outcome.compiled.seconds:.1f} s" if outcome.compiled else ""
+        say(f"compiled for {spec.topology.name}: {program.name}: {outcome_words(outcome)}{took}")
+        outcomes.append(outcome)
+    return RunPreflight(spec, listing, tuple(outcomes))
+
+
+def one_line(message: str, limit: int = 300) -> str:
+    """An error in one line, cut off where it is long."""
+    line = " ".join(message.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def outcome_words(outcome: Outcome) -> str:
+    """Whether a program compiles and fits, with what lies beside it."""
+    if outcome.compiled is None:
+        return f"does not compile: {outcome.error}"
+    own, beside = outcome.compiled.total_bytes, outcome.program.resident
+    words = "fits" if outcome.fits else "does not fit"
+    words += f", {gib(outcome.total_bytes)} of {gib(outcome.compiled.limit_bytes)} GiB HBM a device"
+    if not beside:
+        return words
+    return f"{words}: its own {gib(own)}, {', '.join(f'{name} {gib(size)}' for name, size in beside.items())}"
+
+
+def verdict(result: RunPreflight) -> str:
+    """A line for each program that fails, or one that all fit; then what settings rule out, and what was assumed."""
+    name, failed = result.spec.topology.name, [outcome for outcome in result.outcomes if not outcome.fits]
+    lines = [f"{name}: {outcome.program.name} {outcome_words(outcome)}" for outcome in failed]
+    if not failed:
+        most = max(result.outcomes, key=lambda outcome: outcome.total_bytes)
+        lines = [
+            f"{name}: all {len(result.outcomes)} programs compile and fit; most HBM takes {most.program.name}:"
+            f" {outcome_words(most)}"
+        ]
+    lines += [f"{name}: no {what}: {why}" for what, why in result.listing.impossible.items()]
+    return "\n".join(lines + [f"note: {note}" for note in result.listing.notes])
+
+
+def table(result: RunPreflight) -> str:
+    """A row for each program."""
+    rows = [[result.spec.topology.name, "fits", "HBM own", "resident", "together", "of GiB", "at least", "bound by"]]
+    for outcome in result.outcomes:
+        rows.append([outcome.program.name, *_row(result.spec, outcome)])
+    return aligned(rows)
+
+
+def _row(spec: Spec, outcome: Outcome) -> list[str]:
+    compiled, resident = outcome.compiled, gib(outcome.program.resident_bytes)
+    if compiled is None:
+        return ["NO", "-", resident, "-", "-", "does not compile", ""]
+    cells = [
+        "yes" if outcome.fits else "NO", gib(compiled.total_bytes), resident, gib(outcome.total_bytes),
+        gib(compiled.limit_bytes),
+    ]
+    if not compiled.fits:
+        return [*cells, "-", ""]
+    times = roofline(compiled.costs, spec.topology)
+    return [*cells, time_words(times.seconds), times.bound + (" *" if compiled.costs.unknown else "")]
+
+
+def record(result: RunPreflight, job: str) -> dict:
+    """All numbers, for one line of JSON."""
+    spec = result.spec
+    return {
+        "topology": spec.topology.name, "devices": spec.topology.devices,
+        "mesh": {name: int(size) for name, size in spec.mesh().shape.items()},
+        "job": job, "fits": result.fits,
+        "programs": [_program_record(spec, outcome) for outcome in result.outcomes],
+        "impossible": dict(result.listing.impossible), "assumed": list(result.listing.notes),
+    }
+
+
+def _program_record(spec: Spec, outcome: Outcome) -> dict:
+    compiled = outcome.compiled
+    values = {"name": outcome.program.name, "fits": outcome.fits, "resident_bytes": dict(outcome.program.resident)}
+    if compiled is None:
+        return values | {"error": outcome.error}
+    values |= {
+        "compile_seconds": round(compiled.seconds, 1), "hbm_bytes": compiled.total_bytes,
+        "hbm_with_resident_bytes": outcome.total_bytes, "hbm_limit_bytes": compiled.limit_bytes,
+    }
+    if not compiled.fits:
+        return values
+    times = roofline(compiled.costs, spec.topology)
+    return values | {
+        "hbm": dataclasses.asdict(compiled.memory), "roofline_seconds": dataclasses.asdict(times),
+        "bound": times.bound, "not_counted": sorted(compiled.costs.unknown),
+    }
