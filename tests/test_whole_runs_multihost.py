@@ -9,6 +9,8 @@ from helpers import all_done, command, start_processes
 from PIL import Image
 from tiny_data import write_inception, write_vae
 
+from causalfusion_jax.training.manifests import manifest_path
+
 pytestmark = pytest.mark.slow
 
 MODEL = (
@@ -102,7 +104,7 @@ def test_killed_and_continued_on_other_processes(count, mesh, then, alone, store
         process.kill()
     for process in processes:
         process.communicate()
-    assert (tmp_path / "run" / "manifests" / "4.json").is_file()
+    assert manifest_path(tmp_path / "run", 4).is_file()
     count, mesh = then
     printed = several(count, "train", *run, *(f"--config.mesh.{m}" for m in mesh))
     assert re.search(r"resuming .* at step [46]", printed[0]), printed
