@@ -64,7 +64,8 @@ def verdict(claim: Claim, better: Sequence[float], worse: Sequence[float]) -> Ve
 
 
 def collect(
-    workdir: pathlib.Path, names: Sequence[str], on: str, seeds: int, num: int, overrides: sweeps.Overrides | None = None,
+    workdir: pathlib.Path, names: Sequence[str], on: str, seeds: int, num: int,
+    overrides: sweeps.Overrides | None = None,
 ) -> dict[str, Scores]:
     """The scores of each table that are in `workdir`.
 
