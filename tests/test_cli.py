@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from causalfusion_jax import cli
+from causalfusion_jax import cli, sampling_flags
+from causalfusion_jax.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,12 @@ def test_a_tpu_is_left_out_only_where_there_is_none(installed, files, platforms,
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
     cli.leave_out_absent_tpu()
     assert os.environ.get("JAX_PLATFORMS") == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "named"), [("order", "--order"), ("--labels", "--labels"), ("data.path", "data.path")]
+)
+def test_errors_name_no_flag_that_a_command_does_not_have(field, named):
+    with pytest.raises(InputError) as error, sampling_flags.as_flags():
+        raise InputError(field, "x", "must be another")
+    assert error.value.field == named
