@@ -7,7 +7,8 @@ import resource
 
 import pytest
 
-from causalfusion_jax import cli
+from causalfusion_jax import cli, sampling_flags
+from causalfusion_jax.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,12 @@ def test_a_full_or_failing_disk_is_one_line_that_names_the_file(number, capsys):
 def test_other_errors_of_the_system_keep_their_traceback():
     with pytest.raises(FileNotFoundError), cli.errors_in_one_line():
         open("no/such/file")
+
+
+@pytest.mark.parametrize(
+    ("field", "named"), [("order", "--order"), ("--labels", "--labels"), ("data.path", "data.path")]
+)
+def test_errors_name_no_flag_that_a_command_does_not_have(field, named):
+    with pytest.raises(InputError) as error, sampling_flags.as_flags():
+        raise InputError(field, "x", "must be another")
+    assert error.value.field == named
