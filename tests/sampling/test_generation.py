@@ -8,7 +8,14 @@ from helpers import random_params, tiny_config
 from causalfusion_jax import experiment, sharding
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling import generation
-from causalfusion_jax.sampling.generation import generate_batch, generate_images, image_shares, lower_sampler, replicate
+from causalfusion_jax.sampling.generation import (
+    generate_batch,
+    generate_images,
+    image_batches,
+    image_shares,
+    lower_sampler,
+    replicate,
+)
 from causalfusion_jax.training.state import place_abstract
 
 CONFIG = experiment.from_dict(tiny_config(model=dict(layers=1), sampling=dict(solver_steps=2)))
@@ -53,6 +60,9 @@ def test_same_images_wherever_the_parameters_are():
     parts = list(image_shares(CONFIG, CONFIG.sampling, split, LABELS, 3, 4))
     np.testing.assert_array_equal(np.concatenate([numbers for numbers, _ in parts]), np.arange(5))
     np.testing.assert_array_equal(np.concatenate([images for _, images in parts]), found)
+    # Some batches alone; the last one, which is filled up for two devices, is of one image.
+    chosen = list(image_batches(CONFIG, CONFIG.sampling, split, LABELS, 3, 4, wanted=(1, 0)))
+    np.testing.assert_array_equal(np.concatenate(chosen[::-1]), found)
     with pytest.raises(ValueError, match="whole on every device"):
         generate_batch(CONFIG, CONFIG.sampling, split, jax.random.split(jax.random.key(0), 2), LABELS[:2])
 
