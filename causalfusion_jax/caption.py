@@ -21,6 +21,7 @@ of them `bits_per_token`, the end of each text counted as a token.
 import dataclasses
 import json
 import pathlib
+import sys
 
 from absl import flags
 
@@ -51,7 +52,7 @@ def _prompts(num: int) -> list[str]:
     require(not _PROMPT.value, "--prompt", _PROMPT.value, "give --prompt or --prompts, and not both")
     path = pathlib.Path(_PROMPTS.value)
     require(path.is_file(), "--prompts", str(path), "no such file")
-    lines = path.read_text().splitlines()
+    lines = files.read_lines("--prompts", path)
     require(len(lines) == num, "--prompts", str(path), f"must have {num} lines, as images; it has {len(lines)}")
     return lines
 
@@ -118,16 +119,18 @@ def main(argv):
     require(_BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
     require(_NUM.value is None or _NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
     _how()
-    config, origin, params = from_run(_WORKDIR.value, _WEIGHTS.value, _STEP.value)
+    trained = from_run(_WORKDIR.value, _WEIGHTS.value, _STEP.value)
+    config = trained.config
     require(config.text.is_on, "--workdir", _WORKDIR.value, "the model was trained without text")
     read = read_images(config, _IMAGES.value, _NUM.value)
-    records = (_score if _SCORE.value else _generate)(config, params, read)
+    # On stderr: with --score, a line of JSON comes first on stdout.
+    records = (_score if _SCORE.value else _generate)(config, lambda: trained.announced_params(sys.stderr), read)
     name = "scores.jsonl" if _SCORE.value else "captions.jsonl"
 
     def fill(folder):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
         how = {flag.name: flag.value for flag in (_IMAGES, _NUM, _PROMPT, _PROMPTS, _SCORE, _SEED, _BATCH)}
-        files.write_json(folder / "request.json", {**origin, **how, **dataclasses.asdict(_how())})
+        files.write_json(folder / "request.json", {**trained.origin, **how, **dataclasses.asdict(_how())})
 
     files.write_folder(out, fill)
     for record in records[:8]:

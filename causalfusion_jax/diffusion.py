@@ -155,6 +155,9 @@ def loss_weight(config: DiffusionConfig, alpha, sigma) -> jax.Array:
     """
     if config.loss_weight == "none":
         return jnp.ones_like(alpha)
+    if config.target == "x_0":
+        # The formula below is 0/0 where sigma is 0; here SNR is infinite there, and the weight gamma.
+        return jnp.minimum((alpha / sigma) ** 2, config.min_snr_gamma)
     a, b = _target_coefficients(config.target, alpha, sigma)
     determinant = alpha * b - sigma * a
     # min(SNR, gamma) sigma^2, without dividing by sigma.

@@ -1,9 +1,10 @@
 """Several processes (hosts) as one program: how they start, agree and stop."""
 
-import functools
+import contextlib
 import io
 import json
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from causalfusion_jax.errors import require
+from causalfusion_jax.lock import FolderLock
 
 T = TypeVar("T")
 BROADCAST_BYTES = 64 * 2**20
@@ -102,14 +104,24 @@ def _broadcast_json(value):
 def _broadcast_bytes(data: bytes, source: int) -> bytes:
     """The bytes of process `source` on all processes."""
     is_source = jax.process_index() == source
-    send = functools.partial(multihost_utils.broadcast_one_to_all, is_source=is_source)
-    length, parts = int(send(np.int32(len(data)))), []
+    length, parts = int(_broadcast(np.int32(len(data)), is_source)), []
     for start in range(0, length, BROADCAST_BYTES):
         part = np.zeros(min(BROADCAST_BYTES, length - start), np.uint8)
         if is_source:
             part[:] = np.frombuffer(data, np.uint8, len(part), start)
-        parts.append(np.asarray(send(part)).tobytes())
+        parts.append(_broadcast(part, is_source).tobytes())
     return b"".join(parts)
+
+
+def _broadcast(values: np.ndarray, is_source: bool) -> np.ndarray:
+    # jax's own helpers read devices implicitly; here that is intentional.
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.broadcast_one_to_all(values, is_source=is_source))
+
+
+def _gather(values, tiled: bool) -> np.ndarray:
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.process_allgather(values, tiled=tiled))
 
 
 def from_each(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
@@ -127,30 +139,47 @@ def from_each(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
             yield dict(found)
 
 
+@contextlib.contextmanager
+def held_folder(folder: str | pathlib.Path, field: str) -> Iterator[FolderLock | None]:
+    """Keeps other jobs out of `folder`; process 0 holds it for all (None on the others).
+
+    Args:
+      folder: made if it does not exist.
+      field: the option that names it, for errors.
+
+    Raises:
+      InputError: another job is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        locks = []
+        on_primary(lambda: locks.append(stack.enter_context(FolderLock(folder, field))), None)
+        yield locks[0] if locks else None
+
+
 def wait_for_all(name: str) -> None:
     """Until every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def should_stop(step: int, received: bool) -> bool:
-    """Whether all processes stop after this step.
+def should_stop(poll: int, received: bool) -> bool:
+    """Whether all processes stop at this poll.
 
     Args:
-      step: the step, alike on all processes, which all ask after every step.
-      received: whether this process, running alone, was told to stop. Of several, the
-        runtime notices SIGTERM on any and picks a step that all can still reach.
+      poll: its number, which counts up by one from poll to poll, alike on all processes.
+      received: whether this process, running alone, was told to stop. With several processes the
+        runtime notices SIGTERM on any of them and picks a poll that none has reached yet.
     """
     if jax.process_count() == 1:
         return received
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(poll)
 
 
 def everywhere(x: jax.Array) -> np.ndarray:
     """The whole of a global array, on every process."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(jax.device_get(x))
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return _gather(x, tiled=True)
 
 
 def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -172,4 +201,4 @@ def total(number: int) -> int:
     """The sum of a number of every process."""
     if jax.process_count() == 1:
         return number
-    return int(multihost_utils.process_allgather(np.array(number)).sum())
+    return int(_gather(np.array(number), tiled=False).sum())

@@ -48,7 +48,7 @@ _IMAGE = flags.DEFINE_string("image", None, "Image file, or npz with arr_0 as sa
 _MASK = flags.DEFINE_string(
     "mask", None, "What to regenerate: center, top, bottom, left, right, outer, x0,y0,x1,y1, or an image file."
 )
-_LABEL = flags.DEFINE_string("label", None, "Class number, or one for each image: 3,3,7 [arr_1 of an npz].")
+_LABEL = flags.DEFINE_string("label", None, "Class, or one for each image: otter,3,7 [arr_1 of an npz].")
 _PROMPT = flags.DEFINE_string("prompt", None, "What the images are to show, for models of texts.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, one for each image.")
 _NUM = flags.DEFINE_integer("num", 1, "Results for each image.")
@@ -135,11 +135,13 @@ def _mask(free):
     return mask | free
 
 
-def _labels(given, prompts, num_images: int, config):
+def _labels(given, prompts, num_images: int, trained):
     """The class of each image: --label, or what the images came with; none beside a prompt."""
     import numpy as np
 
-    classes = config.data.num_classes
+    from causalfusion_jax.sampling.labels import parse_labels
+
+    config, classes = trained.config, trained.config.data.num_classes
     if _LABEL.value is None and (prompts is not None or not config.knows_classes):
         require(prompts is not None, "--prompt", None, "is required: the model was trained on texts without classes")
         return np.full(num_images, classes, np.int32)
@@ -148,10 +150,10 @@ def _labels(given, prompts, num_images: int, config):
         labels = given
     else:
         config.check_classes("--label", _LABEL.value)
-        labels = sampling_flags.numbers("label", _LABEL.value, int)
+        labels = parse_labels(_LABEL.value, classes, trained.read_class_names, "--label")
         require(
             len(labels) in (1, num_images), "--label", _LABEL.value,
-            f"must be one class number, or {num_images}, one for each image",
+            f"must be one class, or {num_images}, one for each image",
         )
     for label in labels:
         require(0 <= label < classes, "--label", int(label), f"must be class numbers in 0..{classes - 1}")
@@ -199,7 +201,8 @@ def main(argv):
     sampling_flags.check_seed_and_batch()
     require(_NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
     with sampling_flags.as_flags():
-        config, origin, params = sampling_flags.trained()
+        trained = sampling_flags.trained()
+        config = trained.config
         require(config.data.frames == 1, "--workdir", "a model of videos", "continue videos with sample --condition")
         if sampling_flags.VAE.value is not None:
             vae = make_autoencoder(sampling_flags.VAE.value, config)
@@ -208,14 +211,14 @@ def main(argv):
         latents, cell = config.data.latents and vae is None, scale * config.model.patch_size
         images, given = _images(config, scale, latents)
         prompts = _prompts(config, len(images))
-        labels = _labels(given, prompts, len(images), config)
+        labels = _labels(given, prompts, len(images), trained)
         images, free = _canvas(images, cell)
         plan, mask = _plan(config, _mask(free), cell)
         sampler = sampling_flags.sampler(config.sampling)
         config.check_sampler(dataclasses.replace(sampler, ar_steps=1, step_sizes=()))
         sampler = editing.edit_sampler(sampler, plan, sampling_flags.ar_steps_given())
     request = {
-        **origin, "vae": vae.fingerprint if vae else None, "paste": _PASTE.value in (None, True),
+        **trained.origin, "vae": vae.fingerprint if vae else None, "paste": _PASTE.value in (None, True),
         "seed": sampling_flags.SEED.value, "batch_size": sampling_flags.BATCH.value, "num": _NUM.value,
         "images": hashlib.sha256(images.tobytes()).hexdigest(), "labels": labels.tolist(),
         "regenerated": ["".join(".#"[token] for token in row) for row in plan.hidden.tolist()],
@@ -225,12 +228,13 @@ def main(argv):
     if sampling_flags.is_done(out, request, ("samples.npz", "strip.png", "mask.png")):
         print(f"{out} already holds these {len(labels) * _NUM.value} results")
         return
-    results, labels = _edit(config, sampler, params(), plan, images, labels, vae, request, mask)
+    results, labels = _edit(config, sampler, trained.announced_params(), plan, images, labels, vae, request, mask)
     _write(out, images, mask, results, labels, request)
 
 
 def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mask):
     """Results for each image, kept pixels as they were; and their labels."""
+    import jax
     import numpy as np
 
     from causalfusion_jax.data.tokenizers import to_slots
@@ -242,7 +246,7 @@ def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mas
     text = prompts and np.stack([to_slots(config.text, prompt) for prompt in prompts]).repeat(num, axis=0)
     scaled = images if images.dtype != np.uint8 else images / np.float32(127.5) - 1
     if vae is not None:
-        scaled = np.asarray(vae.encode(scaled))
+        scaled = jax.device_get(vae.encode(scaled))
 
     def progress(done):
         print(f"edited {done}/{len(labels)}", flush=True)

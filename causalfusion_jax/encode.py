@@ -8,11 +8,13 @@
 The config is that of the model to train on the latents, its source changed to the images
 (tfds, image_folder, tar; clip_folder); or one of the images themselves. Images are cropped as ADM
 does; kept are mean and standard deviation of each, in bfloat16, upright and mirrored, with the
-label, in sharded ArrayRecord files beside manifest.json: checksums, statistics, counts. Of a video,
-its middle data.frames frames, each encoded by itself; --micro_batch counts frames then.
+label and, with --captions, all captions, in sharded ArrayRecord files beside manifest.json:
+checksums, statistics, counts. Of a video, its middle data.frames frames, each encoded by itself;
+--micro_batch counts frames then.
 
 Stop it any way you like, and run the same command again: it goes on with the first shard that
-is not whole, and ends in the very bytes of a run that was not stopped. On a pod run it on
+is not whole, and ends in the very bytes of a run that was not stopped. Other images (by the names
+and sizes of their files) are refused, and so is a folder that is being written. On a pod run it on
 every host with --multihost: shards are dealt out to hosts, batches to a host's devices.
 """
 

@@ -6,6 +6,7 @@ and statistics. So a kill at any point costs the shards that were being written,
 byte for byte that of a run nobody killed. (Another number of devices may change last bits.)
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,13 +23,15 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 
 from causalfusion_jax import distributed, files, sharding
 from causalfusion_jax.data import latents
-from causalfusion_jax.data.pipeline import ENCODED, BatchIterator, DataConfig, Source, make_source
+from causalfusion_jax.data.batches import InThreads
+from causalfusion_jax.data.fingerprint import fingerprint
+from causalfusion_jax.data.pipeline import ENCODED, BatchIterator, DataConfig, Source, make_source, reading_threads
 from causalfusion_jax.data.sources import CorruptRecord
 from causalfusion_jax.errors import InputError, require, require_number
+from causalfusion_jax.lock import FolderLock
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, moments
 from causalfusion_jax.models.store import Converted
 from causalfusion_jax.models.transformer import Params
@@ -116,8 +119,8 @@ def encode(
       The manifest.
 
     Raises:
-      InputError: what is asked for does not fit together, `out` holds something else, or too
-        many records are corrupt; what was encoded stays.
+      InputError: what is asked for does not fit together, `out` holds something else or is in
+        use, a record cannot be read, or too many are corrupt; what was encoded stays.
     """
     data = pixel_data(data, vae)
     devices = jax.local_devices()
@@ -125,17 +128,25 @@ def encode(
     source = make_source(data, settings.captions)
     request = describe_request(data, source, converted, settings)
     folder = pathlib.Path(out)
-    if distributed.on_primary(lambda: int(_claim(folder, request)), 0):
-        print(f"{out} already holds these {len(source)} latents")
-        return latents.read_manifest(out)
-    shards = _Shards(folder, source, data, request, settings)
-    todo = shards.missing(jax.process_index(), jax.process_count())
-    if todo:
-        _encode_shards(shards, todo, _Encoder(converted, vae, data, settings, devices))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("latents encoded")
-    distributed.on_primary(lambda: _finish(shards, request, vae), None)
+    require(folder.is_dir() or not folder.exists(), "--out", out, "must be a folder")
+    lock = FolderLock(folder, "--out")
+    with contextlib.ExitStack() as held:
+        # Process 0 holds the folder for all.
+        distributed.on_primary(lambda: _enter(held, lock), None)
+        if distributed.on_primary(lambda: int(_claim(folder, request)), 0):
+            print(f"{out} already holds these {len(source)} latents")
+            return latents.read_manifest(out)
+        shards = _Shards(folder, source, data, lock.require_held, settings)
+        todo = shards.missing(jax.process_index(), jax.process_count())
+        if todo:
+            _encode_shards(shards, todo, _Encoder(converted, vae, data, settings, devices))
+        distributed.wait_for_all("latents encoded")
+        distributed.on_primary(lambda: _finish(shards, request, vae), None)
     return latents.read_manifest(out)
+
+
+def _enter(held: contextlib.ExitStack, lock: FolderLock) -> None:
+    held.enter_context(lock)
 
 
 def describe_request(data: DataConfig, source: Source, converted: Converted, settings: EncodeConfig) -> dict[str, Any]:
@@ -148,6 +159,7 @@ def describe_request(data: DataConfig, source: Source, converted: Converted, set
     return {
         "data": {name: values[name] for name in named} | {"examples": len(source)},
         "num_classes": source.num_classes, "class_names": list(source.class_names), "crop": "adm_center",
+        "listing": fingerprint(source),
         "vae": {"kind": converted.kind, "checksum": converted.fingerprint, "settings": converted.settings}, **how,
     }
 
@@ -167,12 +179,9 @@ def _claim(folder: pathlib.Path, request: dict[str, Any]) -> bool:
             latents.read_manifest(str(folder))
             return True
         return False
-    others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = {path.name for path in folder.iterdir()} - {latents.PROGRESS, files.LEASE}
     # Killed between the folder and its request, nothing is there to lose.
-    require(
-        not (folder.exists() and not folder.is_dir()) and set(others) <= {latents.PROGRESS}, "--out", str(folder),
-        "exists with other content; give a new or empty folder",
-    )
+    require(not others, "--out", str(folder), "exists with other content; give a new or empty folder")
     progress.mkdir(parents=True, exist_ok=True)
     files.write_json(progress / "request.json", {"request": request})
     return False
@@ -181,8 +190,8 @@ def _claim(folder: pathlib.Path, request: dict[str, Any]) -> bool:
 class _Shards:
     """The shards of a folder: which are whole, and which examples each is to hold."""
 
-    def __init__(self, folder, source, data, request, settings):
-        self.folder, self.source, self.data = folder, source, data
+    def __init__(self, folder, source, data, require_held, settings):
+        self.folder, self.source, self.data, self.require_held = folder, source, data, require_held
         self.size, self.batch_size = settings.records_per_shard, settings.batch_size
         self.count = -(-len(source) // self.size)
         self.max_corrupt = data.max_corrupt
@@ -219,31 +228,35 @@ class _Shards:
 class _ReadBatch:
     """Reads a batch in a worker: what can be read of it, and what cannot by name."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, source: Source, threads: int):
+        self.source, self.read = source, InThreads(self._example, threads)
 
     def __call__(self, item: tuple[int, range]) -> dict[str, Any]:
         number, indices = item
-        examples, corrupt = [], []
-        for index in indices:
-            try:
-                examples.append((index, self.source[index]))
-            except CorruptRecord as error:
-                corrupt.append((str(error.value), error.allowed, index))
+        read = self.read(indices)
+        examples = [example for example in read if not isinstance(example, CorruptRecord)]
+        corrupt = [
+            (str(found.value), found.allowed, index)
+            for index, found in zip(indices, read, strict=True) if isinstance(found, CorruptRecord)
+        ]
         return {
             "shard": number, "last": indices[-1], "corrupt": corrupt,
-            "index": np.array([index for index, _ in examples], np.int64),
-            "image": np.stack([example["image"] for _, example in examples]) if examples else None,
-            "label": np.array([example["label"] for _, example in examples], np.int32),
-            "caption": [self.captions(index, example) for index, example in examples],
+            "index": np.array([example["index"] for example in examples], np.int64),
+            "image": np.stack([example["image"] for example in examples]) if examples else None,
+            "label": np.array([example["label"] for example in examples], np.int32),
+            "caption": [example.get("captions") for example in examples],
         }
 
-    def captions(self, index: int, example: dict[str, Any]) -> str | None:
-        """All captions of an example, one a line; None where they are not kept."""
-        if "caption" not in example:
-            return None
-        every = self.source.captions_of(index) if hasattr(self.source, "captions_of") else [example["caption"]]
-        return "\n".join(" ".join(caption.split()) for caption in every)
+    def _example(self, index: int) -> dict[str, Any] | CorruptRecord:
+        """An example with its index, and all its captions, one a line, where they are kept."""
+        try:
+            example = self.source[index] | {"index": index}
+            if "caption" not in example:
+                return example
+            every = self.source.captions_of(index) if hasattr(self.source, "captions_of") else [example["caption"]]
+        except CorruptRecord as error:
+            return error
+        return example | {"captions": "\n".join(" ".join(caption.split()) for caption in every)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -284,7 +297,7 @@ class _Encoder:
     def __init__(self, converted: Converted, vae: AutoencoderConfig, data: DataConfig, settings, devices):
         mesh = sharding.make_mesh(MeshConfig(data=-1), devices)
         self.batch_size, self.where = settings.batch_size, sharding.batch_sharding(mesh)
-        params = jax.tree.map(np.asarray, converted.params(abstract_autoencoder(vae)[1]))
+        params = jax.device_get(converted.params(abstract_autoencoder(vae)[1]))
         self.params = jax.device_put(params, sharding.replicated(mesh))
         self._run = functools.partial(_encode_views, vae, settings.micro_batch * len(devices))
 
@@ -292,7 +305,9 @@ class _Encoder:
         """Mean and std, bfloat16 [batch, 2 (mean, std), 2 (flips), (frames,) h, w, channels], as they get ready."""
         filled = np.zeros((self.batch_size, *images.shape[1:]), np.float32)
         filled[: len(images)] = images
-        return self._run(self.params, jax.device_put(filled, self.where))
+        # Of a batch, its images alone are moved to the devices.
+        with jax.transfer_guard("disallow"):
+            return self._run(self.params, jax.device_put(filled, self.where))
 
 
 def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
@@ -312,11 +327,13 @@ def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
             record |= {"index": np.array(index, np.int64)}
             if batch["caption"][i] is not None:
                 record["caption"] = np.frombuffer(batch["caption"][i].encode(), np.uint8)
-            writer.write(latents.pack(record))
+            with files.writing(part):
+                writer.write(latents.pack(record))
         statistics = _add(statistics, _statistics(encoded[: len(batch["index"])]))
         done += len(batch["index"])
         if batch["last"] == shards.examples(number)[-1]:
-            writer.close()
+            with files.writing(part):
+                writer.close()
             writer = None
             _name_shard(shards, number, part, corrupt, statistics)
             speed = done / (time.perf_counter() - start)
@@ -326,8 +343,9 @@ def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
 def _read(shards: _Shards, todo: list[int]) -> Iterator[dict[str, Any]]:
     """Batches of all `todo`, read ahead; ends where too many records are corrupt."""
     noted = [json.loads(path.read_text()) for path in map(shards.note, range(shards.count)) if path.is_file()]
-    dataset = grain.MapDataset.source(shards.batches(todo)).map(_ReadBatch(shards.source))
-    iterator = BatchIterator(dataset, 0, shards.data.workers, 4, shards.max_corrupt)
+    threads = reading_threads(shards.data.source)
+    dataset = grain.MapDataset.source(shards.batches(todo)).map(_ReadBatch(shards.source, threads))
+    iterator = BatchIterator(dataset, 0, shards.data.workers, min(threads, 4), shards.max_corrupt)
     try:
         iterator.corrupt |= {name: reason for note in noted for name, reason, _ in note["corrupt"]}
         for _ in range(len(dataset)):
@@ -370,6 +388,7 @@ def _name_shard(shards: _Shards, number: int, part: pathlib.Path, corrupt: list,
     """Makes a written shard count: on disk, named, noted."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
+    shards.require_held()
     described = files.describe_file(part)
     part.replace(shards.path(number))
     examples = shards.examples(number)

@@ -59,7 +59,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax import cli, probe_flags
+from causalfusion_jax import cli, files, probe_flags
 from causalfusion_jax.errors import InputError, require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from, or to be probed.")
@@ -108,7 +108,7 @@ def _score_captions(path: pathlib.Path) -> dict:
 
     require(path.is_file(), "--captions", str(path), "no such file")
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in files.read_lines("--captions", path)]
         captions, references = ([record[key] for record in records] for key in ("caption", "references"))
     except (ValueError, KeyError, TypeError):
         raise InputError("--captions", str(path), "not a captions.jsonl with caption and references") from None
@@ -126,18 +126,24 @@ def _chosen(known) -> tuple[str, ...]:
 def _pixel_scores() -> dict[str, float]:
     """Scores against the training data of --workdir."""
     from causalfusion_jax import experiment
+    from causalfusion_jax.data.class_names import names_difference, stored_class_names
+    from causalfusion_jax.data.pipeline import class_names
     from causalfusion_jax.evaluation.pairs import labels_of_prompts
     from causalfusion_jax.evaluation.scores import score
-    from causalfusion_jax.evaluation.settings import PIXEL_METRICS
+    from causalfusion_jax.evaluation.settings import PIXEL_METRICS, pixel_metrics
 
     data = experiment.load(_WORKDIR.value).data
-    wanted = _chosen(PIXEL_METRICS)
-    if data.latents:
-        require(
-            _INCEPTION.value is not None or _I3D.value is not None, "--inception", None,
-            f"{_WORKDIR.value} was trained on latents, so its images are scored by --inception and --reference",
-        )
-    if data.latents or not wanted:
+    known = pixel_metrics(data)
+    needed = "inception" if data.frames == 1 else "i3d"
+    require(
+        bool(known) or _INCEPTION.value is not None or _I3D.value is not None, f"--{needed}", None,
+        f"{_WORKDIR.value} was trained on {'latents' if data.latents else 'videos'}, so its samples are scored by"
+        f" --{needed} and --reference",
+    )
+    for name in _METRICS.value or ():
+        require(name in known or name not in PIXEL_METRICS, "--metrics", name, f"is not of source {data.source}")
+    wanted = _chosen(known)
+    if not wanted:
         return {}
     path = pathlib.Path(_SAMPLES.value)
     images, labels, prompts = _read(path / "samples.npz" if path.is_dir() else path)
@@ -145,7 +151,11 @@ def _pixel_scores() -> dict[str, float]:
         labels = labels_of_prompts(prompts)
     scores = score(data, images, labels)
     for name in _METRICS.value or ():
-        require(name in scores or name not in wanted, "--metrics", name, f"is not of source {data.source}")
+        require(name in scores or name not in wanted, "--metrics", name, "is of longer videos than those trained on")
+    stored = stored_class_names(_WORKDIR.value)
+    renamed = names_difference(stored, class_names(data)) if stored else None
+    if renamed is not None:
+        print(f"warning: {renamed}: these are not the data that the run was trained on", file=sys.stderr)
     kept = {name: value for name, value in scores.items() if name in wanted or name not in PIXEL_METRICS}
     return {"num": len(images), **kept}
 
@@ -286,7 +296,7 @@ def _make_reference() -> None:
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax.evaluation.settings import METRICS, PIXEL_METRICS, VIDEO_METRICS, check_metrics
+    from causalfusion_jax.evaluation.settings import PIXEL_METRICS, SCORES, VIDEO_METRICS, check_metrics
 
     if probe_flags.given():
         others = _SAMPLES, _CAPTIONS, _REFERENCE, _INCEPTION, _METRICS, _BATCH, _MAKE_REFERENCE, _NUM_IMAGES
@@ -295,7 +305,7 @@ def main(argv):
         probe_flags.run(_WORKDIR.value, _CONFIG.value, _OUT.value)
         return
     require(_BATCH.value is None or _BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
-    check_metrics("--metrics", _METRICS.value or (), (*METRICS, *VIDEO_METRICS))
+    check_metrics("--metrics", _METRICS.value or (), SCORES)
     both = _INCEPTION.value is not None and _I3D.value is not None
     require(not both, "--i3d", _I3D.value, "is of videos, --inception of images; give one of them")
     for name, flag in {"fvd_frames": _FVD_FRAMES, "fvd_resize": _FVD_RESIZE}.items():

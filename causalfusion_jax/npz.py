@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, require
 
 _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -90,18 +91,15 @@ class NpzWriter:
     """
 
     def __init__(self, path: pathlib.Path):
-        self._path, self._part = path, path.with_name(path.name + ".part")
+        self._path, self._open = path, contextlib.ExitStack()
 
     def __enter__(self) -> "NpzWriter":
-        self._archive = zipfile.ZipFile(self._part, "w", zipfile.ZIP_STORED, allowZip64=True)
+        part = self._open.enter_context(files.replacing(self._path))
+        self._archive = self._open.enter_context(zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True))
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        self._archive.close()
-        if kind is None:
-            self._part.replace(self._path)
-        else:
-            self._part.unlink()
+    def __exit__(self, *raised) -> None:
+        self._open.__exit__(*raised)
 
     @contextlib.contextmanager
     def rows(self, name: str, shape: tuple[int, ...], dtype):

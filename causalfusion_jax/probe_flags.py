@@ -104,6 +104,7 @@ def run(workdir: str | None, config_values, out: str | None) -> None:
       InputError: what is asked for does not fit together; nothing was touched.
     """
     from causalfusion_jax import distributed, experiment
+    from causalfusion_jax.data.class_names import names_difference
     from causalfusion_jax.evaluation.probe_settings import PROBES
     from causalfusion_jax.evaluation.understanding import Study, combined
 
@@ -129,7 +130,12 @@ def run(workdir: str | None, config_values, out: str | None) -> None:
         print(done)
         return
     study = Study(config, probing.data, _progress())
-    of = {"trained": trained.params} | ({"untrained": study.untrained} if _UNTRAINED.value else {})
+    renamed = names_difference(trained.class_names, study.source.class_names) if config_values is None else None
+    if renamed is not None and distributed.is_primary():
+        print(f"warning: {renamed}: these are not the data that the run was trained on", file=sys.stderr)
+    # The result alone is on stdout.
+    of = {"trained": lambda: trained.announced_params(sys.stderr)}
+    of |= {"untrained": study.untrained} if _UNTRAINED.value else {}
     if kind == "map":
         found = _maps(study, of)
     elif kind == "finetune":
@@ -166,21 +172,15 @@ def _maps(study, of) -> dict[str, Any]:
 
 
 def _finetuned(study, of, folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies after fine-tuning; ends the process with status 1 where it is stopped or diverges."""
+    """Accuracies after fine-tuning; ends the process where it diverges (status 1) or is stopped (INTERRUPTED)."""
     from causalfusion_jax import distributed
-    from causalfusion_jax.evaluation.finetune import Stopped
-    from causalfusion_jax.training.loop import diverged_is_one_line
 
     tunings = {name: study.finetuning(name, folder / name) for name in of}
     for tuning in tunings.values():
         distributed.on_primary(lambda tuning=tuning: _claim(tuning.folder, request), None)
-    try:
-        with diverged_is_one_line():
-            found = {name: study.finetune(tunings[name], params) for name, params in of.items()}
-            return _beside(found, study.described)
-    except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(1)
+    with cli.exit_status_of_training():
+        found = {name: study.finetune(tunings[name], params) for name, params in of.items()}
+        return _beside(found, study.described)
 
 
 def _draw(path: pathlib.Path, study, found: dict[str, Any]) -> None:

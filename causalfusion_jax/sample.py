@@ -54,20 +54,20 @@ for _module in (cli, sampling_flags, video_flags):
     flags.adopt_module_key_flags(_module)
 
 
-def _labels(config, video, prompts):
+def _labels(trained, video, prompts):
     """The class of each image; of clips that are continued, their own unless given; beside prompts, no class."""
     import numpy as np
 
-    from causalfusion_jax.data.pipeline import class_names
     from causalfusion_jax.sampling.images import balanced_labels
     from causalfusion_jax.sampling.labels import parse_labels
 
+    config = trained.config
     data, clips = config.data, None if video is None else video.before
     if prompts is not None and _LABELS.value is None:
         return np.full(len(prompts), data.num_classes, np.int32)
     if _LABELS.value is not None:
         config.check_classes("--labels", _LABELS.value)
-        labels = parse_labels(_LABELS.value, data.num_classes, lambda: class_names(data))
+        labels = parse_labels(_LABELS.value, data.num_classes, trained.read_class_names)
     elif clips is not None:
         require(video.labels is not None, "--labels", None, "must be given: the clips come without")
         labels = np.asarray(video.labels, np.int32)
@@ -111,17 +111,18 @@ def main(argv):
     )
     _join_processes()
     with sampling_flags.as_flags():
-        config, origin, params = sampling_flags.trained()
+        trained = sampling_flags.trained()
+        config = trained.config
         sampler = sampling_flags.sampler(config.sampling)
         config.check_sampler(sampler)
         vae = None if sampling_flags.VAE.value is None else make_autoencoder(sampling_flags.VAE.value, config)
         video = video_flags.read(config, sampler, vae)
         prompts = read_prompts(config, _PROMPT.value, _PROMPTS.value, _NUM.value)
         require(prompts is None or video is None, "--prompt", _PROMPT.value, "is for images, not for longer videos")
-        labels = _labels(config, video, prompts)
+        labels = _labels(trained, video, prompts)
     batch_size = sampling_flags.BATCH.value
     request = {
-        **origin, "vae": vae and vae.fingerprint, "seed": sampling_flags.SEED.value, "batch_size": batch_size,
+        **trained.origin, "vae": vae and vae.fingerprint, "seed": sampling_flags.SEED.value, "batch_size": batch_size,
         "labels": labels.tolist(), "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
         **(video.request if video else {}), **({} if prompts is None else {"prompts": prompts}),
     }
@@ -130,7 +131,7 @@ def main(argv):
         if distributed.is_primary():
             print(f"{_OUT.value} already holds these {len(labels)} samples")
         return
-    _sample_to(samples, config, sampler, params, labels, vae and vae.decode, video, prompts)
+    _sample_to(samples, trained, sampler, labels, vae and vae.decode, video, prompts)
 
 
 def _batches(config, sampler, params, labels, decode, video, prompts, wanted):
@@ -155,7 +156,7 @@ def _batches(config, sampler, params, labels, decode, video, prompts, wanted):
         yield videos
 
 
-def _sample_to(samples, config, sampler, params, labels, decode, video, prompts) -> None:
+def _sample_to(samples, trained, sampler, labels, decode, video, prompts) -> None:
     """Samples what falls to this process, and joins the parts when all are there."""
     import jax
 
@@ -169,7 +170,9 @@ def _sample_to(samples, config, sampler, params, labels, decode, video, prompts)
     wanted = samples.missing(host, hosts)
     if wanted:
         done = samples.num_parts - len(samples.missing())
-        made = _batches(config, sampler, params(), labels, decode, video, prompts, wanted)
+        made = _batches(
+            trained.config, sampler, trained.announced_params(), labels, decode, video, prompts, wanted
+        )
         for count, (index, images) in enumerate(zip(wanted, made, strict=True), done + 1):
             samples.write(index, images)
             if distributed.is_primary():
@@ -178,7 +181,7 @@ def _sample_to(samples, config, sampler, params, labels, decode, video, prompts)
     if _HOSTS.value is not None:
         print(f"host {host} of {hosts} has done its share; when all have, the command without --num_hosts joins them")
         return
-    classes = config.data.num_classes
+    classes = trained.config.data.num_classes
     distributed.on_primary(lambda: samples.join(classes if classes <= 20 else 10), None)
     if distributed.is_primary():
         print(f"wrote {len(labels)} samples to {_OUT.value}/samples.npz and {_OUT.value}/grid.png")

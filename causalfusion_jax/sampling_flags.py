@@ -108,12 +108,12 @@ def trained():
 
 @contextlib.contextmanager
 def as_flags() -> Iterator[None]:
-    """Names the flag that an InputError is about."""
+    """Names the flag that an InputError is about, where the command has one of that name."""
     try:
         yield
     except InputError as error:
-        raise error if error.field.startswith("--") else InputError(
-            f"--{error.field}", error.value, error.allowed
+        raise InputError(
+            f"--{error.field}" if error.field in flags.FLAGS else error.field, error.value, error.allowed
         ) from None
 
 

@@ -196,9 +196,11 @@ def place(tree, where):
     Returns:
       Global arrays. Of host arrays, each process copies what its own devices hold.
     """
-    if isinstance(where, Sharding):
-        return jax.tree.map(lambda array: _place(array, where), tree)
-    return jax.tree.map(_place, tree, where)
+    # An explicit transfer, as `device_put` is one.
+    with jax.transfer_guard("allow"):
+        if isinstance(where, Sharding):
+            return jax.tree.map(lambda array: _place(array, where), tree)
+        return jax.tree.map(_place, tree, where)
 
 
 def _place(array, where: Sharding) -> jax.Array:
@@ -252,7 +254,9 @@ class BatchShare:
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Global arrays [batch_size, ...] of this process's rows of each, [len(rows), ...]."""
-        return {name: self._place(values) for name, values in batch.items()}
+        # An explicit transfer; of several processes, jax does not see that.
+        with jax.transfer_guard("allow"):
+            return {name: self._place(values) for name, values in batch.items()}
 
     def _place(self, values: np.ndarray) -> jax.Array:
         def part(index):

@@ -18,23 +18,23 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import json
 import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from causalfusion_jax import experiment, files
-from causalfusion_jax.errors import InputError, require, require_number
+from causalfusion_jax.errors import InputError, require, require_number, require_one_of
+from causalfusion_jax.evaluation.line_plot import line_plot
+from causalfusion_jax.evaluation.settings import HIGHER_IS_BETTER, SCORES, measurable
 from causalfusion_jax.experiment import ExperimentConfig
 
 Overrides = Mapping[str, Any]
 """Values of settings by their path in the config: {"factorization.gamma": 0.9}."""
-
-HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall")
-"""Of all other scores the lowest is best."""
 
 
 # --- The algebra ------------------------------------------------------------------
@@ -109,7 +109,8 @@ class Sweep:
       ar_steps: numbers of AR steps that every run is sampled at; or, where they differ, a
         tuple of them for each of `overrides`.
       num_samples: images sampled at each.
-      metric: score, of those that evaluation gives, by which the runs are sorted.
+      metric: score by which the runs are sorted; "": the first that can be measured of their
+        samples (`evaluation.settings.measurable`).
     """
 
     config: str
@@ -117,9 +118,11 @@ class Sweep:
     fixed: Overrides = dataclasses.field(default_factory=dict)
     ar_steps: tuple[int, ...] | tuple[tuple[int, ...], ...] = (1,)
     num_samples: int = 1000
-    metric: str = "fd"
+    metric: str = ""
 
     def __post_init__(self):
+        if self.metric:
+            require_one_of("metric", self.metric, SCORES)
         object.__setattr__(self, "overrides", _distinct(self.overrides))
         require(bool(self.overrides), "overrides", self.overrides, "must hold at least one run")
         require(
@@ -222,6 +225,18 @@ def expand(sweep: Sweep, base: Mapping[str, Any]) -> tuple[Run, ...]:
                 raise error.under(f"{name}: sampling") from None
         runs[config] = Run(name, config, tuple(_flag(config, path) for path in (*fixed, *overrides)), numbers)
     return tuple(runs.values())
+
+
+def with_metric(sweep: Sweep, runs: Iterable[Run]) -> Sweep:
+    """The sweep with the metric that its runs are sorted by. Raises InputError where one of them does not have it."""
+    for run in runs:
+        known = measurable(run.config.data)
+        sweep = dataclasses.replace(sweep, metric=sweep.metric or known[0])
+        require(
+            sweep.metric in known, "metric", sweep.metric,
+            f"cannot be measured of samples of {run.name}; must be one of {', '.join(known)}",
+        )
+    return sweep
 
 
 def merge(base: Mapping[str, Any], overrides: Overrides) -> ExperimentConfig:
@@ -330,6 +345,37 @@ def samples_folder(workdir: pathlib.Path, run: Run, ar_steps: int, sweep: Sweep)
     return workdir / run.name / f"samples_ar{ar_steps}_n{sweep.num_samples}"
 
 
+NOT_MEASURED = (
+    ("data", "workers"), ("data", "verify"), ("data", "max_corrupt"), ("model", "attention"), ("model", "remat"),
+    ("train", "grad_accum_steps"),
+)
+"""Settings, beside the free sections, that scores do not depend on."""
+
+
+def measured_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Every setting that scores depend on, by path, as plain values."""
+    # Sampling is free in training, but it is what a sweep measures.
+    free = set(experiment.FREE_SECTIONS) - {"sampling"}
+    settings = {
+        f"{section}.{name}": value
+        for section, values in experiment.to_dict(config).items() if section not in free
+        for name, value in values.items() if (section, name) not in NOT_MEASURED
+    }
+    return json.loads(json.dumps(settings))
+
+
+def check_run(run: Run, folder: pathlib.Path) -> None:
+    """Raises InputError where `folder` was trained by other settings than those of `run`."""
+    if not (folder / "config.json").is_file():
+        return
+    saved, ours = measured_settings(experiment.load(str(folder))), measured_settings(run.config)
+    changed = [f"{path}={value!r} (it has {saved[path]!r})" for path, value in ours.items() if saved[path] != value]
+    require(
+        not changed, "--workdir", str(folder),
+        f"was trained by other settings: {', '.join(changed)}; use another workdir",
+    )
+
+
 def gather(sweep: Sweep, runs: Iterable[Run], workdir: pathlib.Path, states: Mapping[str, str]) -> list[Result]:
     """The scores of all runs, as far as they are there, the best first.
 
@@ -338,15 +384,23 @@ def gather(sweep: Sweep, runs: Iterable[Run], workdir: pathlib.Path, states: Map
       runs: its runs.
       workdir: folder of all runs.
       states: by name, of runs without all their scores; default: unfinished.
+
+    Raises:
+      InputError: the folder of a run holds one by other settings.
     """
     results = []
     for run in runs:
-        scores = {}
+        folder, scores = workdir / run.name, {}
+        check_run(run, folder)
         for ar_steps in run.ar_steps:
             read = files.read_json(samples_folder(workdir, run, ar_steps, sweep) / "evaluation.json") or {}
-            kept = {n: float(v) for n, v in read.items() if isinstance(v, (int, float)) and n != "num"}
+            kept = {name: float(value) for name, value in read.items() if name in SCORES}
             if kept:
                 scores[ar_steps] = kept
+        require(
+            not scores or (folder / "config.json").is_file(), "--workdir", str(folder),
+            "has scores and no config.json, which says of what",
+        )
         state = "finished" if len(scores) == len(run.ar_steps) else states.get(run.name, "unfinished")
         results.append(Result(run, state, scores))
     return sort(sweep, results)
@@ -411,68 +465,7 @@ def csv_text(sweep: Sweep, results: Sequence[Result]) -> str:
     return file.getvalue()
 
 
-# --- The plot ---------------------------------------------------------------------
-
-COLORS = (
-    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
-)
-
-
 def plot(sweep: Sweep, results: Sequence[Result]) -> Image.Image:
     """A panel for each score, over the number of AR steps, a line for each run; keyed below, best first."""
-    # Drawn at twice the size and shrunk: Pillow's lines are not smooth.
-    scale, width, height = 2, 460, 320
-    names, shown = metrics(sweep, results), [result for result in results if result.scores]
-    size = (width * len(names), height + 20 * len(shown) + 16)
-    image = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * scale)
-    for i, metric in enumerate(names):
-        left, top, right, bottom = (scale * v for v in (i * width + 60, 30, (i + 1) * width - 20, height - 40))
-        _panel(draw, font, (left, top, right, bottom), metric, sweep, shown)
-    for i, result in enumerate(shown):
-        y = scale * (height + 20 * i + 8)
-        draw.line((20 * scale, y, 44 * scale, y), COLORS[i % len(COLORS)], 2 * scale)
-        draw.text((52 * scale, y), result.run.name, "black", font, anchor="lm")
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers from low to high."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step = unit * max(factor for factor in (1, 2, 5) if unit * factor <= (high - low) / 3)
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _panel(draw, font, box, metric, sweep, results) -> None:
-    """One score: axes with their numbers, and the runs' lines."""
-    left, top, right, bottom = box
-    scores = (result.score(metric, s) for result in results for s in sweep.all_ar_steps)
-    values = [value for value in scores if value is not None and math.isfinite(value)]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    margin = 0.08 * (high - low) or 0.5
-    low, high = low - margin, high + margin
-    ar_steps = sorted(sweep.all_ar_steps)
-
-    def x_of(column, columns):
-        return left + (right - left) * (column + 0.5) / columns
-
-    def y_of(value):
-        return bottom - (bottom - top) * (value - low) / (high - low)
-
-    for value in _ticks(low, high):
-        draw.line((left, y_of(value), right, y_of(value)), "#e0e0e0", 2)
-        draw.text((left - 8, y_of(value)), f"{value:.4g}", "black", font, anchor="rm")
-    draw.rectangle(box, outline="black", width=2)
-    draw.text(((left + right) / 2, top - 8), metric, "black", font, anchor="mb")
-    draw.text(((left + right) / 2, bottom + 36), "AR steps S", "black", font, anchor="mt")
-    for i, s in enumerate(ar_steps):
-        draw.text((x_of(i, len(ar_steps)), bottom + 8), str(s), "black", font, anchor="mt")
-    for i, result in enumerate(results):
-        color = COLORS[i % len(COLORS)]
-        # Of a single S, the runs stand side by side.
-        places = [(i, len(results))] if len(ar_steps) == 1 else [(j, len(ar_steps)) for j in range(len(ar_steps))]
-        scores = zip(places, (result.score(metric, s) for s in ar_steps), strict=True)
-        points = [(x_of(*place), y_of(v)) for place, v in scores if v is not None and math.isfinite(v)]
-        draw.line(points, color, 4, joint="curve")
-        for x, y in points:
-            draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=color)
+    lines = {result.run.name: result.scores for result in results if result.scores}
+    return line_plot(lines, metrics(sweep, results), sorted(sweep.all_ar_steps), "AR steps S")

@@ -6,13 +6,22 @@ Any setting of the config can be changed on the command line:
 
     --config.train.steps=500 --config.model.hidden=128 --config.optimizer.learning_rate=3e-4
 
-WORKDIR receives config.json, checkpoints/ (with manifests/ of checksums), metrics.jsonl,
-tensorboard/ and samples/. Run the same command again to continue from the newest intact
-checkpoint; the result is what an uninterrupted run gives. SIGTERM or Ctrl-C saves at the
-next step and stops. On a pod run it on every host with --multihost; elsewhere name the
+WORKDIR receives config.json, classes.json (names of the classes), checkpoints/ (with manifests/
+of checksums), metrics.jsonl, tensorboard/ and samples/. Run the same command again to continue from the newest intact
+checkpoint; the result is what an uninterrupted run gives. Settings that do not change what is
+learned may change then, and the learning rate; config_history.jsonl keeps what changed when.
+
+SIGTERM or Ctrl-C saves at the next step and stops; a second one ends the process at once. Exit
+status: 0 when the last step, its evaluation and its samples are done; 75 when a signal stopped
+training before, which is saved, on all processes: run the same command again; 1 when training
+diverged or failed; 2 when the input is wrong. Another training in the same WORKDIR is refused.
+
+On a pod run it on every host with --multihost; elsewhere name the
 processes by --coordinator_address, --num_processes and --process_id (or JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES, JAX_PROCESS_ID). Settings are described in causalfusion_jax/experiment.py.
 """
+
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -35,7 +44,7 @@ def main(argv):
     # Imported late: TensorBoard's writer takes seconds, a wrong setting should not.
     from causalfusion_jax.training import loop
 
-    with loop.diverged_is_one_line():
+    with cli.exit_status_of_training(sys.stdout):
         loop.train(config, _WORKDIR.value)
 
 

@@ -122,6 +122,7 @@ def _read_clip(config, path, size, channels):
 
 def _as_model_takes(frames, vae):
     """uint8 to [-1, 1], encoded where there is an autoencoder; latents as they are."""
+    import jax
     import numpy as np
 
     if frames.dtype != np.uint8:
@@ -129,5 +130,5 @@ def _as_model_takes(frames, vae):
     pixels = frames / np.float32(127.5) - 1
     if vae is None:
         return pixels
-    latents = np.asarray(vae.encode(pixels.reshape(-1, *pixels.shape[2:])))
+    latents = jax.device_get(vae.encode(pixels.reshape(-1, *pixels.shape[2:])))
     return latents.reshape(*pixels.shape[:2], *latents.shape[1:])

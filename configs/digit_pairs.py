@@ -30,6 +30,7 @@ def get_config(arg: str = ""):
     config.train.update(steps=3000, batch_size=48)
     config.checkpoint.every = 500
     config.logging.update(every=50, sample_every=0)
+    config.evaluation.metric = "accuracy"
     config.sampling.update(ar_steps=4, cfg_scale=1.5)
     if model == "transfusion":
         config.factorization.update(order="raster", steps="fixed", num_steps=1, weight="none")

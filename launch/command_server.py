@@ -34,9 +34,14 @@ def run(request: dict) -> int:
         os.dup2(file, descriptor)
     for name in request.get("unset", ()):
         os.environ.pop(name, None)
-    sys.argv = [request["module"], *request["args"]]
+    return run_module(request["module"], request["args"])
+
+
+def run_module(name: str, args: list[str]) -> int:
+    """`python -m name args` in this process; its exit status."""
+    sys.argv = [name, *args]
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as exit:
         status = 0 if exit.code is None else exit.code
@@ -80,14 +85,18 @@ class Forked:
         os.kill(self._pid, number)
 
 
-def main() -> None:
-    """Serves until stdin ends."""
+def import_all() -> None:
+    """Imports what commands import; starts no device."""
     import causalfusion_jax.evaluation.scores
     import causalfusion_jax.released.conversion
     import causalfusion_jax.released.tensors
     import causalfusion_jax.sampling.trained
     import causalfusion_jax.training.loop  # noqa: F401
 
+
+def main() -> None:
+    """Serves until stdin ends."""
+    import_all()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

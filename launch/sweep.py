@@ -8,7 +8,8 @@ All runs are checked before the first one starts. WORKDIR receives a folder for 
 named after its overrides, logs/, and results.md, results.csv and results.png. Run the same
 command again to continue: finished runs are kept, interrupted ones resume, runs that the
 sweep file has gained are added. Ctrl-C or SIGTERM is passed to the runs, which save. A run
-that fails does not stop the others; the exit status is then 1.
+that fails does not stop the others; the exit status is then 1. It is 75 where runs were
+interrupted and none failed: the same command continues them.
 
 Elsewhere than here: --launcher is a shell command that starts one job. {command} stands for
 the job, {name}, {index} and {workdir} for its run; each is quoted as its place needs.
@@ -16,16 +17,15 @@ the job, {name}, {index} and {workdir} for its run; each is quoted as its place 
     --launcher='sbatch --job-name={name} --gpus=1 --wrap="{command}"'
 
 With --dry_run the commands are printed. Once the jobs are done, --results_only makes the
-table. A model of latents needs --sample_flags=--vae=FOLDER and --evaluate_flags with --inception.
+table. A model of latents needs --sample_flags=--vae=FOLDER and --evaluate_flags with --inception,
+one of videos with --i3d. A WORKDIR of runs by other settings is refused, as far as it can be seen here.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
-import re
 import shlex
 import shutil
 import signal
@@ -35,6 +35,7 @@ import time
 
 from absl import flags
 from command_server import Forked, die_with_parent
+from shell_template import fill
 
 from causalfusion_jax import cli, files
 from causalfusion_jax.errors import InputError, require
@@ -71,6 +72,7 @@ class Stage:
 def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     """The commands of a run, in order."""
     from causalfusion_jax.sweeps import samples_folder
+    from causalfusion_jax.training.manifests import manifest_path
 
     folder = workdir / run.name
     train = (
@@ -78,7 +80,7 @@ def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
         *shlex.split(_TRAIN_FLAGS.value),
     )
     # The manifest of a checkpoint is the last thing that is written of it.
-    planned = [Stage("training", train, folder / "manifests" / f"{run.config.train.steps}.json")]
+    planned = [Stage("training", train, manifest_path(folder, run.config.train.steps))]
     for ar_steps in run.ar_steps:
         out = samples_folder(workdir, run, ar_steps, sweep)
         sample = (
@@ -104,20 +106,22 @@ def is_finished(planned: tuple[Stage, ...]) -> bool:
 
 def shared_settings(sweep, base: dict) -> dict:
     """What must not change under the runs of a sweep, by path."""
-    from causalfusion_jax.experiment import FREE_SECTIONS
+    from causalfusion_jax import sweeps
 
-    settings = {f"{section}.{name}": value for section, values in base.items() for name, value in values.items()}
-    # Sampling is what a sweep measures; the other free sections may change from start to start.
-    free = set(FREE_SECTIONS) - {"sampling"}
-    settings = {path: v for path, v in (settings | sweep.fixed).items() if path.partition(".")[0] not in free}
-    settings |= {"--sample_flags": _SAMPLE_FLAGS.value, "--evaluate_flags": _EVALUATE_FLAGS.value}
-    return json.loads(json.dumps(settings))
+    settings = sweeps.measured_settings(sweeps.merge(base, sweep.fixed))
+    return settings | {"--sample_flags": _SAMPLE_FLAGS.value, "--evaluate_flags": _EVALUATE_FLAGS.value}
 
 
-def check_workdir(workdir: pathlib.Path, shared: dict, runs) -> list[str]:
+def check_workdir(workdir: pathlib.Path, shared: dict, runs, recorded: bool = True) -> list[str]:
     """Checks that `workdir` is new, or this sweep's; touches nothing.
 
     Runs may come and go, and numbers of AR steps and samples change; not what all runs share.
+
+    Args:
+      workdir: the folder of all runs.
+      shared: from `shared_settings`.
+      runs: those of the sweep.
+      recorded: the sweep keeps sweep.json there; False: only its jobs were sure to see the folder.
 
     Returns:
       The runs it is to hold: those of the sweep, and those that were of it.
@@ -125,6 +129,8 @@ def check_workdir(workdir: pathlib.Path, shared: dict, runs) -> list[str]:
     Raises:
       InputError: it holds something else.
     """
+    from causalfusion_jax import sweeps
+
     record, names = workdir / "sweep.json", {run.name for run in runs}
     if record.is_file():
         saved = files.read_json(record)
@@ -143,9 +149,16 @@ def check_workdir(workdir: pathlib.Path, shared: dict, runs) -> list[str]:
         if others:
             print(f"kept, but no longer of this sweep: {', '.join(others)}")
         names |= set(others)
-    else:
+    elif recorded:
         files.require_new("--workdir", workdir)
+    for run in runs:
+        sweeps.check_run(run, workdir / run.name)
     return sorted(names)
+
+
+def write_record(workdir: pathlib.Path, shared: dict, names: list[str]) -> None:
+    """Notes what the folder is of, for `check_workdir`."""
+    files.write_json(workdir / "sweep.json", {"sweep": _SWEEP.value, "shared": shared, "runs": names})
 
 
 @contextlib.contextmanager
@@ -171,8 +184,8 @@ class Job:
     """A run on its way through its stages.
 
     Attributes:
-      state: waiting, running, finished, failed, stopped.
-      message: why it failed or stopped.
+      state: waiting, running, finished, failed, interrupted.
+      message: why it failed or was interrupted.
     """
 
     def __init__(self, run, planned: tuple[Stage, ...], log: pathlib.Path, servers: list | None = None):
@@ -231,12 +244,11 @@ class Job:
             self._servers.append(self._process.server)
         if code == 0 and self.stage.is_done:
             if stopping:
-                self.state, self.message = "stopped", f"after {self.stage.name}"
+                self.state, self.message = "interrupted", f"after {self.stage.name}"
             else:
                 self.start(lock)
-        elif stopping or code == 0:
-            # Training that was told to stop has saved and is no failure.
-            self.state, self.message = "stopped", self.progress()
+        elif stopping or code == cli.INTERRUPTED:
+            self.state, self.message = "interrupted", self.progress()
         else:
             self.state, self.message = "failed", f"{self.stage.name}: {self.progress()} (see {self.log})"
 
@@ -319,44 +331,6 @@ def run_jobs(jobs: list[Job], parallel: int, lock) -> str | None:
 # --- Elsewhere --------------------------------------------------------------------
 
 
-def fill(template: str, values: dict[str, str]) -> str:
-    """A shell command with {name}s replaced, each quoted for where it stands.
-
-    Raises:
-      InputError: {command} is missing, or a name is unknown.
-    """
-    require("{command}" in template, "--launcher", template, "must hold {command}, which stands for the job")
-    filled, quote, i = [], "", 0
-    while i < len(template):
-        # ${NAME} is the shell's own.
-        match = re.compile(r"(?<!\$)\{(\w+)\}").match(template, i)
-        if match:
-            name = match[1]
-            require(name in values, "--launcher", f"{{{name}}}", f"must be one of {', '.join(values)}")
-            filled.append(_quoted(values[name], quote))
-            i = match.end()
-            continue
-        char = template[i]
-        if char == "\\" and quote != "'":
-            filled.append(template[i : i + 2])
-            i += 2
-            continue
-        if char in "'\"" and quote in ("", char):
-            quote = "" if quote else char
-        filled.append(char)
-        i += 1
-    return "".join(filled)
-
-
-def _quoted(value: str, quote: str) -> str:
-    """`value` as the shell will read it back inside `quote` (none, ' or ")."""
-    if quote == '"':
-        return re.sub(r'([\\"$`])', r"\\\1", value)
-    if quote == "'":
-        return value.replace("'", "'\\''")
-    return shlex.quote(value)
-
-
 def job_command(planned: tuple[Stage, ...]) -> str:
     """All commands of a run as one line of shell."""
     return " && ".join(f"python -m {shlex.join(stage.args)}" for stage in planned)
@@ -413,33 +387,54 @@ def read_sweep():
     base = sweeps.load("config", sweep.config, "get_config", ROOT).to_dict()
     overrides = sweeps.parse_overrides("--override", ",".join(_OVERRIDE.value))
     sweep = dataclasses.replace(sweep, fixed={**sweep.fixed, **overrides})
-    return sweep, base, sweeps.expand(sweep, base)
+    runs = sweeps.expand(sweep, base)
+    return sweeps.with_metric(sweep, runs), base, runs
 
 
-def check_can_score(runs) -> None:
+def check_can_score(sweep, runs) -> None:
     """Raises InputError where runs would only fail once they are trained, or about to be."""
+    from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, OF_CLASSES, VIDEO_METRICS
+
+    needed = "inception" if sweep.metric in INCEPTION_METRICS else "i3d" if sweep.metric in VIDEO_METRICS else None
+    given = {word.lstrip("-").partition("=")[0]: word for word in shlex.split(_EVALUATE_FLAGS.value)}
+    require(
+        needed is None or needed in given, "--evaluate_flags", _EVALUATE_FLAGS.value,
+        f"must hold --{needed}=FOLDER: {sweep.metric} is measured with it",
+    )
+    metrics = given.get("metrics", f"--metrics={sweep.metric}").partition("=")[2].split(",")
+    require(
+        sweep.metric in metrics, "--evaluate_flags", _EVALUATE_FLAGS.value,
+        f"must measure {sweep.metric}, by which the runs are sorted",
+    )
     for run in runs:
         data = run.config.data
         require(
-            data.source in ("digits", "tfds") or bool(data.path), "config.data.path", data.path,
-            f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
+            data.source in ("digits", "digit_pairs", "moving_digits", "tfds") or bool(data.path), "config.data.path",
+            data.path, f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
         )
-        for name, flag, needed in (("sample", _SAMPLE_FLAGS, "--vae"), ("evaluate", _EVALUATE_FLAGS, "--inception")):
-            require(
-                not data.latents or needed in flag.value, f"--{name}_flags", flag.value,
-                f"must hold {needed}=FOLDER: what a model of latents samples is scored as images",
-            )
+        require(
+            not data.latents or "--vae" in _SAMPLE_FLAGS.value, "--sample_flags", _SAMPLE_FLAGS.value,
+            "must hold --vae=FOLDER: what a model of latents samples is scored as pixels",
+        )
+        require(
+            sweep.metric not in OF_CLASSES or run.config.knows_classes or "--prompt" in _SAMPLE_FLAGS.value,
+            "--sample_flags", _SAMPLE_FLAGS.value,
+            f"must hold --prompts=FILE: {sweep.metric} compares images with what they were sampled for",
+        )
+        other = "i3d" if data.frames == 1 else "inception"
+        require(
+            other not in given, "--evaluate_flags", _EVALUATE_FLAGS.value,
+            f"--{other} is not of {'images' if data.frames == 1 else 'videos'}, as those of {run.name}",
+        )
 
 
-def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:
+def run_here(sweep, runs, workdir: pathlib.Path, shared: dict, names: list[str]) -> int:
     """Runs the sweep on this machine. Returns the exit status."""
     from causalfusion_jax import sweeps
 
-    shared = shared_settings(sweep, base)
-    names = check_workdir(workdir, shared, runs)
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
     with held(workdir) as lock:
-        files.write_json(workdir / "sweep.json", {"sweep": _SWEEP.value, "shared": shared, "runs": names})
+        write_record(workdir, shared, names)
         servers = [] if _FORK.value else None
         jobs = [Job(run, stages(sweep, run, workdir), workdir / "logs" / f"{run.name}.log", servers) for run in runs]
         stopped_by = run_jobs(jobs, _PARALLEL.value, lock)
@@ -452,11 +447,13 @@ def run_here(sweep, base, runs, workdir: pathlib.Path) -> int:
     for job in jobs:
         if job.state == "failed":
             print(f"failed: {job.run.name}: {job.message}", file=sys.stderr)
-    finished = sum(job.state == "finished" for job in jobs)
-    if stopped_by:
-        print(f"{stopped_by}: {finished} of {len(jobs)} runs finished; run the same command again to continue")
-        return 128 + signal.Signals[stopped_by]
-    return 0 if finished == len(jobs) else 1
+    states = [job.state for job in jobs]
+    if stopped_by or "interrupted" in states:
+        finished = f"{states.count('finished')} of {len(jobs)} runs finished"
+        print(f"{stopped_by or 'interrupted'}: {finished}; run the same command again to continue")
+    if "failed" in states:
+        return 1
+    return 0 if set(states) == {"finished"} else cli.INTERRUPTED
 
 
 def main(argv):
@@ -471,6 +468,9 @@ def main(argv):
     sweep, base, runs = read_sweep()
     # Elsewhere a path means what it means there.
     workdir = pathlib.Path(_WORKDIR.value) if _LAUNCHER.value else pathlib.Path(_WORKDIR.value).absolute()
+    # Jobs elsewhere may be the first to see the folder.
+    shared, recorded = shared_settings(sweep, base), not (_LAUNCHER.value or _RESULTS_ONLY.value)
+    names = check_workdir(workdir, shared, runs, recorded)
     if _RESULTS_ONLY.value:
         from causalfusion_jax import sweeps
 
@@ -478,16 +478,18 @@ def main(argv):
         write_results(sweep, sweeps.gather(sweep, runs, workdir, {}), workdir)
         return
     if not _DRY_RUN.value:
-        check_can_score(runs)
+        check_can_score(sweep, runs)
     todo = [(run, planned) for run in runs if not is_finished(planned := stages(sweep, run, workdir))]
     if _LAUNCHER.value:
+        if not _DRY_RUN.value and workdir.parent.is_dir():
+            workdir.mkdir(exist_ok=True)
+            write_record(workdir, shared, names)
         sys.exit(1 if submit(todo, workdir, _LAUNCHER.value, _DRY_RUN.value) else 0)
     if _DRY_RUN.value:
-        check_workdir(workdir, shared_settings(sweep, base), runs)
         for _, planned in todo:
             print("".join(f"python -m {shlex.join(stage.args)}\n" for stage in planned))
         return
-    sys.exit(run_here(sweep, base, runs, workdir))
+    sys.exit(run_here(sweep, runs, workdir, shared, names))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #   create    asks for the TPU as a queued resource and waits until it is there
 #   install   copies REPO to all workers and installs it; copies DATA to their disks
 #   run       starts training on all workers, in the background, and follows the log of worker 0
-#   logs      follows that log; ends, with its exit status, when training does
+#   logs      follows that log; ends, with its exit status, when the run does
 #   stop      tells training to save and stop
 #   resume    brings the run back, whatever became of the TPU: recreates, installs, runs
 #   status    state of the TPU, and the last line of the log
@@ -24,14 +24,16 @@
 #   WORKDIR           of the run: gs://BUCKET/FOLDER, mounted on every worker, or a path there
 #   DATA              gs://BUCKET/FOLDER that becomes config.data.path; may be left out
 #   REPO              a git checkout (its HEAD) or a git URL [this checkout]
-#   COMMAND           run this instead of training with CONFIG and WORKDIR
+#   COMMAND           run this instead of training with CONFIG and WORKDIR; stop sends SIGTERM to all of it
 #   FOLLOW            1 [default]: run and resume follow the log; 0: they return
 #
 #   --dry_run         prints the commands; needs no gcloud. Of resume, those after a preemption.
 #
-# Trains through any number of preemptions:
+# The exit status of run, logs and resume is 0 where the run is complete, 75 where it was interrupted
+# (stopped, preempted, out of reach) and resume continues it, else its own: it failed. Of resume, 75 also
+# says that the TPU cannot be had now. Trains through any number of preemptions:
 #
-#   until bash launch/tpu_vm.sh resume; do sleep 60; done
+#   until bash launch/tpu_vm.sh resume; do [ $? = 75 ] || break; sleep 60; done
 
 # What the workers are to expand stands in single quotes here.
 # shellcheck disable=SC2016
@@ -42,9 +44,17 @@ OPTIONS="NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION SPOT SERVICE_ACCOUNT
 OPTIONS+=" CONFIG WORKDIR DATA REPO COMMAND FOLLOW"
 SUBCOMMANDS="create install run logs stop resume status delete"
 
+INTERRUPTED=75
+
 fail() {
   echo "error: $*" >&2
   exit 2
+}
+
+# Ends where the same command, later, may go on.
+interrupted() {
+  echo "interrupted: $*" >&2
+  exit "$INTERRUPTED"
 }
 
 usage() {
@@ -115,7 +125,7 @@ wait_until_active() {
     echo "$(date +%H:%M:%S) $NAME is ${state:-not there}"
     case "$state" in
       ACTIVE) break ;;
-      FAILED | SUSPENDED | SUSPENDING | "") fail "$NAME is ${state:-not there}; resume recreates it" ;;
+      FAILED | SUSPENDED | SUSPENDING | "") interrupted "$NAME is ${state:-not there}; resume recreates it" ;;
     esac
     sleep 30
   done
@@ -126,7 +136,7 @@ wait_until_active() {
     echo "workers do not answer yet ($attempt of 6)"
     sleep 20
   done
-  fail "the workers of $NAME do not answer"
+  interrupted "the workers of $NAME do not answer"
 }
 
 # --- What the workers run -------------------------------------------------------------
@@ -178,6 +188,16 @@ SCRIPT
   echo 'touch "$HOME/venv/.installed"'
 }
 
+# alive: whether the run that was started last is there. Its process id alone may be another process's
+# by now, and after a restart of the machine the start time (ticks since then) may be, too.
+ALIVE_SCRIPT='started() { sed "s/.*) //" "/proc/$1/stat" 2> /dev/null | cut -d " " -f 20; }
+boot_id() { cat /proc/sys/kernel/random/boot_id; }
+alive() {
+  read -r pid start boot 2> /dev/null < "$HOME/run/pid" || return 1
+  [ -n "$start" ] && [ "$start" = "$(started "$pid")" ] && [ "$boot" = "$(boot_id)" ]
+}
+'
+
 run_script() {
   local command="${COMMAND:-}" flag
   if [[ -z "$command" ]]; then
@@ -192,7 +212,7 @@ run_script() {
 set -eu
 [ -f "\$HOME/venv/.installed" ] || { echo "error: nothing is installed; first: install" >&2; exit 1; }
 mkdir -p "\$HOME/run"
-if [ -f "\$HOME/run/pid" ] && kill -0 "\$(cat "\$HOME/run/pid")" 2> /dev/null; then
+${ALIVE_SCRIPT}if alive; then
   echo "already running"
   exit 0
 fi
@@ -201,26 +221,34 @@ cd "\$HOME/causalfusion_jax"
 export PATH="\$HOME/venv/bin:\$PATH"
 rm -f "\$HOME/run/status"
 SCRIPT
-  # A session of its own, so that it outlives the connection and stop reaches all of it. The
-  # outer shell lives through what stop sends, and notes how the command ended.
+  # A session of its own, so that it outlives the connection and stop reaches all of it. The shells
+  # live through what stop sends: that of the command starts nothing more once its program has saved,
+  # and the outer one notes how the command ended when all of it has, which holds descriptor 3 open.
   cat <<SCRIPT
 cat > "\$HOME/run/command.sh" <<'END_OF_COMMAND'
+trap 'exit $INTERRUPTED' TERM
 $command
 END_OF_COMMAND
-setsid bash -c 'trap : TERM; bash "\$HOME/run/command.sh"; echo \$? > "\$HOME/run/status"' \\
-  > "\$HOME/run/log" 2>&1 < /dev/null &
-echo \$! > "\$HOME/run/pid"
+setsid bash -c 'trap : TERM
+  status="\$(trap : TERM; bash "\$HOME/run/command.sh" 3>&1 >&2; echo \$?)"
+  echo "\$status" > "\$HOME/run/status"' > "\$HOME/run/log" 2>&1 < /dev/null &
+echo "\$! \$(started \$!) \$(boot_id)" > "\$HOME/run/pid"
 SCRIPT
 }
 
-LOGS_SCRIPT='[ -f "$HOME/run/pid" ] || { echo "error: nothing was started" >&2; exit 1; }
-tail --pid="$(cat "$HOME/run/pid")" --lines=50 --follow=name --retry "$HOME/run/log"
-exit "$(cat "$HOME/run/status" 2> /dev/null || echo 1)"'
+# A run without a status was ended by what could not note one: a restart of the machine.
+RUN_STATUS='$(cat "$HOME/run/status" 2> /dev/null || echo '"$INTERRUPTED)"
 
-STOP_SCRIPT='[ ! -f "$HOME/run/pid" ] || kill -TERM -- "-$(cat "$HOME/run/pid")"'
+# The last line is for `logs`.
+LOGS_SCRIPT="$ALIVE_SCRIPT"'[ -f "$HOME/run/pid" ] || { echo "error: nothing was started; exit status 1"; exit 1; }
+if alive; then tail --pid="$pid" --sleep-interval=0.5 --lines=50 --follow=name --retry "$HOME/run/log"
+else tail --lines=50 "$HOME/run/log"; fi
+printf "\n%s\n" "the run has ended; exit status '"$RUN_STATUS"'"'
 
-STATUS_SCRIPT='if kill -0 "$(cat "$HOME/run/pid")" 2> /dev/null; then echo "running"; else
-echo "not running; exit status $(cat "$HOME/run/status" 2> /dev/null || echo unknown)"; fi
+STOP_SCRIPT="$ALIVE_SCRIPT"'if alive; then kill -TERM -- "-$pid"; else echo "not running"; fi'
+
+STATUS_SCRIPT="$ALIVE_SCRIPT"'if alive; then echo "running"; else
+echo "not running; exit status '"$RUN_STATUS"'"; fi
 tail --lines=1 "$HOME/run/log"'
 
 # --- The subcommands ------------------------------------------------------------------
@@ -262,7 +290,21 @@ run() {
 
 logs() {
   need NAME ZONE PROJECT
-  on_workers 0 "$LOGS_SCRIPT"
+  if [[ "$dry_run" == 1 ]]; then
+    on_workers 0 "$LOGS_SCRIPT"
+    return
+  fi
+  exec 3>&1
+  local last
+  last="$(on_workers 0 "$LOGS_SCRIPT" | tee /dev/fd/3 | tail -n 1)" || true
+  # gcloud has exit statuses of its own, those of a lost connection among them.
+  case "$last" in
+    *"; exit status "[0-9]*)
+      run_status="${last##* }"
+      exit "$run_status"
+      ;;
+    *) interrupted "the connection to $NAME was lost before the run ended" ;;
+  esac
 }
 
 stop() {
@@ -270,9 +312,16 @@ stop() {
   on_workers all "$STOP_SCRIPT"
 }
 
+# At the end of resume: whatever failed on the way to the run may work later.
+may_resume() {
+  local status=$?
+  [[ -n "$run_status" || $status == 0 || $status -gt 128 ]] || exit "$INTERRUPTED"
+}
+
 resume() {
   need NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION
   [[ -n "${COMMAND:-}" ]] || need CONFIG WORKDIR
+  trap may_resume EXIT
   local state="SUSPENDED"
   if [[ "$dry_run" == 1 ]]; then
     echo "# where it says SUSPENDED:"
@@ -320,6 +369,8 @@ default_runtime() {
 }
 
 dry_run=0
+# How the run ended, where that is known.
+run_status=""
 subcommand=""
 train_flags=()
 while [[ $# -gt 0 ]]; do

@@ -1,11 +1,42 @@
 """What the commands share."""
 
+import errno
 import importlib.util
 import os
+import resource
 
 import pytest
 
 from causalfusion_jax import cli
+
+
+@pytest.mark.parametrize(
+    ("platforms", "devices", "expected"),
+    [(None, [], True), (None, ["/dev/accel0"], False), ("cpu", ["/dev/accel0"], True), ("tpu,cpu", [], False),
+     ("cuda", [], False)],
+)  # fmt: skip
+def test_memory_settings_are_those_of_the_cpu_only_where_it_computes(platforms, devices, expected, monkeypatch):
+    called = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: devices if pattern == "/dev/accel*" else [])
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if platforms:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(cli.app, "run", lambda *args, **kwargs: None)
+    cli.run(lambda argv: None)
+    assert bool(called) == expected
+
+
+def test_commands_may_open_as_many_files_as_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = min(hard if hard != resource.RLIM_INFINITY else cli.MAX_OPEN_FILES, cli.MAX_OPEN_FILES)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed // 2, hard))
+        cli.allow_many_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (allowed, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -33,3 +64,17 @@ def test_a_tpu_is_left_out_only_where_there_is_none(installed, files, platforms,
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
     cli.leave_out_absent_tpu()
     assert os.environ.get("JAX_PLATFORMS") == expected
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG])
+def test_a_full_or_failing_disk_is_one_line_that_names_the_file(number, capsys):
+    with pytest.raises(SystemExit) as ended, cli.errors_in_one_line():
+        raise OSError(number, os.strerror(number), "run/metrics.jsonl")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: run/metrics.jsonl: {os.strerror(number)}; run the same command again")
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    with pytest.raises(FileNotFoundError), cli.errors_in_one_line():
+        open("no/such/file")

@@ -11,6 +11,9 @@ import pytest
 from helpers import ROOT, command, command_env
 from PIL import Image
 
+from causalfusion_jax.cli import INTERRUPTED
+from causalfusion_jax.training.manifests import manifest_path
+
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=30",
     "--config.train.batch_size=8",
@@ -52,6 +55,7 @@ def assert_refused(done, *words):
 
 def test_a_run_leaves_what_it_says(run):
     workdir, output = run
+    assert output.startswith("data: digits: 898 images of 8x8x1 ")
     assert "step 30/30" in output and "ETA 0:00:00" in output and "MFU" in output
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30]
@@ -90,10 +94,13 @@ def test_sample_and_evaluate(run, tmp_path):
 
 
 def start(workdir):
-    """Training in the background, stdout read line by line."""
+    """Training in the background, stdout read line by line; implicit host reads fail in it."""
     # One logged line a step tells where it is.
     return subprocess.Popen(
-        [sys.executable, "-m", "causalfusion_jax.train", *SMALL, f"--workdir={workdir}", "--config.logging.every=1"],
+        [
+            sys.executable, "-m", "host_reads", "causalfusion_jax.train", *SMALL, f"--workdir={workdir}",
+            "--config.logging.every=1",
+        ],
         cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 
@@ -118,10 +125,11 @@ def picture(tmp_path_factory):
 
 def test_edit_keeps_what_is_not_masked(run, picture, tmp_path):
     workdir, out = run[0], tmp_path / "out"
-    args = ("--mask=1,5,4,8", "--label=3", "--num=3", "--ar_steps=2")
+    args = ("--mask=1,5,4,8", "--label=Three", "--num=3", "--ar_steps=2")
     done = edit(workdir, out, picture, *args)
     assert done.returncode == 0, done.stderr
     assert "rounded outward to whole tokens of 2x2: 16 pixels are regenerated instead of 9" in done.stderr
+    assert f"weights: ema of step 30 of {workdir}\n" in done.stdout
     before = np.asarray(Image.open(picture))
     with np.load(out / "samples.npz") as arrays:
         images, labels, mask = arrays["arr_0"], arrays["arr_1"], arrays["mask"]
@@ -150,7 +158,7 @@ def test_edit_keeps_what_is_not_masked(run, picture, tmp_path):
         (["--mask=0,0,9,8", "--label=3"], ["--mask", "x1 <= 8"]),
         (["--mask=top"], ["--label", "is required"]),
         (["--mask=top", "--label=10"], ["--label=10", "0..9"]),
-        (["--mask=top", "--label=1,2"], ["--label", "one class number, or 1"]),
+        (["--mask=top", "--label=1,2"], ["--label", "one class, or 1"]),
         (["--mask=top", "--label=3", "--ar_steps=9"], ["--ar_steps=9", "<= 8"]),
         (["--mask=top", "--label=3", "--num=0"], ["--num=0"]),
         (["--mask=top", "--label=3", "--nopaste"], ["--paste", "needs --vae"]),
@@ -183,6 +191,36 @@ def expected(run, tmp_path_factory):
     return samples(run[0], tmp_path_factory.mktemp("expected") / "out")
 
 
+def test_exported_and_imported_it_samples_what_the_run_samples(run, expected, tmp_path):
+    how = ("--num=20", "--solver_steps=5", "--ar_steps=4", "--seed=3")
+    assert sampled_through_a_file(tmp_path, run[0], "causalfusion", 30, how) == expected
+
+
+@pytest.mark.slow
+def test_exported_and_imported_videos_are_those_of_the_run(tmp_path):
+    done = command(
+        "train", "--config=configs/moving_digits.py", "--config.model.hidden=48", "--config.train.steps=4",
+        "--config.optimizer.warmup_steps=2", "--config.logging.sample_every=0", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = command("sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'own'}", "--num=2")
+    assert done.returncode == 0, done.stderr
+    own = (tmp_path / "own" / "samples.npz").read_bytes()
+    assert sampled_through_a_file(tmp_path, tmp_path / "run", "acdit", 4, ["--num=2"]) == own
+
+
+def sampled_through_a_file(tmp_path, workdir, kind, step, how):
+    """The samples of a run's weights that were exported and imported."""
+    file, folder, out = tmp_path / "run.safetensors", tmp_path / "imported", tmp_path / "out"
+    done = command("convert", "--reverse", f"--checkpoint={workdir}", f"--out={file}")
+    assert f"weights: ema of step {step} of {workdir}\n" in done.stdout, done.stderr
+    done = command("convert", f"--kind={kind}", f"--checkpoint={file}", f"--out={folder}")
+    assert f"weights: ema of step {step} of run.safetensors\n" in done.stdout, done.stderr
+    done = command("sample", f"--checkpoint={folder}", f"--out={out}", *how)
+    assert f"weights: ema of step {step} of run.safetensors in {folder}\n" in done.stdout, done.stderr
+    return (out / "samples.npz").read_bytes()
+
+
 def test_kill_and_resume_is_byte_identical(run, expected, tmp_path):
     workdir = tmp_path / "killed"
     for wanted in (np.random.default_rng().integers(2, 14), 20):
@@ -203,10 +241,10 @@ def test_sigterm_saves_and_resumes_byte_identical(run, expected, tmp_path):
     wait_for_step(process, 8)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
+    assert process.returncode == INTERRUPTED, stderr
     assert "SIGTERM: saved step" in stdout and "run the same command again to continue" in stdout
     step = int(stdout.split("saved step ")[1].split()[0])
-    assert (workdir / "checkpoints" / str(step)).is_dir() and (workdir / "manifests" / f"{step}.json").is_file()
+    assert (workdir / "checkpoints" / str(step)).is_dir() and manifest_path(workdir, step).is_file()
     done = train(workdir)
     assert f"at step {step}" in done.stdout, done.stdout + done.stderr
     assert samples(workdir, tmp_path / "out") == expected
@@ -220,7 +258,7 @@ def test_damage_and_resume_is_byte_identical(run, expected, tmp_path, damage):
     wait_for_step(process, 20)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0 and "SIGTERM: saved step" in stdout, stderr
+    assert process.returncode == INTERRUPTED and "SIGTERM: saved step" in stdout, stderr
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
@@ -261,6 +299,7 @@ def test_bad_training_input_touches_nothing(tmp_path, args, words):
 def test_missing_flags_and_files():
     assert_refused(command("train", "--config=configs/digits.py"), "--workdir", "is required")
     assert_refused(command("train", "--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py", "no such file")
+    assert_refused(command("train", "--config=configs/imagenet_causalfusion.py:XXL", "--workdir=x"), "XXL", "mean XL?")
     assert_refused(command("train", "--workdir=x"), "--config", "is required")
 
 
@@ -279,6 +318,12 @@ def test_bad_folders(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+IMAGES = (
+    "--config.data.source=image_folder", "--config.data.channels=3", "--config.data.num_classes=2",
+    "--config.data.flip=True", "--config.data.workers=1", "--config.train.steps=10",
+)  # fmt: skip
+
+
 def test_folder_of_images_trains_samples_and_scores(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("dark", "light"):
@@ -286,15 +331,26 @@ def test_folder_of_images_trains_samples_and_scores(tmp_path):
         for i in range(8):
             pixels = rng.integers(0, 120, (10, 12, 3)) + (130 if name == "light" else 0)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
-    done = train(
-        tmp_path / "run", "--config.data.source=image_folder", f"--config.data.path={tmp_path / 'images'}",
-        "--config.data.channels=3", "--config.data.num_classes=2", "--config.data.flip=True", "--config.data.workers=1",
-        "--config.train.steps=10",
-    )  # fmt: skip
+    done = train(tmp_path / "run", *IMAGES, f"--config.data.path={tmp_path / 'images'}")
     assert done.returncode == 0, done.stderr
     assert sample(tmp_path / "run", tmp_path / "out").returncode == 0
     scored = command("evaluate", f"--workdir={tmp_path / 'run'}", f"--samples={tmp_path / 'out' / 'samples.npz'}")
     assert scored.returncode == 0 and json.loads(scored.stdout)["fd"] > 0, scored.stderr
+    named_classes_stay_those_of_training(tmp_path)
+
+
+def named_classes_stay_those_of_training(folder):
+    """Whatever becomes of the folders that named them."""
+    (folder / "images" / "dark").rename(folder / "images" / "night")
+    done = command("train", *SMALL, f"--workdir={folder / 'run'}", *IMAGES, f"--config.data.path={folder / 'images'}")
+    assert_refused(done, "workdir", "class 0 is 'dark' in the run and 'light' in the data")
+    scored = command("evaluate", f"--workdir={folder / 'run'}", f"--samples={folder / 'out' / 'samples.npz'}")
+    assert "warning: class 0 is 'dark' in the run" in scored.stderr and json.loads(scored.stdout)["fd"] > 0
+    (folder / "images").rename(folder / "moved")
+    done = sample(folder / "run", folder / "named", f"--labels={','.join(10 * ['dark', 'light'])}")
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "named" / "samples.npz") as arrays:
+        assert arrays["arr_1"].tolist() == 10 * [0, 1]
 
 
 def test_another_config_and_another_folder(run, tmp_path):

@@ -10,7 +10,7 @@ from helpers import GOLDENS, command
 from PIL import Image
 from safetensors.numpy import load_file
 
-from causalfusion_jax import convert
+from causalfusion_jax import experiment
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.models.autoencoder import MAR_VAE
 from causalfusion_jax.models.presets import PRESETS, preset
@@ -29,14 +29,14 @@ def full_size():
 
 
 def plan_of(kind, shapes, metadata=None, **geometry):
-    return make_plan(kind, shapes, metadata or {}, UNSAID | geometry, lambda s: convert._config(s).transformer)
+    return make_plan(kind, shapes, metadata or {}, UNSAID | geometry, lambda s: experiment.from_dict(s).transformer)
 
 
 @pytest.mark.parametrize(("kind", "size", "shapes"), list(full_size()))
 def test_full_size_checkpoints_map_without_their_weights(kind, size, shapes):
     plan = plan_of(kind, shapes)
     assert not unfilled(plan.table, plan.shapes) and not plan.ignored
-    model = convert._config(plan.settings).model
+    model = experiment.from_dict(plan.settings).model
     known = preset(size if kind == "causalfusion" else f"acdit_{size}")
     assert {name: getattr(model, name) for name in known} == known
     assert (model.mlp_ratio, model.patch_size) == (4.0, 1)
@@ -62,13 +62,13 @@ def test_training_arguments_tell_the_grid_of_a_video():
     args = dict(
         patch_size=2, num_frames=8, image_size=128, vae_patch_pixels=8, block_size=256, ar_len=2, nd_split="2_3_3"
     )
-    config = convert._config(plan_of(kind, shapes, {"args": args}).settings)
+    config = experiment.from_dict(plan_of(kind, shapes, {"args": args}).settings)
     assert config.transformer.grid == (8, 8, 8) and config.data.num_classes == 101
     assert (config.factorization.order, config.sampling.ar_steps) == ("raster", 2)
     # Without them, the released model with tokens of this size; or what the user says.
-    assert convert._config(plan_of(kind, shapes).settings).transformer.grid == (16, 16, 16)
+    assert experiment.from_dict(plan_of(kind, shapes).settings).transformer.grid == (16, 16, 16)
     said = plan_of(kind, shapes, {"args": args}, frames=4, block_size=64)
-    assert convert._config(said.settings).transformer.grid == (4, 8, 8)
+    assert experiment.from_dict(said.settings).transformer.grid == (4, 8, 8)
     with pytest.raises(InputError, match="nd_split"):
         plan_of(kind, shapes, {"args": args | {"nd_split": "1_1_1"}})
 

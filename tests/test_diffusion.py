@@ -82,6 +82,13 @@ def test_min_snr_is_the_known_weight_of_each_target():
     np.testing.assert_array_equal(loss_weight(DiffusionConfig(), alpha, sigma), np.ones(4))
 
 
+def test_min_snr_of_x_0_is_finite_without_noise():
+    """SNR is infinite at t=0 of the flow, and the weight gamma."""
+    config = DiffusionConfig(schedule="flow", target="x_0", loss_weight="min_snr")
+    weight = loss_weight(config, *alpha_sigma(config, jnp.array([0.0, 1e-30, 250.0, 500.0, 1000.0])))
+    np.testing.assert_allclose(weight, [5, 5, 5, 1, 0], rtol=1e-6)
+
+
 def test_t_is_shared_as_configured():
     step = jnp.array([0, 0, 0, 1, 1, 2, 3, 3])
     image = sample_t(DiffusionConfig(t_shared_by="image"), jax.random.key(0), step)

@@ -20,6 +20,7 @@ from causalfusion_jax.data import latents
 from causalfusion_jax.data.pipeline import DataConfig, host_batches, make_source
 from causalfusion_jax.encoding import EncodeConfig, encode
 from causalfusion_jax.errors import InputError
+from causalfusion_jax.lock import FolderLock
 from causalfusion_jax.models.autoencoder import moments
 from causalfusion_jax.sampling.trained import open_autoencoder
 
@@ -240,6 +241,41 @@ def test_what_does_not_fit_is_refused(encoded, tars, vae, tmp_path):
         encode(tars, *opened, str(tmp_path / "new"), dataclasses.replace(SETTINGS, batch_size=12))
 
 
+def test_other_data_of_the_same_counts_are_refused(encoded, tars, vae, tmp_path):
+    """Images of the same number, names and labels, one of which is another."""
+    out, _ = encoded
+    other = dataclasses.replace(tars, path=write_tars(tmp_path, 30, broken=(3,)))
+    with pytest.raises(InputError, match="another request .listing differ"):
+        encode(other, *open_autoencoder(vae), str(out), SETTINGS)
+    # The same data at another place are the same.
+    (tmp_path / "moved").mkdir()
+    moved = dataclasses.replace(tars, path=write_tars(tmp_path / "moved", 30))
+    assert encode(moved, *open_autoencoder(vae), str(out), SETTINGS)["num_records"] == 30
+
+
+def test_folder_that_another_process_writes_is_refused(encoded, tars, vae):
+    out, _ = encoded
+    with FolderLock(out, "--out"), pytest.raises(InputError, match="--out=.*is in use by process"):
+        encode(tars, *open_autoencoder(vae), str(out), SETTINGS)
+    encode(tars, *open_autoencoder(vae), str(out), SETTINGS)
+    assert not (out / files.LEASE).exists()
+
+
+def test_all_captions_are_kept_and_what_is_corrupt_is_left_out(tmp_path):
+    for i in range(2):
+        write_clip(tmp_path / str(i), "gif", 1).rename(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_text("no image")
+    captions = {"0.png": ["one", "uno  \n eins"], "1.png": "two", "2.png": "three"}
+    records = [{"file_name": name, "caption": caption} for name, caption in captions.items()]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = DataConfig(source="caption_folder", path=str(tmp_path), image_size=16, channels=3, num_classes=1)
+    batch = encoding._ReadBatch(make_source(config, captions=True), threads=2)((5, range(3)))
+    assert batch["caption"] == ["one\nuno eins", "two"] and batch["index"].tolist() == [0, 1]
+    assert batch["image"].shape == (2, 16, 16, 3) and batch["shard"] == 5 and batch["last"] == 2
+    ((name, reason, index),) = batch["corrupt"]
+    assert name == str(tmp_path / "2.png") and "not a readable image" in reason and index == 2
+
+
 def test_damage_is_found(tars, vae, tmp_path, monkeypatch):
     opened, out = open_autoencoder(vae), tmp_path / "out"
     real = encoding._finish
@@ -337,7 +373,7 @@ def test_clips_are_encoded_trained_on_and_continued(clips, vae, tmp_path):
 
 def processes(name, count, *args):
     """Runs a command as `count` processes of one job."""
-    all_done(start_processes(count, "-m", f"causalfusion_jax.{name}", *args))
+    all_done(start_processes(count, f"causalfusion_jax.{name}", *args))
 
 
 @pytest.mark.slow
@@ -359,7 +395,7 @@ def test_kill_9_at_three_random_points(tfds_folder, vae, tmp_path):
     rng = random.Random(int(time.time()))
 
     def start(out):
-        args = [sys.executable, "-m", "causalfusion_jax.encode", *encode_args(tfds_folder, vae, out)]
+        args = [sys.executable, "-m", "host_reads", "causalfusion_jax.encode", *encode_args(tfds_folder, vae, out)]
         args += ["--batch_size=4", "--records_per_shard=10"]
         return subprocess.Popen(args, cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, text=True)
 

@@ -1,13 +1,15 @@
 """Settings: every combination that makes sense, and the reasons for those that do not."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import tiny_config
 
-from causalfusion_jax import experiment
+from causalfusion_jax import experiment, files
+from causalfusion_jax.data.tokenizers import make_tokenizer
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.models.presets import ACDIT, DIT
 from causalfusion_jax.sampling.sampler import generate, image_keys
@@ -48,6 +50,22 @@ def test_papers_combine(sections):
     run = functools.partial(generate, model, config.diffusion, config.factorization, config.sampling)
     out = jax.eval_shape(run, state.params, image_keys(0, range(2)), jnp.zeros(2, jnp.int32))
     assert out.shape == (2, model.num_tokens, model.token_dim)
+
+
+def test_run_keeps_the_checksum_of_its_tokenizer(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("three\nseven\n")
+    config = experiment.from_dict(tiny_config(text=dict(tokenizer="words", path=str(words), max_tokens=4)))
+    for _ in range(2):
+        experiment.claim_workdir(str(tmp_path / "run"), config)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["text"]
+    assert kept["checksum"] == files.describe_file(words)["sha256"]
+    assert experiment.load(str(tmp_path / "run")).text.checksum == kept["checksum"]
+    words.write_text("seven\nthree\n")
+    make_tokenizer.cache_clear()
+    for use in (experiment.load, lambda workdir: experiment.claim_workdir(workdir, config)):
+        with pytest.raises(InputError, match="is another file than the run began with"):
+            use(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

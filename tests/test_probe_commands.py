@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from helpers import command
+from helpers import command, run_module
 from PIL import Image
+
+from causalfusion_jax import cli
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.model.layers=2",
@@ -42,7 +44,9 @@ def refused(done, *words):
 
 
 def test_features_are_classified(workdir):
-    linear = result(probe(workdir, "linear", "--untrained"))
+    done = probe(workdir, "linear", "--untrained")
+    linear = result(done)
+    assert f"weights: ema of step 12 of {workdir}\n" in done.stderr
     assert linear["probe"] == "linear" and (linear["tokens"], linear["layer"]) == ("clean", 1)
     assert (linear["num"], linear["trained_on"]) == (899, 898)
     # Even random features of digits tell them apart to some degree.
@@ -96,3 +100,8 @@ def test_bad_input_is_one_clear_line(workdir, tmp_path):
     refused(probe(workdir, "linear", other, f"--out={tmp_path / 'a.json'}"), "config.data", "as the network's")
     much = ("--config.finetune.batch_size=1024", f"--out={tmp_path / 'a.json'}")
     refused(probe(workdir, "finetune", *SMALL, *much), "config.finetune.batch_size=1024", "must be <= 898")
+
+
+def test_fine_tuning_that_was_stopped_is_to_be_run_again(tmp_path):
+    done = run_module("stopped_probe", tmp_path / "finetuned")
+    assert done.returncode == cli.INTERRUPTED and "stopped: saved step 6 of 16" in done.stderr, done.stderr

@@ -9,7 +9,7 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
 FLOORS = (
-    ("errors", "files", "npz", "hardware", "distributed", "factorization", "layouts", "diffusion", "sharding"),
+    ("errors", "files", "lock", "npz", "hardware", "distributed", "factorization", "layouts", "diffusion", "sharding"),
     ("models", "data", "released"),
     ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
     (
@@ -29,9 +29,20 @@ def modules():
 
 def rooms_imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("causalfusion_jax"):
-            names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-            yield from names
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (module.split(".")[1] for module in modules if module.startswith("causalfusion_jax."))
+
+
+def test_all_ways_to_import_a_room_are_seen(tmp_path):
+    (tmp_path / "module.py").write_text(
+        "import causalfusion_jax.train, os\nfrom causalfusion_jax import files\n"
+        "def late():\n    from causalfusion_jax.models.text import TextTokens\n"
+    )
+    assert sorted(rooms_imported(tmp_path / "module.py")) == ["files", "models", "train"]
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -56,6 +67,28 @@ def test_flags_only_in_the_commands():
     for path in modules():
         if floor(path.relative_to(PACKAGE).parts[0].removesuffix(".py")) < 3:
             assert "DEFINE_" not in path.read_text(), path
+
+
+ALWAYS_TRUE = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.GeneratorExp, ast.ListComp, ast.Lambda, ast.JoinedStr)
+
+
+def always_true(tree):
+    """Assertions of what is never empty or false: a tuple, a generator, a tree of results."""
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Assert)):
+        called = ast.unparse(node.test.func) if isinstance(node.test, ast.Call) else ""
+        same = isinstance(node.test, ast.Compare) and len(
+            {ast.unparse(side) for side in (node.test.left, *node.test.comparators)}
+        ) == 1
+        if isinstance(node.test, (*ALWAYS_TRUE, ast.Constant)) or called in ("jax.tree.map", "map", "zip") or same:
+            yield ast.unparse(node)
+
+
+def test_every_assertion_can_fail():
+    for wrong in ("(x, y)", "(x for x in y)", "jax.tree.map(f, a, b)", "x == x", "[f(x) for x in y]", "'x'"):
+        assert len(list(always_true(ast.parse(f"assert {wrong}")))) == 1, wrong
+    assert not list(always_true(ast.parse("assert all(x for x in y)\nassert x == y, (x, y)")))
+    found = {path.name: list(always_true(ast.parse(path.read_text()))) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
 def test_top_level():

@@ -24,10 +24,13 @@ def workdir(tmp_path_factory):
         "train", "--config=configs/digit_pairs.py", f"--workdir={folder / 'run'}", *SMALL,
         "--config.logging.sample_every=8", "--config.logging.num_samples=4", "--config.text.tokenizer=words",
         f"--config.text.path={folder / 'words.txt'}", "--config.text.max_tokens=4",
+        "--config.evaluation.eval_every=8", "--config.evaluation.num_images=4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"diffusion", "cross_entropy", "mse/text_to_image", "ce/image_to_text", "captions_cut"} <= set(line)
+    assert "evaluated step 8: accuracy" in done.stdout
+    scalars, scores = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()[-2:])
+    assert {"diffusion", "cross_entropy", "mse/text_to_image", "ce/image_to_text", "captions_cut"} <= set(scalars)
+    assert {"evaluation/accuracy", "evaluation/left", "evaluation/right"} <= set(scores)
     assert (folder / "run" / "samples" / "00000008.png").is_file()
     return folder / "run"
 
@@ -115,6 +118,7 @@ def test_images_to_captions_and_scores(workdir, tmp_path):
         "caption", f"--workdir={workdir}", "--images=held_out", "--num=3", "--score", f"--out={tmp_path / 'scores'}"
     )
     assert json.loads(done.stdout.splitlines()[0])["bits_per_token"] > 0, done.stderr
+    assert f"weights: ema of step 8 of {workdir}\n" in done.stderr
     records = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
     assert all(record["tokens"] == 3 and record["log_prob"] < 0 for record in records)
 

@@ -55,7 +55,7 @@ def one(name, *args) -> str:
 
 
 def several(count, name, *args) -> list[str]:
-    return all_done(start_processes(count, "-m", f"causalfusion_jax.{name}", *args))
+    return all_done(start_processes(count, f"causalfusion_jax.{name}", *args))
 
 
 def series(workdir, name):
@@ -94,7 +94,7 @@ def alone(store, tmp_path_factory):
 def test_killed_and_continued_on_other_processes(count, mesh, then, alone, store, tmp_path):
     """Grids, FID and the best checkpoint; killed after a checkpoint, continued on another number of processes."""
     run = (*RUN, *fid(store), f"--workdir={tmp_path / 'run'}")
-    processes = start_processes(count, "-m", "causalfusion_jax.train", *run, *(f"--config.mesh.{m}" for m in mesh))
+    processes = start_processes(count, "causalfusion_jax.train", *run, *(f"--config.mesh.{m}" for m in mesh))
     for line in processes[0].stdout:
         if line.startswith("step") and int(re.search(r"\d+", line)[0]) >= 7:
             break

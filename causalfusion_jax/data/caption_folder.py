@@ -4,9 +4,8 @@ import json
 import pathlib
 
 import numpy as np
-from PIL import Image
-
-from causalfusion_jax.data.sources import center_crop
+from causalfusion_jax import files
+from causalfusion_jax.data.sources import ImageFormat, Listing, center_crop
 from causalfusion_jax.errors import InputError, require
 
 CAPTIONS = "captions.jsonl"
@@ -22,7 +21,7 @@ def read_captions(root: pathlib.Path, field: str) -> list[tuple[str, tuple[str, 
     """
     path, found = root / CAPTIONS, []
     require(path.is_file(), field, str(path), 'no such file; each line of it is {"file_name": ..., "caption": ...}')
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(files.read_lines(field, path), 1):
         try:
             record = json.loads(line)
             name, captions = record["file_name"], record["caption"]
@@ -45,15 +44,11 @@ def load_image(path: pathlib.Path, shape: tuple[int, int, int], field: str) -> n
     just their size.
 
     Raises:
-      InputError: unreadable, or of the wrong size; `field` names the option.
+      CorruptRecord: it cannot be decoded.
+      InputError: it cannot be read, or is of the wrong size; `field` names the option.
     """
     height, width, channels = shape
-    try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = str(error).replace(str(path), path.name)
-        raise InputError(field, str(path), f"not a readable image ({reason}); mend or remove it") from None
+    image = ImageFormat(height, channels).open(str(path), path, field)
     if height == width:
         image = center_crop(image, height)
     require(
@@ -95,6 +90,18 @@ class CaptionFolderSource:
     def draw(self, index: int, rng: np.random.Generator) -> dict:
         """Example `index` with one of its captions, drawn."""
         return self._example(index, int(rng.integers(len(self.records[index][1]))))
+
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of an image."""
+        return list(self.records[index][1])
+
+    def listing(self) -> Listing:
+        """The images' files, and their captions."""
+        return Listing(self.root, [self.root / name for name, _ in self.records], [list(c) for _, c in self.records])
+
+    def name(self, index: int) -> str:
+        """The image's path."""
+        return str(self.root / self.records[index][0])
 
     def _example(self, index: int, which: int) -> dict:
         name, captions = self.records[index]

@@ -6,6 +6,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from causalfusion_jax.data.sources import CorruptRecord
 from causalfusion_jax.data.tokenizers import TextConfig, to_slots
 from causalfusion_jax.errors import InputError, require
 
@@ -24,14 +25,31 @@ def with_text(dataset: grain.MapDataset, config: TextConfig) -> grain.MapDataset
 
 
 def check_captions(source, config: TextConfig) -> None:
-    """Raises InputError where a source's first example has no caption that the tokenizer can read."""
+    """Raises InputError where a source's first readable example has no caption that the tokenizer can read."""
+    example = _readable(source, 0)
     try:
-        tokenize(source[0], config)
+        tokenize(example, config)
     except InputError as error:
         raise InputError("config.data.source", type(source).__name__, f"first example: {error}") from None
 
 
-def example_texts(source, config: TextConfig, num: int) -> np.ndarray:
-    """Texts of `num` examples all over the source, int32 [num, max_tokens]: prompts to watch training by."""
+def example_prompts(source, config: TextConfig, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts and labels of `num` examples all over the source: prompts to watch training by.
+
+    Returns:
+      text: int32 [num, max_tokens].
+      label: int32 [num].
+    """
     indices = np.arange(num) * len(source) // num
-    return np.stack([tokenize(source[int(index)], config)["text"] for index in indices])
+    examples = [tokenize(_readable(source, int(index)), config) for index in indices]
+    return np.stack([example["text"] for example in examples]), np.array([e["label"] for e in examples], np.int32)
+
+
+def _readable(source, index: int) -> dict[str, Any]:
+    """Example `index`, or the next one that is not corrupt. Raises CorruptRecord where all are."""
+    for place in range(index, index + len(source)):
+        try:
+            return source[place % len(source)]
+        except CorruptRecord as error:
+            corrupt = error
+    raise corrupt

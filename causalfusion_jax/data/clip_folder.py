@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, class_folders
+from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, Listing, class_folders, files_of_classes
 from causalfusion_jax.data.video_files import (
     CLIP_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -40,12 +40,9 @@ class ClipFolderSource:
         self.format = ImageFormat(image_size, channels)
         require(self.root.is_dir(), "path", root, "must be a folder with one folder of clips for each class")
         folders = class_folders(self.root)
-        found = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.iterdir())
-            if path.is_dir() or path.suffix.lower() in CLIP_SUFFIXES
-        ]
+        found, self.skipped = files_of_classes(
+            folders, lambda path: path.suffix.lower() in CLIP_SUFFIXES or path.is_dir()
+        )
         require(
             any(path.is_file() or frame_files(path) for path, _ in found), "path", root,
             f"holds no clips: need {root}/CLASS/*{'|'.join(CLIP_SUFFIXES)}, or frames as "
@@ -62,6 +59,10 @@ class ClipFolderSource:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def listing(self) -> Listing:
+        """The clips' files and folders."""
+        return Listing(self.root, self.paths)
 
     def name(self, index: int) -> str:
         """The clip's path."""

@@ -15,7 +15,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.data.array_records import read_record
+from causalfusion_jax.data.sources import CorruptRecord, record_error
 from causalfusion_jax.errors import InputError, require
 
 MANIFEST = "manifest.json"
@@ -121,12 +122,12 @@ class LatentsSource:
         raise IndexError(index)
 
     def record(self, index: int) -> dict[str, np.ndarray]:
-        """All that is kept of an image. Raises CorruptRecord."""
+        """All that is kept of an image. Raises CorruptRecord, or InputError for an I/O error."""
         try:
-            record = unpack(self._records[index])
+            record = unpack(read_record(self._records, index))
             stored = record["mean"].shape[1:]
-        except (RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise CorruptRecord("data", self.name(index), f"not a readable record ({error})") from None
+        except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
+            raise record_error("data", self.name(index), error) from None
         if stored != tuple(self.manifest["shape"]):
             raise CorruptRecord("data", self.name(index), f"is of shape {list(stored)}")
         return record

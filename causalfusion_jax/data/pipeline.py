@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from causalfusion_jax.data import tar_shards, tfds_source
+from causalfusion_jax.data.batches import in_batches, num_bytes, read_ahead
 from causalfusion_jax.data.caption_folder import CaptionFolderSource
 from causalfusion_jax.data.captions import with_text
 from causalfusion_jax.data.clip_folder import ClipFolderSource
@@ -72,9 +73,11 @@ class DataConfig:
       num_classes: classes; must be what the source holds.
       flip: flip half of the images, drawn anew each epoch; of latents, take half of them from
         the mirrored images that were encoded too.
-      workers: processes that read and decode; 0 reads in this one.
+      workers: processes that read and decode; 0 reads in this one. All of them together hold
+        2 GiB of batches that are read ahead (`batches.READ_AHEAD_BYTES`), or one batch each.
       verify: decode every image of a folder once before training, and refuse one that is corrupt.
-      max_corrupt: different corrupt records that a process may skip; one more ends training.
+      max_corrupt: different records that cannot be decoded and that a process may skip; one more
+        ends training. A record that cannot be read at all ends it in any case.
     """
 
     source: str = "digits"
@@ -155,8 +158,10 @@ class DataConfig:
 class Source(Protocol):
     """Random access to images; see `data.sources`.
 
-    A source may have `name(index) -> str`, what a record is called, and `draw(index, rng)`, an
-    example of which something is random; of latents, with `mirrored` too.
+    A source may have `name(index) -> str`, what a record is called; `draw(index, rng)`, an example
+    of which something is random (of latents, with `mirrored` too); `captions_of(index)`, all
+    captions of one; `listing()`, the files that identify its examples; `skipped`, the number of
+    files beside them that are none, by kind.
     """
 
     num_classes: int
@@ -225,6 +230,19 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
     return source
 
 
+def describe(source: Source, config: DataConfig) -> str:
+    """One line on what is trained on: source, number and shape of examples, classes, files left out."""
+    kind = "latents" if config.latents else "videos" if config.frames > 1 else "images"
+    axes = f"{'frames x ' if config.frames > 1 else ''}height x width x channels"
+    classes = "class" if config.num_classes == 1 else "classes"
+    skipped = ", ".join(f"{count:,} {name}" for name, count in getattr(source, "skipped", {}).items())
+    return (
+        f"data: {' '.join(filter(None, (config.source, config.name, config.path)))}: {len(source):,} {kind} of"
+        f" {'x'.join(map(str, config.shape))} ({axes}), {config.num_classes:,} {classes}"
+        + (f"; left out in the folders of classes: {skipped}" if skipped else "")
+    )
+
+
 def make_held_out_source(config: DataConfig, path: str = "", split: str = "validation") -> Source:
     """Opens labelled images of the training source's kind that training does not see.
 
@@ -272,6 +290,10 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         root = pathlib.Path(config.path)
         require(root.is_dir(), "data.path", config.path, "must be a folder with one folder for each class")
         names = tuple(folder.name for folder in class_folders(root))
+        require(
+            len(names) == config.num_classes, "data.path", config.path,
+            f"has {len(names)} class folders, the config {config.num_classes} classes",
+        )
     elif config.source == "tar" and config.path:
         names = tar_shards.class_names(pathlib.Path(config.path))
     elif config.source == "latents" and config.path:
@@ -317,12 +339,6 @@ class _Read:
             return self.source.draw(index, rng, mirrored)
         example = self.source.draw(index, rng) if hasattr(self.source, "draw") else self.source[index]
         return {**example, "image": example["image"][..., ::-1, :]} if mirrored else example
-
-
-def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch, with all that its examples report as corrupt."""
-    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "corrupt"}
-    return batch | {"corrupt": [record for example in examples for record in example.get("corrupt", ())]}
 
 
 class _ReadRow:
@@ -373,7 +389,7 @@ def host_batches(
     dataset = numbers.map(_ReadRow(_Read(source, config, seed), indices, batch_size, rows))
     if text.is_on:
         dataset = with_text(dataset, text)
-    return dataset.batch(len(rows), batch_fn=_stack)
+    return in_batches(dataset, len(rows), reading_threads(config.source))
 
 
 def reading_threads(source: str) -> int:
@@ -388,17 +404,18 @@ def reading_threads(source: str) -> int:
 class BatchIterator(Iterator):
     """Batches from a position on. `position` is all there is to save.
 
-    Corrupt records that were skipped are printed, and kept as `corrupt`, reason by name.
+    The first batch is read here, and its size tells how many may be read ahead. Corrupt records
+    that were skipped are printed, and kept as `corrupt`, reason by name.
 
     Args:
       batches: random access to this host's batches.
       position: the batch to start with.
       workers: processes that read ahead; 0 reads in this process.
-      threads: threads that read ahead in each process.
+      threads: threads that read ahead in each process, at most.
       max_corrupt: different corrupt records to put up with.
 
     Raises:
-      InputError: at the batch that has more corrupt records.
+      InputError: at the batch that has more corrupt records, or that cannot be read.
     """
 
     def __init__(
@@ -406,14 +423,8 @@ class BatchIterator(Iterator):
     ):
         self.position, self.max_corrupt = position, max_corrupt
         self.corrupt: dict[str, str] = {}
-        if workers and not flags.FLAGS.is_parsed():
-            # Grain hands parsed absl flags to its workers, also where nobody uses them.
-            flags.FLAGS.mark_as_parsed()
-        read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1))
-        dataset = batches[position:].to_iter_dataset(read)
-        if workers:
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-        self._iterator = iter(dataset)
+        self._batches, self._workers, self._threads = batches, workers, threads
+        self._iterator: Iterator[dict[str, Any]] | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = self.next_raw()
@@ -422,9 +433,27 @@ class BatchIterator(Iterator):
 
     def next_raw(self) -> dict[str, Any]:
         """The next batch with what it reports as corrupt still in it."""
-        batch = next(self._iterator)
+        if self._iterator is not None:
+            batch = next(self._iterator)
+        elif self.position < len(self._batches):
+            batch = self._batches[self.position]
+            self._iterator = self._read_ahead(self.position + 1, num_bytes(batch))
+        else:
+            raise StopIteration
         self.position += 1
         return batch
+
+    def _read_ahead(self, position: int, batch_bytes: int) -> Iterator[dict[str, Any]]:
+        """Batches from `position` on, which are being read from now on."""
+        if self._workers and not flags.FLAGS.is_parsed():
+            # Grain hands parsed absl flags to its workers, also where nobody uses them.
+            flags.FLAGS.mark_as_parsed()
+        dataset = self._batches[position:].to_iter_dataset(read_ahead(batch_bytes, self._workers, self._threads))
+        if self._workers:
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        iterator = iter(dataset)
+        iterator.start_prefetch()
+        return iterator
 
     def note_corrupt(self, records: list[tuple[str, str]]) -> None:
         """Prints and keeps what is new. Raises InputError where there are too many."""
@@ -438,6 +467,7 @@ class BatchIterator(Iterator):
         """Ends the workers."""
         if hasattr(self._iterator, "close"):
             self._iterator.close()
+        self._iterator, self._batches = None, ()
 
 
 def check_corrupt(corrupt: dict[str, str], limit: int) -> None:

@@ -2,26 +2,72 @@
 
 Images are float32 [(frames,) height, width, channels] in [-1, 1] (latents: scaled as the
 model takes them), labels int32. Where captions were asked for, there is "caption" too, a str.
-A record that cannot be read raises CorruptRecord. Further sources: `tfds_source`, `tar_shards`,
-`clip_folder`, `latents`.
+A record whose bytes cannot be decoded raises CorruptRecord, one whose bytes cannot be read another
+InputError. Further sources: `tfds_source`, `tar_shards`, `clip_folder`, `latents`.
 """
 
+import collections
 import concurrent.futures
 import functools
+import io
 import os
 import pathlib
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, require
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class CorruptRecord(InputError):
-    """A record that is there and cannot be read; `value` is its name, `allowed` the reason."""
+    """A record that was read and cannot be decoded; `value` is its name, `allowed` the reason."""
+
+
+class Listing(NamedTuple):
+    """What identifies the examples of a source, see `data.fingerprint`.
+
+    Attributes:
+      root: the folder of the data.
+      paths: their files below it, in the order of the examples.
+      details: what else there is to tell, as plain values.
+    """
+
+    root: pathlib.Path
+    paths: Sequence[pathlib.Path]
+    details: Sequence[Any] = ()
+
+
+def record_error(field: str, name: str, error: Exception, kind: str = "record") -> InputError:
+    """What to raise for a record that could not be read.
+
+    Args:
+      field: the option that names the data.
+      name: of the record.
+      error: what reading or decoding it raised.
+      kind: what it should have been.
+
+    Returns:
+      InputError for an I/O error, which says nothing of the record; else CorruptRecord.
+    """
+    # Decoders name what they were given, which may be bytes in memory.
+    reason = str(error).partition(" <_io.")[0].replace(name, pathlib.Path(name).name)
+    reason = f"{type(error).__name__}: {' '.join(reason.split())}"
+    if files.is_io_error(error):
+        return InputError(field, name, f"could not be read ({reason}); I/O errors are not skipped as corrupt records")
+    return CorruptRecord(field, name, f"not a readable {kind} ({reason}); mend or remove it")
+
+
+def read_file(field: str, path: pathlib.Path) -> bytes:
+    """The bytes of a file that is one record. Raises InputError where they cannot be read."""
+    try:
+        return files.retry_io(path.read_bytes)
+    except OSError as error:
+        raise record_error(field, str(path), error) from None
 
 
 class ImageFormat(NamedTuple):
@@ -40,10 +86,11 @@ class ImageFormat(NamedTuple):
 
         Args:
           name: of the record, for errors.
-          file: what Pillow opens.
+          file: its path, or the open file.
 
         Raises:
           CorruptRecord: it cannot be decoded.
+          InputError: it cannot be read.
         """
         return self.fit(self.open(name, file))
 
@@ -57,16 +104,16 @@ class ImageFormat(NamedTuple):
         """What Pillow calls its colours."""
         return "L" if self.channels == 1 else "RGB"
 
-    def open(self, name: str, file: BinaryIO | pathlib.Path) -> Image.Image:
-        """The whole image, decoded. Raises CorruptRecord where it cannot be."""
+    def open(self, name: str, file: BinaryIO | pathlib.Path, field: str = "path") -> Image.Image:
+        """The whole image, decoded. Raises as `decode`; `field` names the option."""
+        if isinstance(file, pathlib.Path):
+            # Read first: Pillow's own errors are of the image then.
+            file = io.BytesIO(read_file(field, file))
         try:
             with Image.open(file) as image:
                 return image.convert(self.mode)
         except Exception as error:  # Pillow raises whatever damage leads its decoders to
-            reason = str(error).replace(name, pathlib.Path(name).name)
-            raise CorruptRecord(
-                "path", name, f"not a readable image ({type(error).__name__}: {reason}); mend or remove it"
-            ) from None
+            raise record_error(field, name, error, "image") from None
 
 
 class DigitsSource:
@@ -115,12 +162,7 @@ class ImageFolderSource:
         self.root, self.format = pathlib.Path(root), ImageFormat(image_size, channels)
         require(self.root.is_dir(), "path", root, "must be a folder with one folder of images for each class")
         folders = class_folders(self.root)
-        found = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
+        found, self.skipped = files_of_classes(folders, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
         require(
             bool(found), "path", root,
             f"holds no images: need {root}/CLASS/*{'|'.join(IMAGE_SUFFIXES)}",
@@ -131,8 +173,9 @@ class ImageFolderSource:
         self.labels = np.array([label for _, label in found], np.int32)
         if verify:
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                # Read all, so that the first bad image by name is the one reported.
-                list(pool.map(lambda path: self.format.open(str(path), path), self.paths))
+                # Read all, so that the first bad image by name is the one reported; none is kept.
+                for _ in pool.map(lambda path: self.format.open(str(path), path) is None, self.paths):
+                    pass
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -141,9 +184,37 @@ class ImageFolderSource:
         path = self.paths[index]
         return {"image": self.format.decode(str(path), path), "label": self.labels[index]}
 
+    def listing(self) -> Listing:
+        """The images' files."""
+        return Listing(self.root, self.paths)
+
     def name(self, index: int) -> str:
         """The image's path."""
         return str(self.paths[index])
+
+
+def files_of_classes(
+    folders: Sequence[pathlib.Path], is_example: Callable[[pathlib.Path], bool]
+) -> tuple[list[tuple[pathlib.Path, int]], dict[str, int]]:
+    """What lies in the folders of classes.
+
+    Args:
+      folders: of the classes, in the order of their labels.
+      is_example: whether what has this path is an example.
+
+    Returns:
+      (path, label) of each example; and the number of other entries by kind: `*.SUFFIX`, `folders`
+      or `files without suffix`.
+    """
+    found, skipped = [], collections.Counter()
+    for label, folder in enumerate(folders):
+        for path in sorted(folder.iterdir()):
+            if is_example(path):
+                found.append((path, label))
+            else:
+                named = f"*{path.suffix.lower()}" if path.suffix else "files without suffix"
+                skipped["folders" if path.is_dir() else named] += 1
+    return found, dict(skipped.most_common())
 
 
 def class_folders(root: pathlib.Path) -> list[pathlib.Path]:

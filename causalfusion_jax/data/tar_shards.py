@@ -4,20 +4,28 @@ All shards are walked once, header by header; where every image lies is then kep
 beside them, so that examples are read by offset.
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 import pathlib
 import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, CorruptRecord, ImageFormat
+from causalfusion_jax import files
+from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, Listing, record_error
 from causalfusion_jax.errors import InputError, require
 
 INDEX = "index.npz"
 CLASSES = "classes.txt"
+MAX_IDLE_FILES = 64
+"""Shards that a process keeps open beside those being read: systems often allow 1,024 open files."""
 _COLUMNS = ("name", "shard", "offset", "size", "label", "caption_offset", "caption_size")
 
 
@@ -56,13 +64,15 @@ class TarSource:
         if captions:
             sizes = self.index["caption_size"]
             require(bool((sizes >= 0).all()), "data.path", self.name(int(sizes.argmin())), "has no caption (.txt)")
-        self._files: dict[int, int] = {}
-
-    def __getstate__(self):
-        return self.__dict__ | {"_files": {}}
+        self._files = _OpenFiles(self.shards, MAX_IDLE_FILES)
 
     def __len__(self) -> int:
         return len(self.index["label"])
+
+    def listing(self) -> Listing:
+        """The shards, and names, places, sizes and labels of all their images."""
+        columns = {name: hashlib.sha256(column.tobytes()).hexdigest() for name, column in self.index.items()}
+        return Listing(self.root, self.shards, [columns])
 
     def name(self, index: int) -> str:
         """Shard and member of an image."""
@@ -76,47 +86,109 @@ class TarSource:
             caption = self._read(row["shard"], row["caption_offset"], row["caption_size"]) if self.captions else b""
             text = caption.decode().strip()
         except (OSError, ValueError) as error:
-            raise CorruptRecord("data", name, f"not a readable record ({error})") from None
+            raise record_error("data", name, error) from None
         example = {"image": self.format.decode(name, io.BytesIO(image)), "label": np.int32(row["label"])}
         return example | {"caption": text} if self.captions else example
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        found = os.pread(self._files[shard], size, offset)
+        """Bytes of a shard. Raises OSError, or ValueError where it ends before them."""
+        found = files.retry_io(lambda: self._files.read(shard, offset, size))
         if len(found) != size:
-            raise OSError(f"{len(found)} of {size} bytes")
+            raise ValueError(f"{len(found)} of {size} bytes")
         return found
+
+
+class _OpenFiles:
+    """Reads parts of many files, of which few stay open. For several threads; pickled, none is open.
+
+    Args:
+      paths: the files.
+      max_idle: files kept open that no thread is reading.
+    """
+
+    def __init__(self, paths: list[pathlib.Path], max_idle: int):
+        self.paths, self.max_idle = paths, max_idle
+        # (number of the file, descriptor), the last one used last; one that is being read is not in it.
+        self._idle: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return type(self), (self.paths, self.max_idle)
+
+    def __del__(self):
+        for _, descriptor in self._idle:
+            os.close(descriptor)
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """`size` bytes of a file from `offset` on, fewer where it ends before. Raises OSError."""
+        with self._borrowed(number) as descriptor:
+            return os.pread(descriptor, size, offset)
+
+    @contextlib.contextmanager
+    def _borrowed(self, number: int) -> Iterator[int]:
+        """A descriptor that no other thread uses, and none closes, meanwhile."""
+        with self._lock:
+            place = next((i for i, (kept, _) in enumerate(self._idle) if kept == number), None)
+            descriptor = None if place is None else self._idle.pop(place)[1]
+        if descriptor is None:
+            descriptor = os.open(self.paths[number], os.O_RDONLY)
+        try:
+            yield descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with self._lock:
+            self._idle.append((number, descriptor))
+            unwanted = self._idle.pop(0)[1] if len(self._idle) > self.max_idle else None
+        if unwanted is not None:
+            os.close(unwanted)
 
 
 def class_names(root: pathlib.Path) -> tuple[str, ...]:
     """What the shards' classes are called; () where nothing says so."""
     path = root / CLASSES
-    return tuple(path.read_text().splitlines()) if path.is_file() else ()
+    return tuple(files.read_lines("data.path", path)) if path.is_file() else ()
 
 
 def _open_index(root: pathlib.Path, shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
     """Where every image lies; built where no index of these very shards is kept."""
     seen = json.dumps([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards])
     kept = root / INDEX
-    try:
-        with np.load(kept, allow_pickle=False) as stored:
-            if str(stored["shards"]) == seen:
-                return {name: stored[name] for name in _COLUMNS}
-    except (OSError, ValueError, KeyError):
-        pass
+    index = _read_index(kept, seen)
+    if index is not None:
+        return index
     rows = [row for number, path in enumerate(shards) for row in _walk(number, path)]
     types = ("S", np.int32, np.int64, np.int64, np.int64, np.int64, np.int64)
     index = {
         name: np.array([row[i] for row in rows], kind)
         for i, (name, kind) in enumerate(zip(_COLUMNS, types, strict=True))
     }
-    if os.access(root, os.W_OK):  # a folder that is read only is walked each time
-        part = root / f".{INDEX}.{os.getpid()}"
-        with part.open("wb") as file:
-            np.savez(file, shards=seen, **index)
-        part.replace(kept)
+    # Where it cannot be kept (a folder that is read only, a full disk), the shards are walked each time.
+    with contextlib.suppress(OSError):
+        _keep_index(kept, seen, index)
     return index
+
+
+def _read_index(kept: pathlib.Path, seen: str) -> dict[str, np.ndarray] | None:
+    """The index of just the shards `seen`; None where there is none, or a broken one."""
+    try:
+        with np.load(kept, allow_pickle=False) as stored:
+            return {name: stored[name] for name in _COLUMNS} if str(stored["shards"]) == seen else None
+    except Exception:  # a damaged zip archive raises many kinds; another index is made in any case
+        return None
+
+
+def _keep_index(kept: pathlib.Path, seen: str, index: dict[str, np.ndarray]) -> None:
+    """Writes the index whole or not at all; several hosts may do so at once. Raises OSError."""
+    handle, part = tempfile.mkstemp(".part", f".{INDEX}.", kept.parent)
+    try:
+        with open(handle, "wb") as file:
+            np.savez(file, shards=seen, **index)
+        os.chmod(part, 0o644)
+        os.replace(part, kept)
+    except BaseException:
+        pathlib.Path(part).unlink(missing_ok=True)
+        raise
 
 
 def _walk(number: int, path: pathlib.Path) -> list[tuple]:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
+from causalfusion_jax import files
+from causalfusion_jax.data.array_records import read_record
+from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, Listing, record_error
 from causalfusion_jax.errors import InputError, nearest, require
 
 
@@ -43,7 +45,7 @@ def keys_of(name: str, image: str = "", label: str = "", caption: str = "") -> K
 def imagenet_class_names() -> tuple[str, ...]:
     """English names of ImageNet's 1,000 classes, in the order of their labels, all different."""
     path = pathlib.Path(__file__).with_name("imagenet_classes.txt")
-    return tuple(path.read_text().splitlines())
+    return tuple(files.read_lines("data.name", path))
 
 
 def builder_info(name: str, path: str) -> Any:
@@ -167,6 +169,15 @@ class TfdsSource:
     def __len__(self) -> int:
         return self._length
 
+    def listing(self) -> Listing:
+        """The shards of the split, and which of their records it holds."""
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.folder)
+        parts = builder.info.splits[self.split].file_instructions
+        details = [builder.info.full_name, *([part.skip, part.take] for part in parts)]
+        return Listing(pathlib.Path(self.folder), [pathlib.Path(part.filename) for part in parts], details)
+
     def name(self, index: int) -> str:
         """Data set, split and place of a record."""
         return f"{self.dataset} {self.split}[{index}]"
@@ -193,17 +204,17 @@ class TfdsSource:
         return example
 
     def _parse(self, index: int) -> tuple[list[bytes], int, list[str]]:
-        """Encoded images, label and captions of a record. Raises CorruptRecord."""
+        """Encoded images, label and captions of a record. Raises CorruptRecord, or InputError for an I/O error."""
         from tensorflow_datasets.proto import tf_example_pb2
 
         name = self.name(index)
         try:
-            parsed = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            parsed = tf_example_pb2.Example.FromString(read_record(self._records, index)).features.feature
             encoded = list(parsed[self.keys.image].bytes_list.value)
             label = parsed[self.keys.label].int64_list.value[0] if self.keys.label else 0
             texts = [text.decode() for text in parsed[self.keys.caption].bytes_list.value] if self.captions else []
         except Exception as error:  # of ArrayRecord's and the proto's own kinds
-            raise CorruptRecord("data", name, f"not a readable record ({type(error).__name__}: {error})") from None
+            raise record_error("data", name, error) from None
         if not encoded or (self.captions and not texts):
             raise CorruptRecord("data", name, "not a whole record (no image, or no caption)")
         return encoded, label, texts

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, nearest, require, require_number, require_one_of
 from causalfusion_jax.layouts import NO_TOKEN
 
@@ -29,6 +30,8 @@ class TextConfig:
         vocabulary file, one a line; `sentencepiece` (a .model file) and `huggingface`
         (a tokenizer.json), for which the library must be installed.
       path: the tokenizer's file.
+      checksum: SHA-256 of the file, which must be that one; "": not checked. A run keeps that of
+        the file it was started with.
       max_tokens: the longest text, with the tokens that begin and end it. Longer captions are
         cut in training, and counted; longer prompts are refused.
     """
@@ -36,6 +39,7 @@ class TextConfig:
     tokenizer: str = "none"
     path: str = ""
     max_tokens: int = 64
+    checksum: str = ""
 
     def __post_init__(self):
         require_one_of("tokenizer", self.tokenizer, TOKENIZERS)
@@ -45,6 +49,7 @@ class TextConfig:
             bool(self.path) == needs_file, "path", self.path,
             f"tokenizer {self.tokenizer} {'needs its file' if needs_file else 'has no file; leave it out'}",
         )
+        require(needs_file or not self.checksum, "checksum", self.checksum, f"tokenizer {self.tokenizer} has no file")
 
     @property
     def is_on(self) -> bool:
@@ -85,8 +90,7 @@ class WordTokenizer:
     """
 
     def __init__(self, path: str):
-        words = _existing(path).read_text().split("\n")
-        words = words[:-1] if words and not words[-1] else words
+        words = files.read_lines("text.path", _existing(path))
         self.words, self.ids = tuple(words), {word: i for i, word in enumerate(words, NUM_SPECIAL)}
         for number, word in enumerate(words, 1):
             require(word.split() == [word], "text.path", path, f"line {number} must be one word, not {word!r}")
@@ -122,7 +126,11 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json of the Hugging Face `tokenizers` library; special tokens of its own are not added."""
+    """A tokenizer.json of the Hugging Face `tokenizers` library.
+
+    What the file says of special tokens, padding and truncation is left out: texts are cut and filled
+    up here (`to_slots`), and counted where they are cut.
+    """
 
     def __init__(self, path: str):
         library = _library("tokenizers")
@@ -132,6 +140,8 @@ class HuggingFaceTokenizer:
             raise
         except Exception as error:  # the library raises Exception itself
             raise InputError("text.path", path, f"is not a tokenizer.json ({error})") from None
+        self._model.no_padding()
+        self._model.no_truncation()
         self.vocab_size = NUM_SPECIAL + self._model.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -155,12 +165,28 @@ def _library(name: str):
         ) from None
 
 
+def with_checksum(config: TextConfig) -> TextConfig:
+    """`config` with the checksum of its file, by which a run knows it again; as it is without a file.
+
+    Raises InputError where there is no such file.
+    """
+    if not config.path:
+        return config
+    return dataclasses.replace(config, checksum=files.describe_file(_existing(config.path))["sha256"])
+
+
 @functools.cache
 def make_tokenizer(config: TextConfig) -> Tokenizer:
-    """The tokenizer that `config` names. Raises InputError where its file or library is missing."""
+    """The tokenizer that `config` names. Raises InputError without its very file, or its library."""
     require(config.is_on, "text.tokenizer", config.tokenizer, "the model knows no text")
     if config.tokenizer == "bytes":
         return ByteTokenizer()
+    if config.checksum:
+        found = with_checksum(config).checksum
+        require(
+            found == config.checksum, "text.path", config.path,
+            f"is another file than the run began with: its SHA-256 is {found[:12]}..., not {config.checksum[:12]}...",
+        )
     kinds = {"words": WordTokenizer, "sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
     return kinds[config.tokenizer](config.path)
 

@@ -1,13 +1,15 @@
 """Clips in files: chosen frames of a video, of a GIF, or of a folder of images."""
 
+import io
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, CorruptRecord
+from causalfusion_jax import files
+from causalfusion_jax.data.sources import IMAGE_SUFFIXES, CorruptRecord, read_file, record_error
 from causalfusion_jax.errors import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
@@ -46,20 +48,18 @@ def read_frames(path: pathlib.Path, choose: Choose) -> list[Image.Image]:
       choose: which frames.
 
     Raises:
-      CorruptRecord: it cannot be read, or what `choose` raises.
-      InputError: it takes PyAV, which is not installed.
+      CorruptRecord: it cannot be decoded, or what `choose` raises.
+      InputError: it cannot be read, or takes PyAV, which is not installed.
     """
-    if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir():
+    read = _read_folder if path.is_dir() else _read_gif if path.suffix.lower() == ".gif" else _read_video
+    if read is _read_video:
         require_decoder(path)
     try:
-        if path.is_dir():
-            return _read_folder(path, choose)
-        return _read_gif(path, choose) if path.suffix.lower() == ".gif" else _read_video(path, choose)
-    except CorruptRecord:
+        return files.retry_io(lambda: read(path, choose))
+    except InputError:
         raise
     except Exception as error:  # decoders raise whatever damage leads them to
-        reason = " ".join(str(error).replace(str(path), path.name).split())
-        raise CorruptRecord("path", str(path), f"not a readable clip ({type(error).__name__}: {reason})") from None
+        raise record_error("path", str(path), error, "clip") from None
 
 
 def require_decoder(path: pathlib.Path) -> None:
@@ -85,17 +85,21 @@ def frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_folder(folder: pathlib.Path, choose: Choose) -> list[Image.Image]:
-    files, frames = frame_files(folder), []
-    for index in choose(len(files)):
-        with Image.open(files[index]) as image:
-            image.load()
-            frames.append(image)
+    paths, frames = frame_files(folder), []
+    for index in choose(len(paths)):
+        content = read_file("path", paths[index])
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+        except Exception as error:  # named by the frame: the record is the whole folder
+            raise ValueError(f"{paths[index].name}: {type(error).__name__}: {error}") from None
+        frames.append(image)
     return frames
 
 
 def _read_gif(path: pathlib.Path, choose: Choose) -> list[Image.Image]:
     frames = []
-    with Image.open(path) as movie:
+    with path.open("rb") as file, Image.open(file) as movie:
         for index in choose(movie.n_frames):
             movie.seek(index)
             frames.append(movie.convert("RGB"))
@@ -103,14 +107,25 @@ def _read_gif(path: pathlib.Path, choose: Choose) -> list[Image.Image]:
 
 
 def _read_video(path: pathlib.Path, choose: Choose) -> list[Image.Image]:
+    """The chosen frames of a video file. Raises ValueError where PyAV cannot decode it."""
+    import av
+
+    # Opened here: an OSError is one of reading then, and one of PyAV's, which have an errno too, of decoding.
+    with path.open("rb") as file:
+        try:
+            return _decode_chosen(file, choose)
+        except av.error.FFmpegError as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _decode_chosen(file: BinaryIO, choose: Choose) -> list[Image.Image]:
     """By seeking where the file tells when each frame is shown; else, and where that is not true, in order."""
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(file) as container:
         stream = _first_video(container)
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        times = sorted({packet.pts for packet in packets if packet.pts is not None})
-        if len(times) == len(packets):
+        times = _frame_times(container, stream)
+        if times is not None:
             wanted = [times[index] for index in choose(len(times))]
             try:
                 container.seek(wanted[0], stream=stream)
@@ -120,9 +135,17 @@ def _read_video(path: pathlib.Path, choose: Choose) -> list[Image.Image]:
             if len(found) == len(wanted):
                 return [found[time] for time in wanted]
     # What is decoded counts, and where a clip begins is chosen by that.
-    count = sum(1 for _ in _decode(path))
+    count = sum(1 for _ in _decode(file))
     numbers = set(choose(count))
-    return [_picture(frame) for index, frame in enumerate(_decode(path)) if index in numbers]
+    return [_picture(frame) for index, frame in enumerate(_decode(file)) if index in numbers]
+
+
+def _frame_times(container: Any, stream: Any) -> list[int] | None:
+    """When each frame is shown, ascending; None where the file does not tell, or tells it of two frames."""
+    # Times alone are kept: packets hold the compressed video.
+    times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    distinct = set(times) - {None}
+    return sorted(distinct) if len(distinct) == len(times) else None
 
 
 def _first_video(container: Any) -> Any:
@@ -145,11 +168,12 @@ def _decode_times(container: Any, stream: Any, wanted: list[int]) -> dict[int, I
     return found
 
 
-def _decode(path: pathlib.Path):
+def _decode(file: BinaryIO):
     """All frames in order."""
     import av
 
-    with av.open(str(path)) as container:
+    file.seek(0)
+    with av.open(file) as container:
         yield from container.decode(_first_video(container))
 
 

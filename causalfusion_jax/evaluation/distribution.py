@@ -241,7 +241,7 @@ def _manifold(features: np.ndarray, k: int, block: int) -> np.ndarray:
     block = min(block, len(features))
     on_device = jnp.asarray(features)
     # The nearest one is the sample itself.
-    nearest = [np.asarray(_nearest(rows, on_device, k + 1)) for rows in _blocks(features, block, 0.0)]
+    nearest = [jax.device_get(_nearest(rows, on_device, k + 1)) for rows in _blocks(features, block, 0.0)]
     return np.concatenate(nearest)[:len(features), k]
 
 
@@ -284,9 +284,9 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3, block:
     # Rows that fill up the last block have a radius that reaches nothing.
     parts = zip(_blocks(generated, block, 0.0), _blocks(generated_radii, block, -1.0), strict=True)
     for rows, radii in parts:
-        rows_covered, features_covered = _covered(rows, radii, real_on_device, real_radii)
-        generated_covered.append(np.asarray(rows_covered))
-        real_covered |= np.asarray(features_covered)
+        rows_covered, features_covered = jax.device_get(_covered(rows, radii, real_on_device, real_radii))
+        generated_covered.append(rows_covered)
+        real_covered |= features_covered
     precision = float(np.concatenate(generated_covered)[:len(generated)].mean())
     recall = float(real_covered.mean())
     f_score = 2.0 * precision * recall / max(precision + recall, 1e-5)

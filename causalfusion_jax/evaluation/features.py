@@ -35,6 +35,8 @@ class Reading:
       model, factorization, diffusion: the network and the two axes, as trained.
       patch_size: side of a token in pixels (or latents).
       tokens: `clean`, or `noisy`.
+      label: row of the label table: that of no class, or that of the only class of a model that was
+        always told it.
       noise_level: of noisy tokens, t / num_timesteps.
       ar_steps: of clean tokens: `one`, or order and AR steps as `trained`.
     """
@@ -43,6 +45,7 @@ class Reading:
     factorization: FactorizationConfig
     diffusion: DiffusionConfig
     patch_size: int
+    label: int
     tokens: str = "clean"
     noise_level: float = 0.0
     ar_steps: str = "one"
@@ -55,8 +58,10 @@ class Reading:
 
 
 def has_clean_tokens(config: ExperimentConfig) -> bool:
-    """Whether the network was trained with clean tokens."""
-    if config.text.is_on:
+    """Whether anything that the network learned depends on clean tokens of an image."""
+    if config.text.is_on and config.joint.image_tokens == "noisy":
+        return False
+    if config.text.is_on and config.joint.image_to_text > 0:
         return True
     return num_visible_clean(config.factorization, config.transformer.num_tokens) > 0
 
@@ -72,15 +77,17 @@ def make_reading(config: ExperimentConfig, settings: ProbeConfig) -> Reading:
     tokens = settings.tokens if settings.tokens != "auto" else "clean" if trained else "noisy"
     require(
         trained or tokens == "noisy", "config.probe.tokens", tokens,
-        "must be noisy: a network of one AR step was trained without clean tokens",
+        "must be noisy: the network was trained without clean tokens",
     )
     require(
-        config.model.class_dropout > 0 or config.data.num_classes == 1, "config.model.class_dropout",
+        config.drops_classes or config.data.num_classes == 1, "config.model.class_dropout",
         config.model.class_dropout, "the network was always told the class, and cannot read without",
     )
+    # The row after the last class is that of no class; without dropout it was never trained.
+    label = config.data.num_classes if config.drops_classes else 0
     model = dataclasses.replace(config.transformer, text_vocab=0, text_tokens=0)
     return Reading(
-        model, config.factorization, config.diffusion, config.model.patch_size, tokens,
+        model, config.factorization, config.diffusion, config.model.patch_size, label, tokens,
         settings.noise_level if tokens == "noisy" else 0.0, settings.ar_steps if tokens == "clean" else "one",
     )
 
@@ -104,8 +111,7 @@ def hidden_states(
     model = nnx.merge(abstract_model(c)[0], params)
     x_0 = patchify(images, reading.patch_size)
     batch, places = x_0.shape[:2]
-    # No class: the row after the last one. A model of a single class knows no other.
-    labels = jnp.full(batch, c.num_classes if c.num_classes > 1 else 0, jnp.int32)
+    labels = jnp.full(batch, reading.label, jnp.int32)
     order = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (batch, places))
     step, condition, begin = jnp.zeros_like(order), None, c.num_condition_tokens
     if reading.tokens == "clean":
@@ -263,7 +269,8 @@ def _index_keys(seed, indices, where):
 def keys_of(seed: int, indices: np.ndarray, mesh: Mesh) -> jax.Array:
     """PRNG keys of examples by their places in the source, on the mesh; [batch]."""
     where = sharding.batch_sharding(mesh)
-    return _index_keys(np.uint32(seed), sharding.place(indices.astype(np.uint32), where), where)
+    seed, indices = sharding.place((np.uint32(seed), indices.astype(np.uint32)), (sharding.replicated(mesh), where))
+    return _index_keys(seed, indices, where)
 
 
 def _computed_size(batch_size: int, mesh: Mesh) -> int:
@@ -307,7 +314,8 @@ def over_images(
     for batch in images:
         # Filled up with the last one, so that one program serves all batches.
         filled = np.minimum(np.arange(size), len(batch.label) - 1)
-        with jax.set_mesh(mesh):
+        # Images and keys are placed explicitly; nothing else moves from batch to batch.
+        with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
             found = compute(sharding.place(batch.image[filled], where), keys_of(seed, batch.index[filled], mesh))
         values.append(np.take(distributed.everywhere(found), np.arange(len(batch.label)), axis=batch_axis))
         labels.append(batch.label)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from causalfusion_jax import distributed, sharding
+from causalfusion_jax import distributed, files, sharding
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, host_batches, reading_threads
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.augment import cropped, mixed, shifted, smooth_one_hot
@@ -33,10 +33,10 @@ from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConf
 from causalfusion_jax.models.layers import drop_path_scale, normalize
 from causalfusion_jax.models.transformer import Params, abstract_model
 from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
-from causalfusion_jax.training.loop import StopSignal, TrainingDiverged
 from causalfusion_jax.training.objective import example_keys
 from causalfusion_jax.training.optimizer import OptimizerConfig, make_optimizer
 from causalfusion_jax.training.state import lower_step, place_abstract, update_ema
+from causalfusion_jax.training.stopping import Stopped, StopSignal, TrainingDiverged
 
 BATCH_SIZE = "config.finetune.batch_size"
 CLASSIFIER_AXES = {"kernel": ("embed", "classes"), "bias": ("classes",), "scale": ("embed",), "shift": ("embed",)}
@@ -227,11 +227,12 @@ def lower_predict(config: FinetuneStep, mesh: Mesh, batch_size: int, shape: tupl
         return _predict.lower(config, params, *abstract_images(mesh, batch_size, shape))
 
 
+@jax.jit
+def _all_finite(params: Params) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
+
+
 # --- The whole --------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """A signal ended fine-tuning early; what it had learned is saved."""
 
 
 def check_batch(settings: FinetuneConfig, mesh: Mesh) -> None:
@@ -269,14 +270,24 @@ class Finetuning:
         make_keys = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=sharding.replicated(mesh))
         self.key = make_keys()
 
-    def _begin(self, network: Callable[[], Params], checkpoints: Checkpoints) -> tuple[FinetuneState, int]:
-        """The newest intact checkpoint with its data position, or the classifier on top of `network`."""
-        step = distributed.on_primary(checkpoints.good_step, None)
-        checkpoints.reload()
+    def _begin(self, network: Callable[[], Params], checkpoints: Checkpoints) -> tuple[FinetuneState, int, list]:
+        """The newest intact checkpoint, its data position and the losses of its epoch; or a new classifier."""
+        step = checkpoints.good_step()
+        distributed.on_primary(lambda: self._forget_epochs_after(step or 0), None)
         abstract = abstract_finetune(self.step, self.mesh)
         if step is not None:
-            return checkpoints.restore(step, abstract)
-        return _state_maker(self.step, self.mesh)(network()), 0
+            state, position = checkpoints.restore(step, abstract)
+            return state, position, (checkpoints.partial(step) or {}).get("losses", [])
+        return _state_maker(self.step, self.mesh)(network()), 0, []
+
+    def _forget_epochs_after(self, step: int) -> None:
+        """Removes the metrics of epochs that are trained again."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            files.drop_torn_line(path)
+            kept = [json.loads(line) for line in path.read_text().split("\n") if line]
+            kept = [line for line in kept if line["epoch"] * self.step.epoch_steps <= step]
+            files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def train(self, network: Callable[[], Params]) -> Params:
         """Fine-tunes to the end.
@@ -288,58 +299,75 @@ class Finetuning:
           `network` and `classifier`, averaged where there is an average.
 
         Raises:
-          Stopped: by a signal.
+          InputError: another job is at work in the folder.
+          Stopped: by a signal; what was learned is saved.
           TrainingDiverged: the loss is not finite; the last checkpoint is intact.
         """
-        checkpoints = Checkpoints(str(self.folder), CheckpointConfig(keep=1))
-        state, position = self._begin(network, checkpoints)
-        batches = host_batches(
-            self.source, self.data, self.settings.batch_size, self.settings.seed, self.share.rows
-        )
-        threads = reading_threads(self.data.source)
-        iterator = BatchIterator(batches, position, self.data.workers, threads, self.data.max_corrupt)
-        try:
-            state = self._steps(state, iterator, checkpoints)
-        finally:
-            iterator.close()
-            checkpoints.close()
+        with distributed.held_folder(self.folder, "--out") as lock:
+            checkpoints = Checkpoints(str(self.folder), CheckpointConfig(keep=1), lock=lock)
+            state, position, losses = self._begin(network, checkpoints)
+            batches = host_batches(
+                self.source, self.data, self.settings.batch_size, self.settings.seed, self.share.rows
+            )
+            threads = reading_threads(self.data.source)
+            iterator = BatchIterator(batches, position, self.data.workers, threads, self.data.max_corrupt)
+            try:
+                with StopSignal() as stop, jax.transfer_guard("disallow"):
+                    state = self._steps(state, iterator, checkpoints, stop, losses)
+                    checkpoints.wait()
+            finally:
+                iterator.close()
+                checkpoints.close()
         return state.params if state.ema is None else state.ema
 
-    def _steps(self, state: FinetuneState, iterator: BatchIterator, checkpoints: Checkpoints) -> FinetuneState:
-        step, total, losses = int(state.step), self.step.total_steps, []
+    def _steps(
+        self, state: FinetuneState, iterator: BatchIterator, checkpoints: Checkpoints, stop: StopSignal, losses: list
+    ) -> FinetuneState:
+        step, total = int(jax.device_get(state.step)), self.step.total_steps
         if step >= total:
             return state
         shapes = batch_shapes(self.settings, self.data)
-        run, clock = compile_finetune_step(self.step, self.mesh, shapes, self.key), time.perf_counter()
-        with StopSignal() as stop:
-            while step < total:
-                batch = next(iterator)
-                state, loss = run(state, self.share.place({name: batch[name] for name in shapes}), self.key)
-                losses.append(loss)
-                step += 1
-                stopping = distributed.should_stop(step, bool(stop.received))
-                epoch, rest = divmod(step, self.step.epoch_steps)
-                if rest == 0:
-                    self._report(epoch, losses, time.perf_counter() - clock)
-                    losses, clock = [], time.perf_counter()
-                if step == total or stopping or (rest == 0 and epoch % self.settings.checkpoint_epochs == 0):
-                    checkpoints.save(step, state, iterator.position)
-                if stopping and step < total:
-                    checkpoints.wait()
-                    raise Stopped(f"saved step {step} of {total} in {self.folder}; run the same command again to go on")
+        with jax.transfer_guard("allow"):
+            run = compile_finetune_step(self.step, self.mesh, shapes, self.key)
+        clock = time.perf_counter()
+        while step < total:
+            batch = next(iterator)
+            state, loss = run(state, self.share.place({name: batch[name] for name in shapes}), self.key)
+            losses.append(loss)
+            step += 1
+            stopping = stop.poll()
+            epoch, rest = divmod(step, self.step.epoch_steps)
+            save = step == total or stopping or (rest == 0 and epoch % self.settings.checkpoint_epochs == 0)
+            if save or rest == 0:
+                losses = [float(loss) for loss in jax.device_get(losses)]
+                self._check_finite(epoch if rest == 0 else epoch + 1, losses, state)
+            if rest == 0:
+                self._report(epoch, float(np.mean(losses)), time.perf_counter() - clock)
+                losses, clock = [], time.perf_counter()
+            if save:
+                checkpoints.save(step, state, iterator.position, {"losses": losses})
+            if stopping and step < total:
+                checkpoints.wait()
+                raise Stopped(
+                    f"{stop.name}: saved step {step} of {total} in {self.folder};"
+                    " run the same command again to continue"
+                )
         return state
 
-    def _report(self, epoch: int, losses: list[jax.Array], seconds: float) -> None:
-        """Keeps and shows an epoch. Raises TrainingDiverged."""
-        loss = float(np.mean(jax.device_get(losses)))
-        if not math.isfinite(loss):
+    def _check_finite(self, epoch: int, losses: list[float], state: FinetuneState) -> None:
+        """Raises TrainingDiverged, so that nothing is saved over the last checkpoint."""
+        if not np.isfinite(losses).all() or not jax.device_get(_all_finite(state.params)):
+            worst = next((loss for loss in losses if not math.isfinite(loss)), losses[-1])
             raise TrainingDiverged(
-                f"in epoch {epoch} of fine-tuning the loss is {loss}; lower config.finetune.learning_rate."
-                f" {self.folder} keeps the last checkpoint"
+                f"in epoch {epoch} of fine-tuning the loss is {worst} or a weight is not finite;"
+                f" lower config.finetune.learning_rate. {self.folder} keeps the last checkpoint"
             )
+
+    def _report(self, epoch: int, loss: float, seconds: float) -> None:
+        """Keeps and shows an epoch."""
         if distributed.is_primary():
             with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"epoch": epoch, "loss": loss, "seconds": seconds}) + "\n")
+                file.write(json.dumps({"epoch": epoch, "loss": loss, "seconds": seconds}, allow_nan=False) + "\n")
         self.progress(f"epoch {epoch}/{self.settings.epochs}: loss {loss:.4f}, {seconds:.1f} s")
 
     def test(self, params: Params, held_out: Source, probe: ProbeConfig) -> dict[str, float]:

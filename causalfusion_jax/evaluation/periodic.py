@@ -1,19 +1,20 @@
 """Evaluation during training: images from the averaged weights on the run's devices, scored."""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from causalfusion_jax import distributed
+from causalfusion_jax.data.pipeline import Source
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.evaluation import inception_metrics, scores
-from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, WITHOUT_REFERENCE
+from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, OF_CLASSES, WITHOUT_REFERENCE, pixel_metrics
 from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images, image_shares
-from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
@@ -31,10 +32,18 @@ def check_evaluation(config: ExperimentConfig) -> None:
         not data.latents, "config.evaluation.metric", evaluation.metric,
         f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
     )
+    known = _pixel_metrics(config)
     require(
-        evaluation.metric != "accuracy" or data.source == "digits", "config.evaluation.metric",
-        evaluation.metric, "is of source digits; else give fd",
+        evaluation.metric in known, "config.evaluation.metric", evaluation.metric,
+        f"cannot be measured of this model of source {data.source}; give"
+        f" {' or '.join((*known, 'one that needs evaluation.inception'))}",
     )
+
+
+def _pixel_metrics(config: ExperimentConfig) -> tuple[str, ...]:
+    """Those of the source; without any of classes where samples are of no class in particular."""
+    of_classes = config.knows_classes or config.text.is_on
+    return tuple(name for name in pixel_metrics(config.data) if of_classes or name not in OF_CLASSES)
 
 
 class Evaluator:
@@ -44,22 +53,23 @@ class Evaluator:
       config: all settings of the run.
       mesh: its devices, which each hold the averaged weights whole while they sample, and
         share every batch. Each process scores what its own devices made.
+      source: the training data, for the prompts of a model of text; default: opened here.
 
     Raises:
       InputError: the settings do not fit, or a folder or file that they name is not what
         it must be.
     """
 
-    def __init__(self, config: ExperimentConfig, mesh: Mesh):
+    def __init__(self, config: ExperimentConfig, mesh: Mesh, source: Source | None = None):
         check_evaluation(config)
         self._config, self._mesh = config, mesh
-        evaluation, data = config.evaluation, config.data
+        evaluation = config.evaluation
         self._inception = self._reference = self._decode = None
         if evaluation.vae:
             self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode
         if evaluation.metric in INCEPTION_METRICS:
             self._open_inception()
-        self._labels = balanced_labels(evaluation.num_images, data.num_classes)
+        self._conditions = make_conditions(config, evaluation.num_images, source)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
@@ -83,17 +93,29 @@ class Evaluator:
         names = ("metric", "num_images", "inception", "reference", "vae")
         return {name: getattr(evaluation, name) for name in names} | {"sampling": repr(sampling)}
 
-    def __call__(self, ema) -> dict[str, float]:
-        """Scores of the averaged weights, which lie as training has them; collective, alike on all processes."""
+    def __call__(self, ema, between_batches: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Scores of the averaged weights, which lie as training has them; collective.
+
+        Args:
+          ema: the weights.
+          between_batches: called after each batch of samples, on all processes; may raise to end the evaluation.
+        """
         config, evaluation = self._config, self._config.evaluation
-        sampled = (config, config.sampling, ema, self._labels, config.train.seed, evaluation.sample_batch_size)
+        labels, text, _ = self._conditions
+        sampled = (config, config.sampling, ema, labels, config.train.seed, evaluation.sample_batch_size)
+        how = {"decode": self._decode, "text": text}
         if self._inception is None:
-            images = generate_images(*sampled, decode=self._decode)
+            images = generate_images(*sampled, progress=lambda done: between_batches(), **how)
             return distributed.on_primary(lambda: self._pixel_scores(images))
         collected, numbers = inception_metrics.Collected([evaluation.metric]), collections.deque()
 
+        def shares() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for share in image_shares(*sampled, **how):
+                between_batches()
+                yield share
+
         def batches(size: int) -> Iterator[np.ndarray]:
-            for part, images in _in_batches(image_shares(*sampled, decode=self._decode), size):
+            for part, images in _in_batches(shares(), size):
                 numbers.append(part)
                 yield images
 
@@ -103,8 +125,9 @@ class Evaluator:
         return distributed.on_primary(lambda: self._inception_score(whole))
 
     def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
-        found = scores.score(self._config.data, images, self._labels)
-        return {name: value for name, value in found.items() if isinstance(value, float)}
+        found = scores.score(self._config.data, images, self._conditions.classes)
+        known = _pixel_metrics(self._config)
+        return {name: value for name, value in found.items() if name in known}
 
     def _inception_score(self, collected: inception_metrics.Collected) -> dict[str, float]:
         metric = self._config.evaluation.metric

@@ -9,6 +9,7 @@ from causalfusion_jax.data.sources import digits
 from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.distribution import FeatureStatistics, frechet_from_statistics
 from causalfusion_jax.evaluation.pairs import score_pairs
+from causalfusion_jax.evaluation.settings import OF_CLASSES
 from causalfusion_jax.evaluation.tracking import digit_reader, score_moving_digits
 
 MAX_SIDE = 16
@@ -31,10 +32,12 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
     Args:
       data: the training data.
       images: uint8 [num, (frames,) height, width, channels]; videos of any length.
-      labels: int [num], the class each was asked for.
+      labels: int [num], the class each was asked for; `data.num_classes`: none, so that what compares
+        images with their classes is left out.
 
     Raises:
-      InputError: images of another size, fewer than two, or videos without scores; latents.
+      InputError: images of another size, fewer than two, or videos without scores; latents; nothing
+        to measure of images of no class.
     """
     require(
         not data.latents and (data.frames == 1 or data.source == "moving_digits"), "--workdir", data.source,
@@ -44,9 +47,21 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
     fits = images.shape[-3:] == shape and images.ndim == 4 + (data.frames > 1)
     kind = "videos" if data.frames > 1 else "images"
     require(fits, "--samples", images.shape, f"must be {kind} of {shape}, as the run's")
+    require(data.frames > 1 or len(images) >= 2, "--samples", len(images), "need at least two images")
+    found = _score(data, images, labels)
+    if np.any(labels == data.num_classes):
+        found = {name: value for name, value in found.items() if name not in OF_CLASSES}
+        require(
+            bool(found), "--samples", f"class {data.num_classes}",
+            f"images of source {data.source} are scored by their classes or prompts, and these have none",
+        )
+    return found
+
+
+def _score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`score` of samples that fit the data."""
     if data.source == "moving_digits":
         return score_moving_digits(images, labels, data.frames)
-    require(len(images) >= 2, "--samples", len(images), "need at least two images")
     pixels = images.astype(np.float64) / 127.5 - 1.0
     if data.source == "digits":
         return score_digits(pixels, labels)

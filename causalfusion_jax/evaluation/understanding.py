@@ -131,7 +131,7 @@ class Study:
         )
 
     def finetune(self, tuning, params: Callable[[], Params]) -> dict[str, Any]:
-        """Accuracies after fine-tuning. Raises `finetune.Stopped`."""
+        """Accuracies after fine-tuning. Raises `stopping.Stopped`."""
         weights = tuning.train(lambda: place_params(params(), self.reading.model, self.mesh))
         found = tuning.test(weights, self.held_out, self.probe)
         return found | {"num": len(self.held_out), "trained_on": len(self.source)}

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,8 +48,9 @@ class Converted:
       folder: where it lies.
       kind: what it is: causalfusion, acdit, mar_vae, ...
       settings: the network's, as plain values.
-      source: where it came from.
+      source: where it came from: `file`, `sha256`, and where they are known `weights` and `step`.
       fingerprint: one checksum for settings and parameters.
+      class_names: of a transformer's classes; () where they are not known.
     """
 
     folder: pathlib.Path
@@ -57,21 +58,41 @@ class Converted:
     settings: dict[str, Any]
     source: dict[str, Any]
     fingerprint: str
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """Which weights they are, in one line."""
+        return f"{describe_source(self.source)} in {self.folder}".strip()
 
     def params(self, shapes: Any) -> Any:
         """Its parameters as host arrays, nested like `shapes`; see `read_params`."""
         return read_params(self.folder / "params", shapes)
 
 
+def describe_source(source: Mapping[str, Any]) -> str:
+    """`ema of step 1200 of FILE`, as far as the source of a converted checkpoint tells."""
+    step = source.get("step")
+    parts = (source.get("weights"), None if step is None else f"step {step}", source.get("file"))
+    return " of ".join(part for part in parts if part)
+
+
 def write_converted(
-    folder: pathlib.Path, kind: str, settings: Mapping[str, Any], source: Mapping[str, Any], params: Any
+    folder: pathlib.Path, kind: str, settings: Mapping[str, Any], source: Mapping[str, Any], params: Any,
+    class_names: Sequence[str] = (),
 ) -> None:
-    """Writes a converted checkpoint, whole or not at all. Raises InputError where FOLDER holds anything."""
+    """Writes a converted checkpoint (see `Converted`), whole or not at all.
+
+    Raises InputError where FOLDER holds anything.
+    """
     files.require_new("--out", folder)
 
     def fill(part: pathlib.Path) -> None:
         write_params(part / "params", params)
-        content = {"kind": kind, "settings": settings, "source": source, "files": files.describe(part / "params")}
+        content = {
+            "kind": kind, "settings": settings, "source": source, "class_names": list(class_names),
+            "files": files.describe(part / "params"),
+        }
         files.write_json(part / "converted.json", content)
 
     files.write_folder(folder, fill)
@@ -95,9 +116,12 @@ def open_converted(field: str, folder: str, kinds: tuple[str, ...]) -> Converted
     try:
         content = json.loads(path.read_text())
         kind, settings, source, described = (content[key] for key in ("kind", "settings", "source", "files"))
+        # Absent from folders that were converted by older versions.
+        class_names = tuple(content.get("class_names", ()))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(field, str(path), f"cannot be read: {error}") from None
     require(kind in kinds, field, folder, f"is of kind {kind}; must be of kind {' or '.join(kinds)}")
     problem = files.difference(path.parent / "params", described)
     require(problem is None, field, folder, f"is damaged: {problem}; convert it again")
-    return Converted(path.parent, kind, settings, source, hashlib.sha256(path.read_bytes()).hexdigest())
+    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Converted(path.parent, kind, settings, source, fingerprint, class_names)

@@ -10,6 +10,7 @@ from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.released import autoencoders, i3d, inception, names, transformers
+from causalfusion_jax.released.exported import TRANSFORMERS, Exported
 from causalfusion_jax.released.transformers import Geometry, Shapes
 
 
@@ -103,6 +104,25 @@ def make_plan(
     return plan
 
 
+def plan_of_exported(exported: Exported, shapes: Shapes, model: TransformerConfig | None) -> Plan:
+    """The plan of a file that this package exported: its settings are those it was exported with.
+
+    Args:
+      exported: what the file says of itself, its kind one of KINDS.
+      shapes: names and shapes of its arrays.
+      model: the network of its settings, for a transformer.
+
+    Raises:
+      InputError: settings that are none of this kind, or a name or shape is wrong.
+    """
+    try:
+        table, params = export_table(exported.kind, exported.settings, model)
+    except TypeError as error:
+        raise InputError("--checkpoint", "__metadata__", f"holds no settings of a {exported.kind}: {error}") from None
+    names.check_shapes(table, shapes)
+    return Plan(exported.settings, table, params, [])
+
+
 def export_table(kind: str, settings: Mapping[str, Any], model: TransformerConfig | None) -> tuple[names.Table, Any]:
     """Released names, and our shapes, of parameters of a kind.
 
@@ -114,7 +134,7 @@ def export_table(kind: str, settings: Mapping[str, Any], model: TransformerConfi
     Raises:
       InputError: the network is not of the released architecture.
     """
-    if kind in ("causalfusion", "acdit"):
+    if kind in TRANSFORMERS:
         table = transformers.causalfusion_table if kind == "causalfusion" else transformers.acdit_table
         return table(model), abstract_model(model)[1]
     if kind == "fid_inception":

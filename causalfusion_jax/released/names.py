@@ -125,11 +125,11 @@ def from_released(table: Table, arrays: Mapping[str, np.ndarray], shapes: Any) -
 
 def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
     """Our nested parameters as released arrays, by name; exact inverse of `from_released`."""
-    arrays = {}
+    arrays, params = {}, jax.device_get(params)
     for entry in table:
         if not entry.name:
             continue
-        ours = np.asarray(_leaf(params, entry.path))
+        ours = _leaf(params, entry.path)
         ours = ours if entry.layer is None else ours[entry.layer]
         permuted = ours.reshape([entry.shape[axis] for axis in entry.permutation])
         arrays[entry.name] = np.ascontiguousarray(permuted.transpose(np.argsort(entry.permutation)))

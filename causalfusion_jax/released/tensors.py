@@ -32,7 +32,8 @@ _CODES = {
 }
 # Shape and reader of each array, and metadata.
 _Arrays = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]
-_Contents = tuple[_Arrays, dict[str, Any]]
+# With the name that the file has for this set of weights, or None.
+_Contents = tuple[_Arrays, dict[str, Any], str | None]
 
 
 class Checkpoint(Mapping[str, np.ndarray], contextlib.AbstractContextManager):
@@ -41,15 +42,18 @@ class Checkpoint(Mapping[str, np.ndarray], contextlib.AbstractContextManager):
     Attributes:
       shapes: shape of every array, by name.
       metadata: plain values found beside the arrays: training arguments, step counts and the like.
+      weights: what the file calls this set of weights: ema, model or state_dict; None where it has no name.
     """
 
-    def __init__(self, arrays: _Arrays, metadata: dict[str, Any], resources: contextlib.ExitStack):
+    def __init__(
+        self, arrays: _Arrays, metadata: dict[str, Any], weights: str | None, resources: contextlib.ExitStack
+    ):
         prefix = ""
         while more := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in arrays)), ""):
             prefix += more
         self.shapes = {name[len(prefix):]: shape for name, (shape, _) in arrays.items()}
         self._readers = {name[len(prefix):]: read for name, (_, read) in arrays.items()}
-        self.metadata, self._resources = metadata, resources
+        self.metadata, self.weights, self._resources = metadata, weights, resources
 
     def __getitem__(self, name: str) -> np.ndarray:
         read = self._readers[name]
@@ -83,14 +87,14 @@ def open_checkpoint(path: str | os.PathLike, weights: str = "ema") -> Checkpoint
     with contextlib.ExitStack() as resources:
         try:
             file = resources.enter_context(open(path, "rb"))
-            arrays, metadata = _open_by_content(path, file, weights, resources)
+            arrays, metadata, name = _open_by_content(path, file, weights, resources)
         except InputError:
             raise
         except Exception as error:
             # A damaged or hostile file may make any reader underneath raise anything.
             raise InputError("--checkpoint", path, f"cannot be read as a checkpoint: {_one_line(error)}") from error
         require(bool(arrays), "--checkpoint", path, "holds no named tensors")
-        return Checkpoint(arrays, metadata, resources.pop_all())
+        return Checkpoint(arrays, metadata, name, resources.pop_all())
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -145,13 +149,14 @@ def _open_by_content(path: str, file: BinaryIO, weights: str, resources: context
         if any(name.endswith(".npy") for name in archive.namelist()):
             return _open_npz(file, archive)
         raise ValueError("a zip file with neither the data.pkl of torch.save nor .npy arrays")
-    if head.startswith(b"\x80"):
-        return _open_torch_legacy(file, weights)
+    # Before pickles: the length of a .safetensors header may begin with the byte of a pickle too.
     if head[8:] == b"{":
         handle = resources.enter_context(safetensors.safe_open(path, framework="numpy"))
         shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
         arrays = {name: (shape, functools.partial(handle.get_tensor, name)) for name, shape in shapes.items()}
-        return arrays, dict(handle.metadata() or {})
+        return arrays, dict(handle.metadata() or {}), None
+    if head.startswith(b"\x80"):
+        return _open_torch_legacy(file, weights)
     raise ValueError(f"neither a PyTorch, a .safetensors nor a .npz file (starts with {head!r})")
 
 
@@ -175,7 +180,7 @@ def _open_npz(file: BinaryIO, archive: zipfile.ZipFile) -> _Contents:
         else:
             native = dtype.newbyteorder("=")
             arrays[name] = shape, lambda name=name, native=native: values[name].astype(native, order="C", copy=False)
-    return arrays, metadata
+    return arrays, metadata, None
 
 
 def _open_torch_zip(file: BinaryIO, archive: zipfile.ZipFile, folder: str, weights: str) -> _Contents:
@@ -264,25 +269,27 @@ def _read_tensor(file: BinaryIO, start: int, tensor: Tensor, order: str) -> np.n
 def _choose(root: Any, weights: str, read: Callable[[Tensor], np.ndarray]) -> _Contents:
     """The chosen arrays of a PyTorch checkpoint and its metadata."""
     if type(root) is Script:
-        return {name: (tensor.shape, functools.partial(read, tensor)) for name, tensor in root.tensors().items()}, {}
+        arrays = {name: (tensor.shape, functools.partial(read, tensor)) for name, tensor in root.tensors().items()}
+        return arrays, {}, None
     if type(root) is not dict:
         raise ValueError("its pickle must hold a dict")
     sets = {name: tensors for name, value in root.items() if type(name) is str and (tensors := _tensors_of(value))}
     found = ", ".join(sets)[:300]
+    name = None
     if weights in sets:
-        chosen = sets[weights]
+        name, chosen = weights, sets[weights]
     elif list(sets) in (["model"], ["state_dict"]) and weights not in root:
-        (chosen,) = sets.values()
+        ((name, chosen),) = sets.items()
     elif {"ema", "model", "state_dict"} & set(sets):
         raise InputError("--weights", weights, f"not in this checkpoint, which holds {found}")
     elif sets and not _tensors_of(root):
         raise ValueError(f"tensors are under {found}, must be under ema, model, state_dict or no name")
     else:
         chosen = _tensors_of(root)
-    arrays = {name: (tensor.shape, functools.partial(read, tensor)) for name, tensor in chosen.items()}
+    arrays = {key: (tensor.shape, functools.partial(read, tensor)) for key, tensor in chosen.items()}
     names, budget = [key for key in root if type(key) is str and not key.startswith("opt")], iter(range(100_000))
-    metadata = {name: _plain(root[name], itertools.islice(budget, 10_000)) for name in names if name not in sets}
-    return arrays, {name: value for name, value in metadata.items() if value is not ...}
+    metadata = {key: _plain(root[key], itertools.islice(budget, 10_000)) for key in names if key not in sets}
+    return arrays, {key: value for key, value in metadata.items() if value is not ...}, name
 
 
 def _tensors_of(value: Any) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def caption_images(
       config: what `params` were trained as.
       how: the search.
       params: the Transformer's parameters.
-      images: float32 [num, height, width, channels].
+      images: float32 [num, height, width, channels]; or what has a length and gives them by index.
       prompts: what each caption begins with.
       seed: of what is drawn.
       batch_size: images read at a time.
@@ -60,8 +60,9 @@ def caption_images(
         texts = caption_tokens(
             model, how, noisy, params, image_keys(seed, indices), labels, tokens, jnp.asarray(slots[indices, :longest])
         )
-        captions += [from_slots(config.text, row) for row in np.asarray(texts.tokens)]
-        log_probs.append(np.asarray(texts.log_prob))
+        texts = jax.device_get(texts)
+        captions += [from_slots(config.text, row) for row in texts.tokens]
+        log_probs.append(texts.log_prob)
         progress(min(len(captions), len(images)))
     return captions[: len(images)], np.concatenate(log_probs)[: len(images)]
 
@@ -91,6 +92,6 @@ def score_captions_of_images(
         params, labels, tokens = _given(config, params, images, indices)
         noisy = config.joint.image_tokens == "noisy"
         scored = score_tokens(config.transformer, noisy, params, labels, tokens, jnp.asarray(slots[indices]))
-        parts.append([np.asarray(a) for a in scored])
+        parts.append(jax.device_get(scored))
     log_probs, counted = (np.concatenate(a)[: len(images)] for a in zip(*parts, strict=True))
     return log_probs, counted

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from causalfusion_jax import factorization
+from causalfusion_jax import distributed, factorization
 from causalfusion_jax.errors import InputError, require
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.factorization import FactorizationConfig
@@ -199,11 +199,11 @@ def known_tokens(
         return factorization.token_order(order_config, plan.model.grid, order_key)
 
     if order_config.order == "random":
-        order = np.asarray(jax.vmap(draw)(keys))
+        order = distributed.everywhere(jax.vmap(draw)(keys))
     else:
         order = np.tile(factorization.token_order(order_config, plan.model.grid), (len(images), 1))
     order = np.take_along_axis(order, np.argsort(hidden[order], axis=1, kind="stable"), axis=1)
-    tokens = np.asarray(patchify(images, config.model.patch_size))
+    tokens = jax.device_get(patchify(images, config.model.patch_size))
     kept = np.take_along_axis(tokens, order[:, : len(plan.known_step), None], axis=1)
     return Known(plan.model, order, kept, plan.known_step)
 

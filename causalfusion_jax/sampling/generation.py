@@ -155,12 +155,15 @@ def generate_batch(
     of_images = {"labels": labels, **({"order": known.order, "known": known.tokens} if known else {})}
     of_images |= {} if text is None else {"text": text}
     of_images = {"keys": keys, **sharding.place(of_images, keys.sharding)}
-    of_all = {"known_step": known.step} if known else {}
     mesh = _mesh_of(params)
-    if mesh is None:
-        tokens = sample_tokens(*static, params, **of_images, **of_all)
-    else:
-        tokens = sample_tokens_shared(mesh, *static, params, of_images, of_all)
+    whole = keys.sharding if mesh is None else sharding.replicated(mesh)
+    of_all = sharding.place({"known_step": known.step}, whole) if known else {}
+    # What it takes is placed by now.
+    with jax.transfer_guard("disallow"):
+        if mesh is None:
+            tokens = sample_tokens(*static, params, **of_images, **of_all)
+        else:
+            tokens = sample_tokens_shared(mesh, *static, params, of_images, of_all)
     return unpatchify(tokens, model.grid, config.model.patch_size)
 
 

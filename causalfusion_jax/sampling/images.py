@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from causalfusion_jax import files
 from causalfusion_jax.data.sources import ImageFormat
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, read_frames
 from causalfusion_jax.errors import InputError, require
@@ -172,9 +173,13 @@ def save_gif(path: pathlib.Path, clips: np.ndarray, columns: int, frames_per_sec
     grids = [make_grid(cells[:, frame], columns) for frame in range(frames)]
     pictures = [Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid) for grid in grids]
     duration = round(100.0 / frames_per_second) * 10
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=False)
+    with files.replacing(path) as part:
+        pictures[0].save(
+            part, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=False
+        )
 
 
 def save_png(path: pathlib.Path, image: np.ndarray) -> None:
-    """Writes uint8 [height, width, 1 or 3]."""
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+    """Writes uint8 [height, width, 1 or 3], whole or not at all."""
+    with files.replacing(path) as part:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(part, "PNG")

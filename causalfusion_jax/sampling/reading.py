@@ -1,10 +1,14 @@
 """What the caption command reads: images in several kinds of file, prompts, and captions of their own."""
 
+import concurrent.futures
+import os
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from causalfusion_jax import files
 from causalfusion_jax.data.caption_folder import CAPTIONS, load_image, read_captions
 from causalfusion_jax.data.digit_pairs import digit_pairs, held_out_prompts
 from causalfusion_jax.data.sources import IMAGE_SUFFIXES
@@ -21,13 +25,39 @@ class Images(NamedTuple):
 
     Attributes:
       names: what each is called.
-      images: float32 [num, height, width, channels], as the model takes them.
+      images: float32 [num, height, width, channels], as the model takes them, read when indexed.
       references: captions of each, () where there are none.
     """
 
     names: list[str]
-    images: np.ndarray
+    images: "ImagesOnDemand"
     references: list[tuple[str, ...]]
+
+
+class ImagesOnDemand:
+    """Images of which only those that are indexed are in memory: `len(images)`, `images[indices]`.
+
+    Args:
+      num: how many.
+      load: from the number of an image to the image.
+    """
+
+    def __init__(self, num: int, load: Callable[[int], np.ndarray]):
+        self._num, self._load = num, load
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Images [len(indices), ...], loaded by several threads."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            return np.stack(list(pool.map(self._load, np.asarray(indices).tolist())))
+
+    def check(self) -> None:
+        """Loads every image once. Raises what the first one that cannot be loaded raises."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(lambda index: self._load(index) is None, range(self._num)):
+                pass
 
 
 def read_images(config: ExperimentConfig, path: str, num: int | None) -> Images:
@@ -53,17 +83,20 @@ def read_images(config: ExperimentConfig, path: str, num: int | None) -> Images:
         not config.data.latents, field, path,
         "the model reads latents: give an .npz with arr_0, latents as it was trained on",
     )
-    if file.is_dir():
-        if (file / CAPTIONS).is_file():
-            records = read_captions(file, field)[:num]
-        else:
-            files = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            records = [(path.relative_to(file).as_posix(), ()) for path in files][:num]
-        require(bool(records), field, path, f"holds no images (*{'|'.join(IMAGE_SUFFIXES)})")
-        images = [load_image(file / name, config.data.shape, field) for name, _ in records]
-        return Images([name for name, _ in records], np.stack(images), [captions for _, captions in records])
-    require(file.is_file(), field, path, "no such file or folder")
-    return Images([file.name], load_image(file, config.data.shape, field)[None], [()])
+    require(file.exists(), field, path, "no such file or folder")
+    if not file.is_dir():
+        folder, records = file.parent, [(file.name, ())]
+    elif (file / CAPTIONS).is_file():
+        folder, records = file, read_captions(file, field)[:num]
+    else:
+        paths = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        folder, records = file, [(path.relative_to(file).as_posix(), ()) for path in paths][:num]
+    require(bool(records), field, path, f"holds no images (*{'|'.join(IMAGE_SUFFIXES)})")
+    names, captions = map(list, zip(*records, strict=True))
+    images = ImagesOnDemand(len(names), lambda i: load_image(folder / names[i], config.data.shape, field))
+    # A bad one is named before anything is computed.
+    images.check()
+    return Images(names, images, captions)
 
 
 def _held_out(config, path, num) -> Images:
@@ -71,10 +104,8 @@ def _held_out(config, path, num) -> Images:
     source = digit_pairs(path)
     require(1 <= num <= len(source), "--num", num, f"must be >= 1 and <= {len(source)}")
     chosen = np.random.default_rng(0).choice(len(source), num, replace=False)
-    examples = [source[int(i)] for i in chosen]
-    return Images(
-        [f"{path}/{i}" for i in chosen], np.stack([e["image"] for e in examples]), [(e["caption"],) for e in examples]
-    )
+    images = ImagesOnDemand(num, lambda i: source[int(chosen[i])]["image"])
+    return Images([f"{path}/{i}" for i in chosen], images, [(source[int(i)]["caption"],) for i in chosen])
 
 
 def _of_arrays(config, file, num) -> Images:
@@ -97,7 +128,8 @@ def _of_arrays(config, file, num) -> Images:
     )
     images = images[:num]
     references = [()] * len(images) if captions is None else [(str(caption),) for caption in captions[:num]]
-    scaled = images.astype(np.float32) if config.data.latents else images.astype(np.float32) / 127.5 - 1.0
+    scale = (lambda values: values) if config.data.latents else (lambda values: values / np.float32(127.5) - 1)
+    scaled = ImagesOnDemand(len(images), lambda i: scale(images[i].astype(np.float32)))
     return Images([str(i) for i in range(len(images))], scaled, references)
 
 
@@ -128,7 +160,7 @@ def read_prompts(
         texts, num = held_out_prompts(num or 500), num or 500
     else:
         require(pathlib.Path(prompts).is_file(), field, value, "no such file")
-        texts = [line for line in pathlib.Path(prompts).read_text().splitlines() if line.strip()]
+        texts = [line for line in files.read_lines(field, pathlib.Path(prompts)) if line.strip()]
         require(bool(texts), field, value, "holds no prompt")
         num = num or len(texts)
     for text in texts:

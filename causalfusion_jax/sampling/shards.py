@@ -6,7 +6,7 @@ are done, so that any process, now or after an interruption, can make the others
 """
 
 import contextlib
-import os
+import io
 import pathlib
 import shutil
 from typing import Any
@@ -43,7 +43,7 @@ class SampleFolder:
 
     def check(self) -> None:
         """Raises InputError where the folder holds samples of another request, or anything else."""
-        if files.is_new(self._folder):
+        if self._is_new():
             return
         there = [files.read_json(folder / "request.json") for folder in (self._folder, self._parts)]
         found = next((request for request in there if request is not None), None)
@@ -54,6 +54,11 @@ class SampleFolder:
             allowed += "; give a new or empty folder"
         require(found == self._request, "--out", str(self._folder), allowed)
 
+    def _is_new(self) -> bool:
+        """Whether nothing is there, or no more than the folder of parts of a process that ended before its request."""
+        entries = [path for path in self._folder.iterdir()] if self._folder.is_dir() else []
+        return files.is_new(self._folder) or (entries == [self._parts] and files.is_new(self._parts))
+
     @property
     def is_done(self) -> bool:
         """Whether everything is there."""
@@ -63,7 +68,7 @@ class SampleFolder:
     def claim(self) -> None:
         """Makes the folder this request's. Raises InputError as `check` does."""
         self.check()
-        if files.is_new(self._folder):
+        if self._is_new():
             # At once with its request: hosts that do not know of each other may look at any moment.
             # Refused where another host was first, or where the folder is a mount point.
             with contextlib.suppress(OSError):
@@ -85,12 +90,11 @@ class SampleFolder:
 
     def write(self, index: int, images: np.ndarray) -> None:
         """Keeps a batch, whole or not at all."""
-        half = self._part(index).with_suffix(".half")
-        with half.open("wb") as file:
-            np.save(file, images)
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(self._part(index))
+        # Through memory: numpy's own errors of writing do not say why.
+        content = io.BytesIO()
+        np.save(content, images)
+        with files.replacing(self._part(index)) as part:
+            part.write_bytes(content.getbuffer())
 
     def join(self, columns: int) -> None:
         """Writes samples.npz and the grid of all parts, one part in memory at a time, and lets go of the parts.

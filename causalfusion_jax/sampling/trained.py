@@ -2,21 +2,23 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from causalfusion_jax import experiment
+from causalfusion_jax import distributed, experiment
+from causalfusion_jax.data.class_names import stored_class_names
+from causalfusion_jax.data.pipeline import class_names
 from causalfusion_jax.errors import require
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
 from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import Params, abstract_model
+from causalfusion_jax.released.exported import TRANSFORMERS
 from causalfusion_jax.sharding import partition, place, replicated
 from causalfusion_jax.training.checkpoint import Checkpoints
 
-TRANSFORMERS = ("causalfusion", "acdit")
 AUTOENCODERS = ("mar_vae", "sd_vae")
 DECODED_AT_A_TIME = 4
 """Images in a device's memory while latents are decoded, perhaps beside a training state."""
@@ -31,11 +33,25 @@ class Trained(NamedTuple):
       config: all its settings.
       origin: plain values that identify its weights.
       params: reads them, as host arrays.
+      description: which weights they are: of what file or run, and of which step.
+      class_names: of the classes it was trained on; () where they were not kept.
     """
 
     config: ExperimentConfig
     origin: dict[str, Any]
     params: Callable[[], Params]
+    description: str
+    class_names: tuple[str, ...] = ()
+
+    def read_class_names(self) -> tuple[str, ...]:
+        """`class_names`, or where they were not kept, what the data say. Raises InputError where those are gone."""
+        return self.class_names or class_names(self.config.data)
+
+    def announced_params(self, file: TextIO | None = None) -> Params:
+        """`params()`; the primary process prints which they are to `file` [stdout]."""
+        if distributed.is_primary():
+            print(f"weights: {self.description}", file=file, flush=True)
+        return self.params()
 
 
 def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) -> Trained:
@@ -59,7 +75,10 @@ def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) 
     step = checkpoints.good_step(step)
     require(step is not None, "--workdir", workdir, "holds no checkpoint yet; train first")
     origin = {"step": step, "checkpoint": checkpoints.fingerprint(step), "weights": weights}
-    return Trained(config, origin, lambda: checkpoints.restore_params(step, config.step, weights))
+    return Trained(
+        config, origin, lambda: checkpoints.restore_params(step, config.step, weights),
+        f"{weights} of step {step} of {workdir}", stored_class_names(workdir),
+    )
 
 
 def from_converted(folder: str) -> Trained:
@@ -67,7 +86,10 @@ def from_converted(folder: str) -> Trained:
     converted = open_converted("--checkpoint", folder, TRANSFORMERS)
     config = experiment.from_dict(converted.settings)
     shapes = abstract_model(config.transformer)[1]
-    return Trained(config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes))
+    return Trained(
+        config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes),
+        converted.description, converted.class_names,
+    )
 
 
 def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, AutoencoderConfig]:

@@ -1,63 +1,44 @@
 """The training loop: compile once, step, watch, save, stop when asked."""
 
 import contextlib
+import dataclasses
 import pathlib
-import signal
-import sys
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from causalfusion_jax import distributed, experiment, sharding
-from causalfusion_jax.data.captions import check_captions, example_texts
-from causalfusion_jax.data.pipeline import BatchIterator, host_batches, make_source, reading_threads
+from causalfusion_jax.data.captions import check_captions
+from causalfusion_jax.data.class_names import check_class_names, store_class_names
+from causalfusion_jax.data.pipeline import (
+    BatchIterator,
+    Source,
+    describe,
+    host_batches,
+    make_source,
+    reading_threads,
+)
 from causalfusion_jax.evaluation.periodic import Evaluator
-from causalfusion_jax.evaluation.settings import is_better
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.transformer import count_params
+from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images
-from causalfusion_jax.sampling.images import balanced_labels, frames_in_rows, make_grid, save_png
+from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
 from causalfusion_jax.training import metrics as metrics_lib
 from causalfusion_jax.training.checkpoint import Checkpoints
 from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
+from causalfusion_jax.training.stopping import Interrupted, Stopped, StopSignal, TrainingDiverged
 from causalfusion_jax.training.trimming import LengthOfStep, with_length
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many steps in a row without a finite gradient."""
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that training can stop between two steps.
-
-    Of several processes, jax's runtime watches SIGTERM; it stays with it.
-    """
-
-    def __init__(self):
-        self.received: str | None = None
-
-    def __enter__(self) -> "StopSignal":
-        watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._previous = {s: signal.signal(s, self._note) for s in watched}
-        return self
-
-    def _note(self, number, frame):
-        self.received = signal.Signals(number).name
-        # A second one ends the process at once.
-        signal.signal(number, self._previous[number])
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 Watch = Callable[[int, dict[str, float]], None]
 
 
 def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) -> TrainState:
-    """Trains, or goes on training, until `config.train.steps` or a stop signal.
+    """Trains, or continues training, until `config.train.steps`.
 
     Args:
       config: all settings.
@@ -69,8 +50,9 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
       The state at the end.
 
     Raises:
-      InputError: the settings do not fit the data, the devices or the workdir; nothing
-        was touched.
+      InputError: the settings do not fit the data, the devices or the workdir, or another
+        job trains there; nothing was touched.
+      Stopped: by a signal; the state is saved, and the same call continues.
       TrainingDiverged: the gradient stayed non-finite; the last checkpoint is intact.
     """
     source = make_source(config.data, captions=config.text.is_on)
@@ -78,52 +60,58 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         check_captions(source, config.text)
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
-    evaluate = Evaluator(config, mesh) if config.evaluation.eval_every else None
-    distributed.on_primary(lambda: experiment.claim_workdir(workdir, config), None)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    # Made by one program on all processes, where they are to lie.
-    make_keys = jax.jit(
-        lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=sharding.replicated(mesh)
-    )
-    init_key, step_key = make_keys()
-    state, position = _restore_or_create(config, mesh, checkpoints, init_key)
-    start, total = int(state.step), config.train.steps
-    if start >= total:
-        _say(f"{workdir} is already trained to step {start}")
-        checkpoints.close()
-        return state
-    _describe(config, mesh, workdir, start)
-    share = sharding.BatchShare(mesh, config.train.batch_size)
-    batches = host_batches(
-        source, config.data, config.train.batch_size, config.train.seed, share.rows, config.text
-    )
-    threads = reading_threads(config.data.source)
-    iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
-    text = example_texts(source, config.text, config.logging.num_samples) if config.text.is_on else None
-    run = _Run(config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text, share)
-    try:
-        return run.steps(state, start)
-    finally:
-        iterator.close()
-        run.log.close()
-        checkpoints.close()
+    evaluate = Evaluator(config, mesh, source) if config.evaluation.eval_every else None
+    with distributed.held_folder(workdir, "workdir") as lock:
+        changes: experiment.Changes = {}
+        distributed.on_primary(lambda: changes.update(_claim(workdir, config, tuple(source.class_names))), None)
+        checkpoints = Checkpoints(workdir, config.checkpoint, lock=lock)
+        # Made by one program on all processes, where they are to lie.
+        make_keys = jax.jit(
+            lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=sharding.replicated(mesh)
+        )
+        init_key, step_key = make_keys()
+        start = checkpoints.good_step()
+        position = 0
+        if start is None:
+            state = create_state(config.step, mesh, init_key)
+        else:
+            state, position = checkpoints.restore(start, abstract_state(config.step, mesh))
+        start = start or 0
+        distributed.on_primary(lambda: _continue_from(checkpoints, config, workdir, changes, start), None)
+        with StopSignal() as stop:
+            run = _Run(config, pathlib.Path(workdir), mesh, source, checkpoints, stop, step_key, evaluate, watch)
+            try:
+                state = run.to_the_end(state, start, position)
+                checkpoints.wait()
+                # A process that goes on finds the manifest of all.
+                distributed.wait_for_all("trained")
+            finally:
+                run.close()
+    return state
 
 
-def _restore_or_create(config, mesh, checkpoints, init_key) -> tuple[TrainState, int]:
-    """The newest intact checkpoint with its data position, or a fresh state."""
-    step = distributed.on_primary(checkpoints.good_step, None)
-    checkpoints.reload()
-    if step is None:
-        return create_state(config.step, mesh, init_key), 0
-    return checkpoints.restore(step, abstract_state(config.step, mesh))
+def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> experiment.Changes:
+    """Makes `workdir` this run's, or checks that it is; keeps the names of its classes. Raises InputError."""
+    check_class_names(workdir, class_names)
+    changes = experiment.claim_workdir(workdir, config)
+    store_class_names(workdir, class_names)
+    return changes
 
 
-def _describe(config: ExperimentConfig, mesh, workdir: str, start: int) -> None:
+def _continue_from(checkpoints: Checkpoints, config, workdir: str, changes: experiment.Changes, step: int) -> None:
+    """Notes from which step the run goes on, and with what changed; on process 0."""
+    for name, (old, new) in changes.items():
+        print(f"changed from step {step} on: {name} {old!r} -> {new!r}", flush=True)
+    experiment.record_changes(workdir, config, changes, step)
+    checkpoints.go_back(step)
+
+
+def _describe(config: ExperimentConfig, mesh, workdir: pathlib.Path, start: int) -> None:
     """Prints what is about to happen."""
     devices = mesh.devices.ravel()
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     _say(
-        f"{'resuming ' + workdir + f' at step {start}' if start else 'training in ' + workdir}:"
+        f"{f'resuming {workdir} at step {start}' if start else f'training in {workdir}'}:"
         f" {count_params(config.transformer):,} parameters, batch {config.train.batch_size},"
         f" {config.train.steps} steps, {len(devices)} x {devices[0].device_kind}{hosts}"
     )
@@ -135,25 +123,79 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
+@dataclasses.dataclass
 class _Run:
     """What stays the same from step to step of a run."""
 
-    def __init__(self, config, workdir, mesh, checkpoints, iterator, step_key, watch, evaluate, start, text, share):
-        self.config, self.workdir, self.mesh, self.text = config, pathlib.Path(workdir), mesh, text
-        self.share = share
-        self.checkpoints, self.iterator, self.step_key = checkpoints, iterator, step_key
-        self.watch = watch or (lambda step, metrics: None)
-        self.evaluate, self.best = evaluate, checkpoints.best(start) if start else None
-        self.log = metrics_lib.MetricsLog(workdir, config.train.steps)
+    config: ExperimentConfig
+    workdir: pathlib.Path
+    mesh: Mesh
+    source: Source
+    checkpoints: Checkpoints
+    stop: StopSignal
+    step_key: jax.Array
+    evaluate: Evaluator | None
+    watch: Watch | None
+
+    def __post_init__(self):
+        config = self.config
+        self.watch = self.watch or (lambda step, metrics: None)
         self.batch_shapes = config.batch_shapes
-        self.length_of = LengthOfStep(config.step.objective, config.train.length_buckets, step_key)
+        self.length_of = LengthOfStep(config.step.objective, config.train.length_buckets, self.step_key)
         # One program, or one for each length, compiled when a step first needs it.
         self.programs = {}
+        self.share = sharding.BatchShare(self.mesh, config.train.batch_size)
+        self.conditions = self.log = self.iterator = None
+
+    def to_the_end(self, state: TrainState, start: int, position: int) -> TrainState:
+        """Continues from a step. Raises Stopped where a signal ends it before all is done."""
+        config, step, total = self.config, start, self.config.train.steps
+        pending = self._pending(start)
+        if start >= total and not any(pending):
+            _say(f"{self.workdir} is already trained to step {start}")
+            return state
+        _say(describe(self.source, config.data))
+        _describe(config, self.mesh, self.workdir, start)
+        self.log = metrics_lib.MetricsLog(str(self.workdir), total)
+        self.conditions = make_conditions(config, config.logging.num_samples, self.source)
+        try:
+            self._review(start, state, *pending)
+            if start < total:
+                self._open(position)
+                state, step = self.steps(state, start)
+        except Interrupted:
+            # The step is saved already.
+            pass
+        if self.stop.stopping and (step < total or any(self._pending(step))):
+            self.checkpoints.wait()
+            raise Stopped(
+                f"{self.stop.name}: saved step {step} of {total} in {self.workdir};"
+                " run the same command again to continue"
+            )
+        return state
+
+    def _open(self, position: int) -> None:
+        """Prepares to step: the data from a position on, and the compiled step. Raises Interrupted by a signal."""
+        config = self.config
+        batches = host_batches(
+            self.source, config.data, config.train.batch_size, config.train.seed, self.share.rows, config.text
+        )
+        threads = reading_threads(config.data.source)
+        self.iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
         self._program(self.length_of.lengths[-1])
-        self.peak_flops = metrics_lib.peak_flops(mesh.devices.flat[0]) * mesh.devices.size
+        self.peak_flops = metrics_lib.peak_flops(self.mesh.devices.flat[0]) * self.mesh.devices.size
+        # Compilation may have taken minutes.
+        self.stop.interrupt()
+
+    def close(self) -> None:
+        """Lets go of everything, also where some of it fails; what was saved is on disk then."""
+        with contextlib.ExitStack() as closing:
+            for opened in (self.checkpoints, self.log, self.iterator):
+                if opened is not None:
+                    closing.callback(opened.close)
 
     def _program(self, length: int):
-        """The compiled training step for batches that look at so many clean tokens."""
+        """The compiled training step for batches that attend to so many clean tokens."""
         if length not in self.programs:
             step = with_length(self.config.step, length)
             flops = step.objective.flops * self.config.train.batch_size
@@ -162,12 +204,13 @@ class _Run:
             self.programs[length] = (compiled, flops)
         return self.programs[length]
 
-    def steps(self, state: TrainState, start: int) -> TrainState:
-        """Steps from `start` to the end, or to a stop signal."""
+    def steps(self, state: TrainState, start: int) -> tuple[TrainState, int]:
+        """Steps from `start` to the end, or to a stop signal. Returns the state and its step, which is saved."""
         config, step = self.config, start
-        totals, since, waited, flops = None, start, 0.0, 0
+        totals, since = self._restored_totals(start)
+        first, waited, flops = start, 0.0, 0
         clock = time.perf_counter()
-        with StopSignal() as stop, jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"):
             for step in range(start + 1, config.train.steps + 1):
                 before = time.perf_counter()
                 batch = self._next_batch()
@@ -175,41 +218,39 @@ class _Run:
                 train_step, step_flops = self._program(self.length_of(step - 1))
                 state, metrics = train_step(state, batch, self.step_key)
                 flops += step_flops
-                totals = metrics if totals is None else metrics_lib.add(totals, metrics)
+                if totals is None or totals.keys() != metrics.keys():
+                    # Also where another version of the code saved sums of other metrics.
+                    totals, since = metrics, step - 1
+                else:
+                    totals = metrics_lib.add(totals, metrics)
                 last = step == config.train.steps
                 if last or step % config.logging.every == 0:
                     scalars = metrics_lib.summarize(totals, step - since)
-                    seconds = time.perf_counter() - clock
-                    scalars |= self._speed(step - since, seconds, waited, flops)
-                    with jax.transfer_guard("allow"):
-                        scalars["corrupt_records"] = distributed.total(len(self.iterator.corrupt))
-                    self.log.write(step, scalars)
-                    with jax.transfer_guard("allow"):
-                        self.watch(step, scalars)
+                    scalars |= self._speed(step - first, time.perf_counter() - clock, waited, flops)
+                    self._log(step, scalars)
                     self._check_finite(state, step)
-                    totals, since, waited, flops = None, step, 0.0, 0
-                # Read once: a signal during the grid below stops at the next step, saved.
-                stopping = distributed.should_stop(step, bool(stop.received)) and (stop.received or "SIGTERM")
-                is_best = False
-                if self.evaluate is not None and (last or step % config.evaluation.eval_every == 0):
-                    before = time.perf_counter()
-                    is_best = self._evaluate(step, state)
-                    clock += time.perf_counter() - before
-                if last or step % config.checkpoint.every == 0 or stopping or is_best:
-                    self._save(step, state)
-                if config.logging.sample_every and (last or step % config.logging.sample_every == 0):
-                    self._sample(step, state)
-                if totals is None:
-                    clock = time.perf_counter()
+                    totals, since, first, waited, flops = None, step, step, 0.0, 0
+                stopping = self.stop.poll()
+                save = last or stopping or step % config.checkpoint.every == 0 or self._evaluation_is_due(step)
+                if save:
+                    self._save(step, state, totals, since)
                 if stopping:
                     break
-        if stopping and step < config.train.steps:
-            self.checkpoints.wait()
-            _say(
-                f"{stopping}: saved step {step} of {config.train.steps} in {self.workdir};"
-                " run the same command again to continue"
-            )
-        return state
+                reviewed = time.perf_counter()
+                try:
+                    self._review(step, state, self._evaluation_is_due(step), self._grid_is_due(step))
+                except Interrupted:
+                    if not save:
+                        self._save(step, state, totals, since)
+                    break
+                clock = time.perf_counter() if totals is None else clock + time.perf_counter() - reviewed
+        return state, step
+
+    def _log(self, step: int, scalars: dict[str, float | None]) -> None:
+        with jax.transfer_guard("allow"):
+            scalars["corrupt_records"] = distributed.total(len(self.iterator.corrupt))
+            self.log.write(step, scalars)
+            self.watch(step, scalars)
 
     def _next_batch(self):
         """The next global batch, on the mesh."""
@@ -233,44 +274,76 @@ class _Run:
                 f" lower optimizer.learning_rate, or look at the data. {self.workdir} keeps the last checkpoint"
             )
 
-    def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, state, self.iterator.position, self.best)
+    def _save(self, step: int, state: TrainState, totals, since: int) -> None:
+        """Saves the state, and the metrics that were not written yet. Raises TrainingDiverged instead where it did."""
+        self._check_finite(state, step)
+        partial = None if totals is None else {"since": since, "totals": metrics_lib.to_plain(totals)}
+        self.checkpoints.save(step, state, self.iterator.position, partial)
 
-    def _evaluate(self, step: int, state: TrainState) -> bool:
-        """Scores images from the averaged weights. Whether they are the best so far."""
-        metric, of = self.config.evaluation.metric, self.evaluate.settings
+    def _restored_totals(self, start: int):
+        """Sums of metrics that were saved before they were written, or None, and the step that they begin after."""
+        partial = self.checkpoints.partial(start) if start else None
+        if partial is None:
+            return None, start
+        where = sharding.replicated(self.mesh)
+        totals = {name: np.asarray(value, np.float32) for name, value in partial["totals"].items()}
+        return sharding.place(totals, where), partial["since"]
+
+    # --- Evaluation and samples ---------------------------------------------------
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.config.evaluation.eval_every
+        return self.evaluate is not None and (step == self.config.train.steps or step % every == 0)
+
+    def _grid_is_due(self, step: int) -> bool:
+        every = self.config.logging.sample_every
+        return bool(every) and (step == self.config.train.steps or step % every == 0)
+
+    def _grid_path(self, step: int) -> pathlib.Path:
+        return self.workdir / "samples" / f"{step:08d}.png"
+
+    def _pending(self, step: int) -> tuple[bool, bool]:
+        """Whether the evaluation, and the grid, of a saved step are due and were not made; collective."""
+        def unscored() -> int:
+            return int(not self.checkpoints.is_evaluated(step, self.evaluate.settings))
+
+        evaluation = step > 0 and self._evaluation_is_due(step) and distributed.on_primary(unscored, 0)
+        grid = step > 0 and self._grid_is_due(step)
+        return bool(evaluation), grid and bool(
+            distributed.on_primary(lambda: int(not self._grid_path(step).is_file()), 0)
+        )
+
+    def _review(self, step: int, state: TrainState, evaluation: bool, grid: bool) -> None:
+        """Makes the evaluation and the sample grid of a step. Raises Interrupted by a signal."""
         with jax.transfer_guard("allow"):
-            scores = self.evaluate(state.ema)
-        value = scores[metric]
-        is_best = self.best is None or self.best["of"] != of or is_better(metric, value, self.best["value"])
-        if is_best:
-            self.best = {"step": step, "value": value, "of": of}
-        self.log.write_scores(step, scores, is_best)
-        return is_best
+            if evaluation:
+                self._evaluate(step, state)
+            if grid:
+                self._sample(step, state)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Scores images from the averaged weights, which are saved, and records whether they are the best so far."""
+        scores = self.evaluate(state.ema, self.stop.interrupt)
+        if distributed.is_primary():
+            value = scores[self.config.evaluation.metric]
+            is_best = self.checkpoints.is_best(step, value, self.evaluate.settings)
+            self.log.write_scores(step, scores, is_best)
+            # Last: a step without a record is evaluated again after a resume.
+            self.checkpoints.record_evaluation(step, value, self.evaluate.settings)
 
     def _sample(self, step: int, state: TrainState) -> None:
         """A grid of samples from the averaged weights, by the sampler that users call."""
         config = self.config
-        labels = balanced_labels(config.logging.num_samples, config.data.num_classes)
-        # Beside a text, a class would have to be its own.
-        labels = labels if self.text is None else np.full_like(labels, config.data.num_classes)
         with jax.transfer_guard("allow"):
-            images = generate_images(config, config.sampling, state.ema, labels, config.train.seed, text=self.text)
+            images = generate_images(
+                config, config.sampling, state.ema, self.conditions.labels, config.train.seed,
+                progress=lambda done: self.stop.interrupt(), text=self.conditions.text,
+            )
         grid = make_grid(*frames_in_rows(images, config.data.num_classes if config.data.num_classes <= 20 else 8))
         if distributed.is_primary():
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            save_png(folder / f"{step:08d}.png", grid)
+            path = self._grid_path(step)
+            path.parent.mkdir(exist_ok=True)
+            save_png(path, grid)
             self.log.write_grid(step, grid)
             with jax.transfer_guard("allow"):
                 self.watch(step, {})
-
-
-@contextlib.contextmanager
-def diverged_is_one_line():
-    """Ends the process with one line and status 1 where training diverges."""
-    try:
-        yield
-    except TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)

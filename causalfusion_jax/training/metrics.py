@@ -1,14 +1,16 @@
 """What a person watches: metrics, their files, and the progress line."""
 
 import json
+import math
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causalfusion_jax import distributed
+from causalfusion_jax import distributed, files
 from causalfusion_jax.hardware import by_device_kind
 
 
@@ -39,15 +41,26 @@ def add(totals, metrics):
     return jax.tree.map(jnp.add, totals, metrics)
 
 
-def summarize(totals, steps: int) -> dict[str, float]:
+def to_plain(totals) -> dict[str, Any]:
+    """Sums of metrics as numbers and lists, for JSON; float32 values are kept exactly."""
+    return {name: np.asarray(total, np.float64).tolist() for name, total in jax.device_get(totals).items()}
+
+
+def summarize(totals, steps: int) -> dict[str, float | None]:
     """Means over `steps` steps from their sums.
 
-    Scalars are averaged over steps; `name/sum` and `name/count` [bins] become
-    `name/0`, `name/1`, ... averaged over what fell in each bin (absent where nothing did), and
-    without bins `name`.
+    Steps with a non-finite gradient add nothing to the sums but their number, `nonfinite_steps`,
+    which becomes their part of all steps. Other scalars are averaged over the finite steps, None
+    where there is none; `name/sum` and `name/count` [bins] become `name/0`, `name/1`, ... averaged
+    over what fell in each bin (absent where nothing did), and without bins `name`.
     """
     totals = jax.device_get(totals)
-    means = {name: float(total) / steps for name, total in totals.items() if "/" not in name}
+    finite = steps - round(float(totals.get("nonfinite_steps", 0.0)))
+    means = {
+        name: float(total) / finite if finite else None for name, total in totals.items() if "/" not in name
+    }
+    if "nonfinite_steps" in totals:
+        means["nonfinite_steps"] = float(totals["nonfinite_steps"]) / steps
     for name in (key.removesuffix("/sum") for key in totals if key.endswith("/sum")):
         sums, counts = totals[f"{name}/sum"], totals[f"{name}/count"]
         if not np.ndim(sums):
@@ -61,8 +74,8 @@ class MetricsLog:
     """Writes metrics to TensorBoard, the log, `metrics.jsonl` and the terminal.
 
     Args:
-      workdir: the run's folder; `metrics.jsonl` there is only ever appended to. After a
-        resume steps can repeat: the last line of a step counts.
+      workdir: the run's folder; `metrics.jsonl` there is only ever appended to, but for a last line
+        that a kill cut short. After a resume steps can repeat: the last line of a step counts.
       total_steps: length of training, for the time that is left.
     """
 
@@ -72,50 +85,61 @@ class MetricsLog:
         # Imported late: TensorFlow, which it brings, takes seconds.
         from clu import metric_writers
 
-        self._writer = metric_writers.create_default_writer(
-            str(self._workdir / "tensorboard"), just_logging=not self._primary
-        )
-        self._jsonl = (self._workdir / "metrics.jsonl").open("a") if self._primary else None
+        self._events = self._workdir / "tensorboard"
+        self._writer = metric_writers.create_default_writer(str(self._events), just_logging=not self._primary)
+        self._jsonl = None
+        self._path = self._workdir / "metrics.jsonl"
+        if self._primary:
+            files.drop_torn_line(self._path)
+            self._jsonl = self._path.open("a")
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
+    def write(self, step: int, scalars: dict[str, float | None]) -> None:
         """Records scalars and prints the progress line; on process 0 alone."""
-        if not self._primary:
-            return
-        self._writer.write_scalars(step, scalars)
-        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._jsonl.flush()
-        print(progress_line(step, self._total_steps, scalars), flush=True)
+        if self._primary:
+            self._record(step, scalars)
+            print(progress_line(step, self._total_steps, scalars), flush=True)
+
+    def _record(self, step: int, scalars: dict[str, float | None]) -> None:
+        """One line of `metrics.jsonl`, null where a value is not a finite number, and the same for TensorBoard."""
+        finite = {name: value for name, value in scalars.items() if value is not None and math.isfinite(value)}
+        with files.writing(self._events):
+            self._writer.write_scalars(step, finite)
+        line = {"step": step, **{name: finite.get(name) for name in scalars}}
+        with files.writing(self._path):
+            self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
+            self._jsonl.flush()
 
     def write_scores(self, step: int, scores: dict[str, float], is_best: bool) -> None:
         """Records an evaluation, as a line of its own; on process 0 alone."""
         if not self._primary:
             return
-        named = {f"evaluation/{name}": value for name, value in scores.items()}
-        self._writer.write_scalars(step, named)
-        self._jsonl.write(json.dumps({"step": step, **named}) + "\n")
-        self._jsonl.flush()
+        self._record(step, {f"evaluation/{name}": value for name, value in scores.items()})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         print(f"evaluated step {step}: {shown}{'  (best so far)' if is_best else ''}", flush=True)
 
     def write_grid(self, step: int, grid: np.ndarray) -> None:
         """Records a sample grid, uint8 [height, width, channels], in TensorBoard."""
-        self._writer.write_images(step, {"samples": grid[None]})
+        with files.writing(self._events):
+            self._writer.write_images(step, {"samples": grid[None]})
 
     def close(self) -> None:
         """Until everything is written."""
-        self._writer.close()
+        with files.writing(self._events):
+            self._writer.close()
         if self._jsonl is not None:
-            self._jsonl.close()
+            with files.writing(self._path):
+                self._jsonl.close()
 
 
-def progress_line(step: int, total_steps: int, scalars: dict[str, float]) -> str:
+def progress_line(step: int, total_steps: int, scalars: dict[str, float | None]) -> str:
     """One line for a terminal: where training stands, how fast, how long still."""
     rate = scalars["steps_per_second"]
     left = int((total_steps - step) / rate)
     eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     skipped = f"  skipped {scalars['nonfinite_steps']:.0%}" if scalars["nonfinite_steps"] else ""
+    loss = "not finite" if scalars["loss"] is None else f"{scalars['loss']:.4f}"
     return (
-        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {scalars['loss']:.4f}"
+        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {loss}"
         f"  {rate:.2f} steps/s  {scalars['images_per_second']:.0f} images/s"
         f"  MFU {scalars['model_flops_utilization']:.1%}  ETA {eta}{skipped}"
     )

@@ -87,3 +87,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=is_matrix,
     )
     return optax.chain(clip, adamw)
+
+
+def updates_applied(opt_state: optax.OptState) -> jnp.ndarray:
+    """The step of the learning rate's schedule, int32 []: steps taken without those that were skipped."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]

@@ -12,7 +12,12 @@ from jax.sharding import Mesh
 from causalfusion_jax import sharding
 from causalfusion_jax.models.transformer import Params, abstract_model, init_params
 from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, example_keys, training_loss
-from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from causalfusion_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    updates_applied,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +133,8 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
       key: the run's base key; the step number is folded in here.
 
     Returns:
-      The next state, and metrics: scalars, and sums and counts by bin.
+      The next state, and metrics: scalars, and sums and counts by bin; of a step whose gradient is
+      not finite all are 0 but `nonfinite_steps`.
     """
     step_key = jax.random.fold_in(key, state.step)
     keys = example_keys(step_key, batch["label"].shape[0])
@@ -144,11 +150,11 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
     run = jnp.where(finite, 0, state.nonfinite_run + 1)
-    metrics |= {
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate_schedule(config.optimizer, config.total_steps)(state.step),
-        "nonfinite_steps": 1.0 - finite,
-    }
+    schedule = learning_rate_schedule(config.optimizer, config.total_steps)
+    metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(updates_applied(state.opt_state))}
+    # One step's NaN would hide all others of an interval.
+    metrics = jax.tree.map(lambda metric: jnp.where(finite, metric, 0), metrics)
+    metrics["nonfinite_steps"] = 1.0 - finite
     return TrainState(
         step=state.step + 1,
         params=keep_if_finite(params, state.params),

@@ -1,10 +1,12 @@
 """Times attention by the rule, forward and gradient: dense, blockwise and, on a TPU, the Pallas kernel.
 
-    python launch/bench/attention.py [--layout=scam --tokens=1024 --block=256] [--rounds=10] [--dtype=bfloat16]
+    python launch/bench/attention.py [--layout=scam --tokens=1024 --block=256] [--dtype=bfloat16] [--values]
 
 All implementations and a matrix product of the same type take turns in interleaved rounds.
 Model FLOPs count the pairs that the rule makes visible, six products each, whatever an
-implementation computes. Prints a Markdown table, and one JSON line at the end.
+implementation computes. With --values, also the largest error of outputs and of gradients against
+dense attention in float32, relative to the largest value; float32 is computed in full precision
+for it. Prints a Markdown table, and one JSON line at the end.
 """
 
 import functools
@@ -33,6 +35,7 @@ _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Values in a head.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of queries, keys and values.")
 _TILE = flags.DEFINE_integer("tile", None, "Tokens in a tile; default: each implementation's.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Interleaved rounds.")
+_VALUES = flags.DEFINE_bool("values", False, "Also compare the values with those of dense attention in float32.")
 _SKIP = flags.DEFINE_multi_enum("skip", [], ["dense", "blockwise", "pallas"], "Implementations to leave out.")
 
 
@@ -71,12 +74,40 @@ def compile_gradient(attention, q, k, v, d_out, places):
     return jax.jit(run).lower(q, k, v, d_out, places).compile()
 
 
+def errors(found: dict, args) -> dict[str, dict]:
+    """Columns with the largest errors, by implementation.
+
+    Args:
+      found: implementations by name.
+      args: of the programs that `compile_gradient` makes.
+    """
+    def values(attention, arrays):
+        with jax.default_matmul_precision("highest" if arrays[0].dtype == np.float32 else None):
+            out, gradients = compile_gradient(attention, *arrays)(*arrays)
+        return jax.device_get((out, gradients))
+
+    def largest(a, b):
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return max(float(np.abs(np.float32(x) - y).max() / np.abs(y).max()) for x, y in pairs)
+
+    exact = values(dense, (*(x.astype(np.float32) for x in args[:4]), args[4]))
+    columns = {}
+    for name, attention in found.items():
+        out, gradients = values(attention, args)
+        columns[name] = {
+            "error of outputs": float(f"{largest(out, exact[0]):.2g}"),
+            "error of gradients": float(f"{largest(gradients, exact[1]):.2g}"),
+        }
+    return columns
+
+
 def main(argv):
     """Runs the benchmark."""
     del argv
     places = layout()
     shape = (*places[0].shape, _HEADS.value, _HEAD_DIM.value)
     args = *(jax.random.normal(jax.random.key(i), shape, _DTYPE.value) for i in range(4)), places
+    compared = errors(implementations(), args) if _VALUES.value else {}
     compiled = {name: compile_gradient(attention, *args) for name, attention in implementations().items()}
     runs = {name: functools.partial(seconds, functools.partial(run, *args)) for name, run in compiled.items()}
     found = interleaved(_ROUNDS.value, **runs, **machine_rates(_DTYPE.value))
@@ -96,6 +127,7 @@ def main(argv):
             "ms": round(found[name] * 1e3, 2),
             **shares(found, found[name], flops, run),
             "temporaries MB": round(run.memory_analysis().temp_size_in_bytes / 1e6, 1),
+            **compared.get(name, {}),
         }
         for name, run in compiled.items()
     ])

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from causalfusion_jax.compile_ahead import costs, hlo
+from causalfusion_jax.compile_ahead.report import roofline
+from causalfusion_jax.hardware import Topology, by_device_kind
 
 RATE_SECONDS = 0.5
 """A rate is measured for so long at a time, as what is set beside it is not over in a moment either."""
@@ -71,6 +73,31 @@ def shares(found: dict[str, float], time: float, flops: float, compiled) -> dict
     return columns
 
 
+def topology_of(devices) -> Topology | None:
+    """The TPU slice that jax devices are; None for anything else."""
+    accelerator = by_device_kind(devices[0].device_kind)
+    if accelerator is None or not accelerator.axes:
+        return None
+    axes = list(zip(*(device.coords for device in devices), strict=True))[: accelerator.axes]
+    return Topology(accelerator, tuple(max(places) - min(places) + 1 for places in axes))
+
+
+def utilization(time: float, flops: float, compiled) -> dict:
+    """Columns that set `time` beside the vendor's figures: nothing for a device without known ones.
+
+    Args:
+      time: seconds of one call.
+      flops: model FLOPs of it, a device.
+      compiled: its program, whose bound by compute, memory and network is that of preflight, on a TPU.
+    """
+    accelerator, topology = by_device_kind(jax.devices()[0].device_kind), topology_of(jax.devices())
+    columns = {} if accelerator is None else {"MFU": round(flops / time / accelerator.peak_flops, 3)}
+    if topology is not None:
+        least = roofline(costs.program_costs(hlo.parse(compiled.as_text())), topology)
+        columns["ms at least"], columns["bound by"] = round(least.seconds * 1e3, 1), least.bound
+    return columns
+
+
 def profile(compiled, run) -> dict[str, float]:
     """Milliseconds of `run()` by kind of operation of `compiled`, added over threads, largest first."""
     kinds = {}
@@ -115,11 +142,16 @@ def seconds(run) -> float:
     return time.perf_counter() - start
 
 
+def table(rows: list[dict]) -> str:
+    """A Markdown table of the rows."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
+    lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:]])
+
+
 def report(rows: list[dict]) -> None:
     """A Markdown table of the rows, then one JSON line."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(str(row.get(name, '')) for name in columns)} |")
+    print(table(rows))
     machine = {"device": jax.devices()[0].device_kind, "devices": len(jax.devices()), "jax": jax.__version__}
     print(json.dumps({**machine, "rows": rows}))

@@ -7,8 +7,8 @@ weights, labels in turn; everything else is a setting of the config: guidance
 (`--config.sampling.cfg_scale=1.5`), `--config.sampling.solver_steps=50`, `--config.model.attention=dense`.
 Model FLOPs count prefill, every solver row of every AR step against the cache as it then
 stands (twice where guided), and the commits; median of interleaved rounds. On accelerators
-also the bytes moved to and from device memory as a share of the rate of a copy. With
---profile, the time of the sampler's operations by kind.
+also the bytes moved to and from device memory as a share of the rate of a copy, the MFU, and
+on a TPU the bound of preflight. With --profile, the time of the sampler's operations by kind.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from common import interleaved, machine_rates, print_profile, report, seconds, shares
+from common import interleaved, machine_rates, print_profile, report, seconds, shares, utilization
 from ml_collections import config_flags
 
 from causalfusion_jax import cli, experiment, sharding
@@ -65,6 +65,7 @@ def main(argv):
             "seconds": round(found[steps], 3),
             "images/s": round(num / found[steps], 2),
             **shares(found, found[steps], num * flops / mesh.size, compiled[steps]),
+            **utilization(found[steps], num * flops / mesh.size, compiled[steps]),
         })
     report(rows)
     for steps in runs if _PROFILE.value else ():

@@ -6,7 +6,8 @@
 
 Median over interleaved rounds of training steps (with each way of attention, on one state)
 and of a matrix product in the model's type; model FLOPs, their share of that rate, and on
-accelerators the bytes moved to and from device memory as a share of the rate of a copy.
+accelerators the bytes moved to and from device memory as a share of the rate of a copy; of
+devices whose figures are known also the MFU, and on a TPU the bound of preflight.
 With --profile, the time of the step's operations by kind. A Markdown table and one JSON line.
 """
 
@@ -17,7 +18,7 @@ import resource
 import jax
 import numpy as np
 from absl import app, flags
-from common import interleaved, machine_rates, print_profile, report, seconds, shares
+from common import interleaved, machine_rates, print_profile, report, seconds, shares, utilization
 from ml_collections import config_flags
 
 from causalfusion_jax import cli, experiment, sharding
@@ -92,6 +93,7 @@ def main(argv):
             "ms a step": round(found[way] * 1e3, 1),
             "images/s": round(batch / found[way], 1),
             **shares(found, found[way], flops / devices, steps.compiled[way]),
+            **utilization(found[way], flops / devices, steps.compiled[way]),
             "temporaries MB": round(steps.compiled[way].memory_analysis().temp_size_in_bytes / 1e6, 1),
         }
         if jax.default_backend() == "cpu":

@@ -1,5 +1,6 @@
 """The page of tables: our scores beside the papers', and whether the papers' claims hold of them."""
 
+import dataclasses
 import math
 import pathlib
 import statistics
@@ -62,11 +63,24 @@ def verdict(claim: Claim, better: Sequence[float], worse: Sequence[float]) -> Ve
     return Verdict(word, difference, margin)
 
 
-def collect(workdir: pathlib.Path, names: Sequence[str], on: str, seeds: int, num: int) -> dict[str, Scores]:
-    """The scores of each table that are in `workdir`."""
+def collect(
+    workdir: pathlib.Path, names: Sequence[str], on: str, seeds: int, num: int, overrides: sweeps.Overrides | None = None,
+) -> dict[str, Scores]:
+    """The scores of each table that are in `workdir`.
+
+    Args:
+      workdir: folder that run.py was given.
+      names: of the tables.
+      on, seeds, num: as given to run.py.
+      overrides: settings of all runs, as given to launch/sweep.py.
+
+    Raises:
+      InputError: a run in it was trained by other settings.
+    """
     found = {}
     for folder, group in tables.groups(names, on).items():
         sweep = tables.joined(group, on, seeds, num)
+        sweep = dataclasses.replace(sweep, fixed={**sweep.fixed, **(overrides or {})})
         runs = sweeps.expand(sweep, tables.base_of(sweep.config))
         results = {result.run.name: result for result in sweeps.gather(sweep, runs, workdir / folder, {})}
         by_key = {
@@ -138,8 +152,11 @@ def claim_lines(table: Table, scores: Scores, metric: str) -> Iterable[tuple[Ver
         yield found, f"{line})"
 
 
-def render(scores: dict[str, Scores], on: str, seeds: int, num: int, header: str = "") -> str:
-    """The whole page."""
+def render(
+    scores: dict[str, Scores], on: str, seeds: int, num: int, header: str = "", overrides: Sequence[str] = ()
+) -> str:
+    """The whole page; `overrides` as launch/sweep.py was given them."""
+    passed = " ".join(["--parallel=2 --fork", *(f"--override={text}" for text in overrides)])
     metric, parts, counts = METRICS[on], [], {}
     for name, of_table in scores.items():
         table = tables.TABLES[name]
@@ -149,7 +166,7 @@ def render(scores: dict[str, Scores], on: str, seeds: int, num: int, header: str
         command = f"python launch/tables/run.py --table={name} --on={on} --seeds={seeds}"
         parts.append("\n".join([
             f"## {table.title}\n",
-            f"`{command} --workdir=DIR -- --parallel=2 --fork`: {tables.describe([name], on, seeds, num)}\n",
+            f"`{command} --workdir=DIR -- {passed}`: {tables.describe([name], on, seeds, num)}\n",
             *table_lines(table, of_table, metric), "", *(line for _, line in claims),
             *(["", table.note] if table.note else []),
         ]))

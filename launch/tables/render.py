@@ -2,6 +2,7 @@
 
     python launch/tables/render.py --workdir=tables [--on=digits] [--table=gamma,order] --out=launch/tables/RESULTS.md
 
+With --override where launch/sweep.py was given it; runs by other settings are refused.
 Reads what run.py left in WORKDIR; what is not there yet stays empty. Whether a claim holds is
 computed, by the rule that is printed above the tables. Without --out the page is printed.
 """
@@ -12,7 +13,7 @@ import page
 import tables
 from absl import flags
 
-from causalfusion_jax import cli
+from causalfusion_jax import cli, sweeps
 from causalfusion_jax.errors import require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that run.py was given.")
@@ -20,6 +21,7 @@ _ON = flags.DEFINE_enum("on", "digits", tables.DATA, "What was trained on.")
 _TABLE = flags.DEFINE_list("table", [], f"Some of {', '.join(tables.TABLES)} [all].")
 _SEEDS = flags.DEFINE_integer("seeds", tables.SEEDS, "Runs of every setting.")
 _NUM = flags.DEFINE_integer("num", 0, "Images in a score, as given to run.py.")
+_OVERRIDE = flags.DEFINE_multi_string("override", [], "Settings of all runs, as given to launch/sweep.py.")
 _OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
 _HEADER = flags.DEFINE_string("header", "", "Line to print below the title: date and machine.")
 
@@ -31,8 +33,9 @@ def main(argv):
     require(workdir.is_dir(), "--workdir", str(workdir), "no such folder")
     require(_SEEDS.value >= 1, "--seeds", _SEEDS.value, "must be >= 1")
     asked = _ON.value, _SEEDS.value, _NUM.value
-    scores = page.collect(workdir, tables.check_names(_TABLE.value), *asked)
-    text = page.render(scores, *asked, _HEADER.value)
+    overrides = sweeps.parse_overrides("--override", ",".join(_OVERRIDE.value))
+    scores = page.collect(workdir, tables.check_names(_TABLE.value), *asked, overrides)
+    text = page.render(scores, *asked, _HEADER.value, _OVERRIDE.value)
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(text)
     else:

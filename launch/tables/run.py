@@ -63,7 +63,7 @@ def main(argv, passed: list[str]):
             sys.executable, str(tables.ROOT / "launch" / "sweep.py"), f"--sweep={tables.__file__}:{arg}",
             f"--workdir={pathlib.Path(_WORKDIR.value) / folder}", *passed, *(["--dry_run"] if _DRY_RUN.value else []),
         ]))
-        if statuses[-1] >= 128 or statuses[-1] < 0:
+        if statuses[-1] == cli.INTERRUPTED or statuses[-1] < 0:
             break
     sys.exit(next((status for status in statuses if status), 0))
 

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from causalfusion_jax import files
+from causalfusion_jax.data import tar_shards
+from causalfusion_jax.data.caption_folder import read_captions
+from causalfusion_jax.data.captions import check_captions, example_prompts
 from causalfusion_jax.data.digit_pairs import HELD_OUT_PAIRS, DigitPairsSource, digit_pairs, held_out_prompts
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.sources import CorruptRecord, digits
 from causalfusion_jax.data.tokenizers import TextConfig, from_slots
 from causalfusion_jax.errors import InputError
 
@@ -81,6 +85,46 @@ def test_folder_with_captions(tmp_path):
         texts |= {from_slots(TEXT, text) for text in batch["text"]}
     with_close.close()
     assert texts == {"zero", "one", "uno"}
+
+
+def test_captions_keep_their_line_separators(tmp_path):
+    """A JSON file may hold U+2028, NEL and form feeds as they are; its lines end at line feeds alone."""
+    caption = "one\u2028two\x85three\x0cfour"
+    write_folder(tmp_path, [])
+    record = json.dumps({"file_name": "0.png", "caption": caption}, ensure_ascii=False).replace("\\f", "\\u000c")
+    (tmp_path / "captions.jsonl").write_bytes(f"{record}\r\n{record}\n".encode())
+    assert read_captions(tmp_path, "data.path") == [("0.png", (caption,))] * 2
+    (tmp_path / "captions.jsonl").write_bytes(record.encode("latin-1", "replace"))
+    with pytest.raises(InputError, match="must be text in UTF-8"):
+        read_captions(tmp_path, "data.path")
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes("a\u2028b\x0cc\x85d\r\n\ne".encode())
+    assert files.read_lines("x", path) == ["a\u2028b\x0cc\x85d", "", "e"]
+    assert tar_shards.class_names(tmp_path) == ()
+    path.rename(tmp_path / "classes.txt")
+    assert len(tar_shards.class_names(tmp_path)) == 3
+    path.write_bytes(b"")
+    assert files.read_lines("x", path) == []
+
+
+def test_undecodable_image_is_a_corrupt_record(tmp_path):
+    write_folder(tmp_path, [{"file_name": f"{i}.png", "caption": f"image {i}"} for i in range(3)])
+    (tmp_path / "0.png").write_bytes(b"no image")
+    config = DataConfig(source="caption_folder", path=str(tmp_path), channels=3, num_classes=1, max_corrupt=1)
+    iterator = BatchIterator(host_batches(make_source(config, captions=True), config, 2, 0, text=TEXT), max_corrupt=1)
+    texts = {from_slots(TEXT, text) for _ in range(6) for text in next(iterator)["text"]}
+    iterator.close()
+    assert texts == {"image 1", "image 2"} and set(iterator.corrupt) == {str(tmp_path / "0.png")}
+    source = make_source(config, captions=True)
+    check_captions(source, TEXT)
+    assert [from_slots(TEXT, text) for text in example_prompts(source, TEXT, 3)[0]] == ["image 1", "image 1", "image 2"]
+    for i in (1, 2):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(CorruptRecord, match="not a readable image"):
+        check_captions(source, TEXT)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from tiny_data import NAMES, digit_file, write_tars, write_tfds
 
+from causalfusion_jax.data.fingerprint import fingerprint
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, class_names, host_batches, make_source
 from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, center_crop, digits
 from causalfusion_jax.errors import InputError
@@ -116,6 +117,14 @@ def test_tfds_that_is_not_there_is_one_line(tfds_folder, changes, words):
         make_source(tfds_config(tfds_folder, caption_key="words"), captions=True)
 
 
+def test_fingerprints_of_splits_are_different(tfds_folder):
+    first, same, second = (
+        fingerprint(make_source(tfds_config(tfds_folder, split=split)))
+        for split in ("train[:50%]", "train[:12]", "train[50%:]")
+    )
+    assert first == same != second
+
+
 def test_tfds_record_that_is_damaged_is_named(tfds_folder, tmp_path):
     shutil.copytree(tfds_folder, tmp_path / "copy")
     (file,) = (tmp_path / "copy").rglob("*.array_record-*")
@@ -130,6 +139,10 @@ def test_tfds_record_that_is_damaged_is_named(tfds_folder, tmp_path):
         except CorruptRecord as error:
             failed.append(error.value)
     assert len(failed) == 1 and failed[0].startswith("tiny_digits train["), failed
+    file.unlink()
+    with pytest.raises(InputError, match="could not be read .*No such file") as error:
+        pickle.loads(pickle.dumps(source))[0]
+    assert not isinstance(error.value, CorruptRecord)
 
 
 def tar_config(folder, **changes):
@@ -225,6 +238,7 @@ def test_class_names_come_without_data(tfds_folder, tmp_path):
     assert class_names(tfds_config(tfds_folder)) == class_names(DataConfig()) == NAMES
     assert class_names(tar_config(write_tars(tmp_path, 3))) == NAMES
     assert class_names(DataConfig(source="arrays", path="x")) == ()
-    assert class_names(DataConfig(source="image_folder", path=tfds_folder, channels=3)) == ("downloads", "tiny_digits")
+    folders = DataConfig(source="image_folder", path=tfds_folder, channels=3, num_classes=2)
+    assert class_names(folders) == ("downloads", "tiny_digits")
     with pytest.raises(InputError, match="not prepared"):
         class_names(tfds_config(tfds_folder, name="cifar10"))

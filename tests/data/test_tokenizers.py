@@ -1,5 +1,7 @@
 """Text to tokens and back."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from causalfusion_jax.data.tokenizers import (
     from_slots,
     make_tokenizer,
     to_slots,
+    with_checksum,
 )
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.layouts import NO_TOKEN
@@ -91,6 +94,34 @@ def test_files_of_libraries(tmp_path):
         (tmp_path / "broken").write_text("not one")
         with pytest.raises(InputError, match="is not a"):
             make_tokenizer(TextConfig(kind, str(tmp_path / "broken")))
+
+
+def test_padding_and_truncation_of_the_file_are_left_out(tmp_path):
+    """As they are stored in a tokenizer.json by many published models."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"<pad>": 0, "three": 1, "seven": 2}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_padding(length=6, pad_id=0, pad_token="<pad>")
+    made.enable_truncation(max_length=2)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = make_tokenizer(TextConfig("huggingface", str(tmp_path / "tokenizer.json"), 9))
+    assert tokenizer.encode("three seven three seven") == [3, 4, 3, 4]
+    assert tokenizer.encode("three") == [3]
+
+
+def test_another_file_than_the_one_kept_is_refused(words):
+    kept = with_checksum(words)
+    assert len(kept.checksum) == 64 and make_tokenizer(kept).vocab_size == 4
+    path = pathlib.Path(words.path)
+    path.write_text("seven\nthree\n")
+    make_tokenizer.cache_clear()
+    with pytest.raises(InputError, match="text.path=.*is another file than the run began with"):
+        make_tokenizer(kept)
+    assert make_tokenizer(with_checksum(words)).encode("three") == [3]
+    assert with_checksum(BYTES) == BYTES
+    with pytest.raises(InputError, match="has no file"):
+        TextConfig("bytes", checksum="1")
 
 
 def test_bad_settings(tmp_path):

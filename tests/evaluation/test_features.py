@@ -118,6 +118,41 @@ def test_noisy_pass_is_that_of_training(config):
 # --- What must not be seen --------------------------------------------------------
 
 
+def pairs(image_tokens, **joint):
+    """A model of digit pairs and their captions, its images one AR step."""
+    return experiment.from_dict(tiny_config(
+        data=dict(source="digit_pairs", image_width=16, num_classes=100), text=dict(tokenizer="bytes", max_tokens=13),
+        joint=dict(image_tokens=image_tokens) | joint, factorization=ONE_STEP,
+    ))
+
+
+def test_clean_tokens_of_a_text_model_are_read_only_where_they_were_trained():
+    """Transfusion's images are noisy tokens alone; without captions nothing attends to clean ones in one AR step."""
+    no_captions = dict(text_to_image=0.9, image_to_text=0.0)
+    for config, tokens in (
+        (pairs("clean_and_noisy"), "clean"), (pairs("noisy"), "noisy"),
+        (pairs("clean_and_noisy", **no_captions), "noisy"),
+    ):  # fmt: skip
+        assert features.make_reading(config, ProbeConfig()).tokens == tokens
+        assert features.has_clean_tokens(config) == (tokens == "clean")
+    with pytest.raises(InputError, match="config.probe.tokens='clean'"):
+        features.make_reading(pairs("noisy"), ProbeConfig(tokens="clean"))
+
+
+@pytest.mark.parametrize(("class_dropout", "label"), [(0.1, 1), (1.0, 1), (0.0, 0)])
+def test_a_model_of_one_class_is_read_by_the_row_that_was_trained_without_it(class_dropout, label):
+    single = experiment.from_dict(tiny_config(
+        data=dict(source="arrays", path="x", num_classes=1), model=dict(class_dropout=class_dropout),
+    ))
+    reading, params = features.make_reading(single, ProbeConfig()), params_of(single)
+    assert reading.label == label
+    table = params["label_table"]["embedding"]
+    for row in (0, 1):
+        other = params | {"label_table": {"embedding": table.at[row].set(7.0)}}
+        same = np.array_equal(*(states(reading, p, images())[0] for p in (params, other)))
+        assert same == (row != label)
+
+
 @pytest.mark.parametrize("config", [CAUSALFUSION, PLAIN, BLOCKWISE], ids=["in_context", "dit", "acdit"])
 def test_no_class_is_ever_read(config):
     """The table of classes may hold anything but for its last row, that of no class."""
@@ -173,7 +208,7 @@ def test_layer_to_read():
 # --- Drop path --------------------------------------------------------------------
 
 
-def test_drop_path_of_rate_zero_is_the_same_program():
+def test_drop_path_of_rate_zero_adds_nothing_to_the_program():
     reading, params = features.make_reading(PLAIN, ProbeConfig()), params_of(PLAIN)
     assert drop_path_scale(0.0, 2, KEYS) is None
 
@@ -181,8 +216,7 @@ def test_drop_path_of_rate_zero_is_the_same_program():
         run = jax.make_jaxpr(lambda p, x: features.hidden_states(reading, p, x, KEYS, scale))
         return re.sub("0x[0-9a-f]+", "", str(run(params, images())))
 
-    without = trace(None)
-    assert trace(drop_path_scale(0.0, 2, KEYS)) == without != trace(drop_path_scale(0.5, 2, KEYS))
+    assert trace(None) != trace(drop_path_scale(0.5, 2, KEYS))
 
 
 def test_drop_path_leaves_out_branches():

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, tiny_config
+from host_reads import no_implicit_reads
 
-from causalfusion_jax import experiment, sharding
+from causalfusion_jax import distributed, experiment, sharding
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import augment, finetune
 from causalfusion_jax.evaluation.features import make_reading, place_params
 from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
+from causalfusion_jax.lock import FolderLock
+from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from causalfusion_jax.training.stopping import Stopped, TrainingDiverged
 
 CONFIG = experiment.from_dict(tiny_config())
 READING = make_reading(CONFIG, ProbeConfig())
@@ -196,8 +200,9 @@ def run(folder, devices=1, **changes):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.devices()[:devices])
     folder.mkdir(exist_ok=True)
     tuning = finetune.Finetuning(READING, settings, CONFIG.data, Few(70), mesh, folder)
-    weights = tuning.train(lambda: place_params(random_params(READING.model), READING.model, mesh))
-    return jax.device_get(weights), tuning.test(weights, Few(50, "held_out"), ProbeConfig(read_batch_size=32))
+    with no_implicit_reads():
+        weights = tuning.train(lambda: place_params(random_params(READING.model), READING.model, mesh))
+        return jax.device_get(weights), tuning.test(weights, Few(50, "held_out"), ProbeConfig(read_batch_size=32))
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, compiled_once):
@@ -205,14 +210,48 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, compil
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and set(found) == {"top1", "top5"}
     # Told to stop after the sixth of sixteen steps, in the middle of an epoch.
-    monkeypatch.setattr(finetune.distributed, "should_stop", lambda step, received: step == 6)
-    with pytest.raises(finetune.Stopped, match="step 6 of 16"):
-        run(tmp_path / "parts")
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "should_stop", lambda poll, received: poll == 6)
+        with pytest.raises(Stopped, match="SIGTERM: saved step 6 of 16"):
+            run(tmp_path / "parts")
+    # As a kill leaves it: an epoch that is trained again, and half a line.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "loss": 0.0, "seconds": 1.0}\n{"epoch": 3, "lo')
     again, same = run(tmp_path / "parts")
+    resumed = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["loss"]) for line in resumed] == [(line["epoch"], line["loss"]) for line in lines]
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert same == found
     # Finished: nothing is learned any more.
     jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "parts")[0], whole)
+
+
+def test_a_state_that_is_not_finite_is_not_saved_over_the_only_checkpoint(tmp_path, monkeypatch, compiled_once):
+    """Told to stop in the middle of an epoch, after a step that gave NaN."""
+    compile_as_before = finetune.compile_finetune_step
+
+    def compile_step(*args):
+        step = compile_as_before(*args)
+
+        def run_step(state, batch, key):
+            state, loss = step(state, batch, key)
+            with jax.transfer_guard("allow"):
+                factor = jnp.nan if int(state.step) == 6 else 1.0
+                return state._replace(params=jax.tree.map(lambda leaf: leaf * factor, state.params)), loss
+
+        return run_step
+
+    monkeypatch.setattr(finetune, "compile_finetune_step", compile_step)
+    monkeypatch.setattr(distributed, "should_stop", lambda poll, received: poll == 6)
+    with pytest.raises(TrainingDiverged, match="epoch 2 .* not finite"):
+        run(tmp_path / "run")
+    assert Checkpoints(tmp_path / "run", CheckpointConfig(), read_only=True).good_step() == 4
+
+
+def test_a_second_fine_tuning_in_a_folder_is_refused(tmp_path):
+    with FolderLock(tmp_path, "--out"):
+        with pytest.raises(InputError, match="--out=.*is in use by process"):
+            run(tmp_path)
 
 
 def test_devices_share_a_step(tmp_path, compiled_once):

@@ -1,6 +1,7 @@
 """tpu_vm.sh and gke_jobset.yaml: what they would do, without a cloud to do it in."""
 
 import os
+import pathlib
 import shlex
 import shutil
 import subprocess
@@ -11,10 +12,13 @@ import pytest
 import yaml
 from helpers import ROOT
 
+from causalfusion_jax import cli
+
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"
 TPU = {"NAME": "tpu", "ZONE": "us-east5-b", "PROJECT": "project", "ACCELERATOR_TYPE": "v6e-16"}
 RUN = {"CONFIG": "configs/imagenet_causalfusion.py:L", "WORKDIR": "gs://bucket/runs/l", "DATA": "gs://bucket/latents"}
 WHERE = "--project=project --zone=us-east5-b"
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers run Linux")
 SHELL_SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").rglob("*.sh"))
 
 
@@ -125,6 +129,7 @@ GCLOUD = """#!/usr/bin/env bash
 echo "$*" | head -n 1 >> "$CALLS"
 for arg in "$@"; do
   case "$arg" in
+    --command=*--follow*) [ ! -f "$WORKER/lost" ] || { echo "step 5"; exit 255; } ;;&
     --command=*) HOME="$WORKER" bash -c "${arg#--command=}"; exit ;;
     describe) cat "$WORKER/state" ;;
   esac
@@ -133,7 +138,7 @@ done
 
 PYTHON = """#!/usr/bin/env bash
 echo "training: $*"
-trap 'echo saved; exit 0' TERM
+trap 'sleep 0.5; echo saved; exit 75' TERM
 touch "$HOME/started"
 for _ in $(seq 100); do sleep 0.1; done
 """
@@ -155,28 +160,83 @@ def cloud(tmp_path):
     return worker, dict(env=env, path=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers run Linux")
+@ON_LINUX
 def test_a_run_is_started_once_followed_stopped_and_resumed(cloud):
     worker, kwargs = cloud
     started = tpu_vm("run", "--follow=0", **kwargs)
     assert started.returncode == 0, started.stderr
-    end = time.monotonic() + 20
-    while not (worker / "started").exists() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for(worker / "started")
     assert "already running" in tpu_vm("run", "--follow=0", **kwargs).stdout
     assert "running" in tpu_vm("status", **kwargs).stdout
     assert tpu_vm("stop", **kwargs).returncode == 0
     shown = tpu_vm("logs", **kwargs)
-    assert shown.returncode == 0 and "training: -m causalfusion_jax.train --multihost --config=c.py" in shown.stdout
+    assert shown.returncode == cli.INTERRUPTED
+    assert "training: -m causalfusion_jax.train --multihost --config=c.py" in shown.stdout
     assert "--workdir=/it's here" in shown.stdout and "saved" in shown.stdout
+    assert tpu_vm("stop", **kwargs).stdout == "not running\n"
+    assert "exit status 75" in tpu_vm("status", **kwargs).stdout
     resumed = tpu_vm("resume", "--command=echo 'hi  there'; exit 3", **kwargs)
     assert resumed.returncode == 3 and "hi  there" in resumed.stdout
     calls = (worker.parent / "calls").read_text()
     assert "scp" not in calls and "create" not in calls, "an active TPU is used as it is"
+    assert tpu_vm("resume", "--command=true", **kwargs).returncode == 0
+
+
+@ON_LINUX
+def test_what_resume_cannot_have_now_it_asks_for_again(cloud):
+    worker, kwargs = cloud
+    (worker / "lost").touch()
+    cut_off = tpu_vm("resume", "--command=true", **kwargs)
+    assert cut_off.returncode == cli.INTERRUPTED and "connection to tpu was lost" in cut_off.stderr
     (worker / "state").write_text("FAILED\n")
     lost = tpu_vm("resume", **kwargs)
-    assert lost.returncode == 2 and "resume recreates it" in lost.stderr
+    assert lost.returncode == cli.INTERRUPTED and "resume recreates it" in lost.stderr
     assert "delete tpu" in (worker.parent / "calls").read_text()
+    unset = tpu_vm("resume", env=TPU, path=kwargs["path"])
+    assert unset.returncode == 2 and "CONFIG, WORKDIR" in unset.stderr
+
+
+@ON_LINUX
+def test_another_process_of_that_id_is_not_the_run(cloud):
+    """After a restart of the machine the process id, and even the start time, may be another process's."""
+    worker, kwargs = cloud
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    start = pathlib.Path(f"/proc/{other.pid}/stat").read_text().rpartition(") ")[2].split()[19]
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    (worker / "run").mkdir()
+    try:
+        for written in (f"{other.pid}", f"{other.pid} {start} another-boot", f"{other.pid} {int(start) - 1} {boot}"):
+            (worker / "run" / "pid").write_text(f"{written}\n")
+            assert tpu_vm("stop", **kwargs).stdout == "not running\n"
+            done = tpu_vm("run", "--command=echo anew", **kwargs)
+            assert done.returncode == 0 and "already running" not in done.stdout and "anew" in done.stdout
+        assert other.poll() is None
+        (worker / "run" / "pid").write_text(f"{other.pid} {start} {boot}\n")
+        assert "already running" in tpu_vm("run", "--follow=0", **kwargs).stdout
+    finally:
+        other.kill()
+        other.wait()
+
+
+@ON_LINUX
+@pytest.mark.parametrize("command", ["true\npython train\necho next", "python train &\nwait\necho next"])
+def test_a_command_of_several_lines_has_ended_when_its_program_has_saved(cloud, command):
+    worker, kwargs = cloud
+    assert tpu_vm("run", "--follow=0", f"--command={command}", **kwargs).returncode == 0
+    wait_for(worker / "started")
+    assert tpu_vm("stop", **kwargs).returncode == 0
+    wait_for(worker / "run" / "status")
+    log = (worker / "run" / "log").read_text().splitlines()
+    # What the stand-in for Python waits in is terminated, too.
+    assert [line for line in log if line != "Terminated"] == ["training: train", "saved"]
+    assert (worker / "run" / "status").read_text() == f"{cli.INTERRUPTED}\n"
+
+
+def wait_for(path):
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
 
 
 def test_jobset():
@@ -196,6 +256,24 @@ def test_jobset():
     assert (ROOT / config.partition(":")[0]).is_file()
 
 
+def test_an_interrupted_pod_restarts_the_jobset_without_counting():
+    (jobset,) = yaml.safe_load_all((ROOT / "launch" / "gke_jobset.yaml").read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    job = job["template"]["spec"]
+    rules = job["podFailurePolicy"]["rules"]
+    assert {rule["action"] for rule in rules} == {"FailJob"} and job["backoffLimit"] == 0
+    (by_status,) = (rule["onExitCodes"] for rule in rules if "onExitCodes" in rule)
+    (container,) = job["template"]["spec"]["containers"]
+    assert by_status == {"containerName": container["name"], "operator": "In", "values": [cli.INTERRUPTED]}
+    (condition,) = (rule["onPodConditions"] for rule in rules if "onPodConditions" in rule)
+    assert condition == [{"type": "DisruptionTarget", "status": "True"}]
+    (restart,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert restart["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert restart["onJobFailureReasons"] == ["PodFailurePolicy"]
+    # A pod failure policy is for pods that are not restarted in place.
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+
+
 def test_a_stopped_pod_does_not_count_as_complete(tmp_path):
     (jobset,) = yaml.safe_load_all((ROOT / "launch" / "gke_jobset.yaml").read_text())
     container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
@@ -207,7 +285,8 @@ def test_a_stopped_pod_does_not_count_as_complete(tmp_path):
         time.sleep(0.05)
     pod.terminate()
     output, _ = pod.communicate(timeout=120)
-    assert pod.returncode == 143 and "saved" in output and "training: -m causalfusion_jax.train --multihost" in output
+    assert pod.returncode == cli.INTERRUPTED
+    assert "saved" in output and "training: -m causalfusion_jax.train --multihost" in output
 
 
 def shellcheck():

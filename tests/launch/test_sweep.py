@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, command_env
 
-from causalfusion_jax import experiment, sweeps
+from causalfusion_jax import cli, experiment, files, sweeps
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.sweeps import Result, Sweep, chain, grid, product, together
 
@@ -54,6 +54,7 @@ def test_algebra():
         (lambda: chain(grid({GAMMA: [0.9]}), grid({GAMMA: [0.9, 1.0]})), "there twice"),
         (lambda: product(grid({GAMMA: [0.9]}), grid({GAMMA: [1.0]})), "set twice"),
         (lambda: Sweep("configs/digits.py", ()), "at least one run"),
+        (lambda: Sweep("configs/digits.py", ({},), metric="acuracy"), "did you mean accuracy"),
         (lambda: Sweep("configs/digits.py", ({},), ar_steps=(4, 4)), "different numbers"),
         (lambda: Sweep("configs/digits.py", ({},), ar_steps=((4,), (1,))), "for each of the 1 runs"),
         (lambda: Sweep("configs/digits.py", grid({SEED: [0, 1]}), ar_steps=((4,), (1, 1))), "different numbers"),
@@ -125,6 +126,7 @@ def test_papers_ablations(name, data, column):
     sweep, runs = read(f"{name}.py:{data}")
     assert len(runs) == FILES[name][column]
     assert sweep.num_samples == {"digits": 1000, "imagenet": 10_000}[data]
+    assert sweeps.with_metric(sweep, runs).metric == {"digits": "fd", "imagenet": "fid"}[data]
     # The paper's one ablation of weights found 2; those before it trained with none.
     weighs = {run.config.factorization.weight for run in runs}
     linear = {"ar_weight": {"linear", "none"}, "condition_tokens": {"linear"}, "t_sharing": {"linear"}}
@@ -150,7 +152,7 @@ def test_wrong_files(location, words):
 
 
 def test_results():
-    sweep = Sweep("configs/digits.py", grid({GAMMA: [1.0, 0.9, 0.8]}), ar_steps=(1, 4))
+    sweep = Sweep("configs/digits.py", grid({GAMMA: [1.0, 0.9, 0.8]}), ar_steps=(1, 4), metric="fd")
     one, two, three = expanded(sweep.overrides)
     scores = {one: {1: (0.5, 2.0), 4: (0.9, 3.0)}, two: {1: (0.75, 1.5)}}
     named = {run: {s: dict(accuracy=a, fd=fd) for s, (a, fd) in at.items()} for run, at in scores.items()}
@@ -167,6 +169,57 @@ def test_results():
     assert sweeps.plot(Sweep("", grid({GAMMA: [1.0]})), same).size[0] == 460
 
 
+def test_the_best_of_every_score_is_marked_by_its_own_direction():
+    sweep = Sweep("", grid({SEED: [0, 1]}), metric="left")
+    higher = dict(left=0.9, right=0.8, accuracy_beyond=0.7, motion_error_beyond=2.0)
+    lower = dict(left=0.5, right=0.4, accuracy_beyond=0.3, motion_error_beyond=1.0)
+    low, high = (Result(run, "finished", {1: s}) for run, s in zip(expanded(sweep.overrides), (lower, higher)))
+    results = sweeps.sort(sweep, [low, high])
+    assert results == [high, low]
+    table = sweeps.markdown(sweep, results)
+    for best in ("**0.900**", "**0.800**", "**0.700**", "**1.000**"):
+        assert best in table
+    assert table.count("**") == 8
+
+
+def finish(workdir, sweep, run, **scores):
+    """What a finished run leaves, with made-up scores."""
+    for ar_steps in run.ar_steps:
+        folder = sweeps.samples_folder(workdir, run, ar_steps, sweep)
+        folder.mkdir(parents=True)
+        files.write_json(folder / "evaluation.json", scores)
+    files.write_json(workdir / run.name / "config.json", experiment.to_dict(run.config))
+
+
+def test_only_scores_are_gathered(tmp_path):
+    sweep = Sweep("", ({},), metric="fvd")
+    (run,) = expanded(sweep.overrides)
+    finish(tmp_path, sweep, run, num=2048, frames=16, resize="tf1", fvd=99.5)
+    (result,) = sweeps.gather(sweep, [run], tmp_path, {})
+    assert result.scores == {1: {"fvd": 99.5}} and result.state == "finished"
+
+
+def test_scores_of_other_settings_are_not_gathered(tmp_path):
+    sweep = Sweep("", ({},))
+    (run,) = expanded(sweep.overrides)
+    finish(tmp_path, sweep, run, fd=1.0)
+    # What scores do not depend on may differ.
+    (same,) = expanded(sweep.overrides, fixed={"data.workers": 2, "logging.every": 7, "model.remat": "full"})
+    assert sweeps.gather(sweep, [same], tmp_path, {})[0].score("fd", 1) == 1.0
+    for path, value in {"train.batch_size": 16, "sampling.solver_steps": 9}.items():
+        (other,) = expanded(sweep.overrides, fixed={path: value})
+        with pytest.raises(InputError, match=f"trained by other settings: {path}={value} .it has"):
+            sweeps.gather(sweep, [other], tmp_path, {})
+    (tmp_path / run.name / "config.json").unlink()
+    with pytest.raises(InputError, match="has scores and no config.json"):
+        sweeps.gather(sweep, [run], tmp_path, {})
+
+
+def test_a_metric_that_the_data_do_not_have_is_refused():
+    with pytest.raises(InputError, match="metric='fvd'.*must be one of fd, accuracy, fid"):
+        sweeps.with_metric(Sweep("", ({},), metric="fvd"), expanded(({},)))
+
+
 # --- launch/sweep.py --------------------------------------------------------------
 
 STUB = """
@@ -175,12 +228,16 @@ kind, product = sys.argv[1], pathlib.Path(sys.argv[2])
 def save(number, frame):
     product.with_name("saved").write_text(signal.Signals(number).name)
     print("saved")
-    sys.exit(0)
+    sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGINT, save)
 product.parent.mkdir(exist_ok=True, parents=True)
 if kind == "fail":
     sys.exit("error: no luck")
+if kind == "preempted" and not product.with_name("saved").exists():
+    save(signal.SIGTERM, None)
+if kind == "nothing":
+    sys.exit(0)
 if kind == "slow" and not product.with_name("saved").exists():
     print("at work", flush=True)
     product.with_name("started").touch()
@@ -237,13 +294,21 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path):
     assert "finished  0-ok  was there already" in again
 
 
+def test_a_run_that_was_preempted_is_interrupted_and_continued(tmp_path):
+    output, errors = drive(tmp_path, 1, "preempted", "ok", "nothing").communicate(timeout=600)
+    assert output.splitlines()[-1] == "None ['interrupted', 'finished', 'failed']", errors
+    assert not (tmp_path / "0-preempted" / "scoring").exists()
+    output, errors = drive(tmp_path, 1, "preempted").communicate(timeout=600)
+    assert output.splitlines()[-1] == "None ['finished']", errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_the_runs_which_save_and_resume(tmp_path, number):
     process = drive(tmp_path, 2, "slow", "slow", "ok")
     wait_for(lambda: len(list(tmp_path.glob("*/training/started"))) == 2)
     process.send_signal(number)
     output, errors = process.communicate(timeout=600)
-    assert output.splitlines()[-1] == f"{number.name} ['stopped', 'stopped', 'waiting']", errors
+    assert output.splitlines()[-1] == f"{number.name} ['interrupted', 'interrupted', 'waiting']", errors
     assert {path.read_text() for path in tmp_path.glob("*/training/saved")} == {number.name}
     output, _ = drive(tmp_path, 2, "slow", "slow", "ok").communicate(timeout=600)
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'finished']"
@@ -256,7 +321,7 @@ def test_commands_in_forks_fail_save_and_resume_alike(tmp_path):
     wait_for(lambda: list(tmp_path.glob("*/training/started")) and (tmp_path / "logs" / "2.log").exists(), 120)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=600)
-    assert output.splitlines()[-1].startswith("SIGTERM [") and "'stopped'" in output, errors
+    assert output.splitlines()[-1].startswith("SIGTERM [") and "'interrupted'" in output, errors
     assert (tmp_path / "1-slow" / "training" / "saved").read_text() == "SIGTERM"
     output, _ = drive(tmp_path, 2, "ok", "slow", "fail").communicate(timeout=600)
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'failed']"
@@ -314,20 +379,94 @@ def test_dry_run_prints_commands_and_changes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--sweep=configs/sweeps/gamma.py:imagenet"], ["config.data.path=''", "--override=data.path=FOLDER"]),
-        (["--sweep=configs/sweeps/gamma.py", "--override=train.stpes=5"], ["config.train.stpes", "did you mean steps"]),
-        (["--sweep=configs/sweeps/gamma.py", "--parallel=0"], ["--parallel=0", ">= 1"]),
-        (["--sweep=configs/sweeps/gamma.py", "--workdir=configs"], ["--workdir", "exists with other content"]),
-    ],
-)
-def test_wrong_input_touches_nothing(tmp_path, args, words):
-    done = run_sweep(f"--workdir={tmp_path / 'sweep'}", *args)
+SEVERAL = """
+import json, sys
+sys.path.insert(0, "launch")
+import sweep
+from absl import flags
+from causalfusion_jax.errors import InputError
+for args in json.loads(sys.argv[1]):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["sweep", *args])
+    try:
+        sweep.main(["sweep"])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except InputError as error:
+        status = str(error)
+    print("ended:", json.dumps(status), flush=True)
+"""
+
+
+def sweep_several(*commands):
+    """How launch/sweep.py ends with each of several command lines: its exit status, or the InputError."""
+    arguments = json.dumps([[str(arg) for arg in args] for args in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, arguments], cwd=ROOT, env=command_env(), capture_output=True, text=True,
+        timeout=900,
+    )
+    found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("ended: ")]
+    assert len(found) == len(commands), done.stdout + done.stderr
+    return found
+
+
+def test_wrong_input_touches_nothing(tmp_path):
+    workdir, gamma = f"--workdir={tmp_path / 'sweep'}", "--sweep=configs/sweeps/gamma.py"
+    done = run_sweep(workdir, gamma, "--override=train.stpes=5")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-    assert not list(tmp_path.iterdir())
+    assert "config.train.stpes" in done.stderr and "did you mean steps" in done.stderr
+    videos, pairs = tmp_path / "videos.py", tmp_path / "pairs.py"
+    videos.write_text(VIDEOS)
+    pairs.write_text(VIDEOS.replace("ucf101_acdit.py:XL", "digit_pairs.py"))
+    scored = ("--sample_flags=--vae=/vae", "--override=data.path=/latents")
+    cases = [
+        ([f"{gamma}:imagenet", "--evaluate_flags=--inception=x"], "config.data.path='': ", "give --override=data.path"),
+        ([f"{gamma}:imagenet", *scored], "must hold --inception=FOLDER: fid is measured with it"),
+        ([f"{gamma}:imagenet", "--evaluate_flags=--inception=x --metrics=kid", *scored], "must measure fid"),
+        ([f"{gamma}:imagenet", "--evaluate_flags=--inception=x --i3d=y", *scored], "--i3d is not of images"),
+        ([f"--sweep={videos}", "--evaluate_flags=--inception=x", *scored], "must hold --i3d=FOLDER: fvd is measured"),
+        ([f"--sweep={videos}", "--evaluate_flags=--i3d=x", scored[1]], "must hold --vae=FOLDER"),
+        ([f"--sweep={pairs}"], "must hold --prompts=FILE: accuracy compares images"),
+        ([gamma, "--parallel=0"], "--parallel=0", ">= 1"),
+        ([gamma, "--workdir=configs"], "--workdir", "exists with other content"),
+    ]
+    # Videos with what FVD needs are started.
+    good = [f"--sweep={videos}", "--evaluate_flags=--i3d=x --reference=y", *scored, "--launcher=exit 3 #{command}"]
+    *found, started = sweep_several(*([workdir, *args] for args, *_ in cases), [f"--workdir={tmp_path / 'x/y'}", *good])
+    for error, (_, *words) in zip(found, cases, strict=True):
+        assert all(word in error for word in words), error
+    assert started == 1, "the launcher's status"
+    assert set(tmp_path.iterdir()) == {videos, pairs}
+
+
+VIDEOS = """
+from causalfusion_jax.sweeps import Sweep, grid
+
+def get_sweep():
+    return Sweep(config="configs/ucf101_acdit.py:XL", overrides=grid({"train.seed": [0]}), ar_steps=(4,))
+"""
+
+
+def test_results_and_jobs_of_other_settings_are_refused(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    sweep, workdir = f"--sweep={tmp_path / 'tiny.py'}", tmp_path / "sweep"
+    loaded = sweeps.load("--sweep", str(tmp_path / "tiny.py"), "get_sweep", ROOT)
+    base = sweeps.load("config", loaded.config, "get_config", ROOT).to_dict()
+    (run,) = sweeps.expand(loaded, base)
+    finish(workdir, loaded, run, fd=1.5, accuracy=0.5)
+    args, launcher = (sweep, f"--workdir={workdir}"), "--launcher=true # {command}"
+    other = "--override=train.batch_size=16"
+    found = sweep_several(
+        [*args, other, "--results_only"], [*args, other, launcher], [*args, launcher, "--sample_flags=--cfg_scale=2"],
+        [*args, "--results_only"], [*args, "--results_only", "--sample_flags=--cfg_scale=2"],
+    )
+    for refused in found[:2]:
+        assert "trained by other settings: train.batch_size=16 (it has 48)" in refused
+    # The jobs' flags are on record from here on.
+    assert found[2] == 0 and "belongs to another sweep: --sample_flags=''" in found[3]
+    assert found[4] == 0 and "| **1.500** |" in (workdir / "results.md").read_text()
 
 
 TINY = """
@@ -359,7 +498,7 @@ def test_sweep_is_interrupted_resumed_extended_and_refused(tmp_path):
     wait_for(lambda: log.is_file() and "\nstep " in log.read_text(), 300)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == 128 + signal.SIGINT and "SIGINT: 0 of 1 runs finished" in output
+    assert process.returncode == cli.INTERRUPTED and "SIGINT: 0 of 1 runs finished" in output
     assert "SIGINT: saved step" in log.read_text()
 
     done = run_sweep(sweep + "+0.5", *args)

@@ -1,13 +1,14 @@
 """The papers' tables: their figures, the runs behind them, the rule of the claims, the commands."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT, command_env
 
-from causalfusion_jax import sweeps
+from causalfusion_jax import experiment, files, sweeps
 from causalfusion_jax.errors import InputError
 
 sys.path.insert(0, str(ROOT / "launch" / "tables"))
@@ -106,6 +107,7 @@ def made_up(root, score):
             folder.mkdir(parents=True)
             fd = score(run.config.factorization.gamma, run.config.train.seed, s)
             (folder / "evaluation.json").write_text(json.dumps({"num": 1000, "fd": fd, "accuracy": 0.5}))
+        files.write_json(root / "digits" / run.name / "config.json", experiment.to_dict(run.config))
 
 
 def test_page_of_made_up_scores(tmp_path):
@@ -125,6 +127,28 @@ def test_page_of_made_up_scores(tmp_path):
     assert "| block-raster, 4x4 blocks | 14.62 | — |" in text
     assert "random beats raster at S_eval = 1: **not run** (paper 12.89 against 14.46)" in text
     assert "Of all claims, agrees: 4, disagrees: 2, not run: 4, within the spread: 2." in text
+
+
+def test_scores_of_other_settings_are_not_collected(tmp_path):
+    made_up(tmp_path, lambda gamma, seed, s: gamma)
+    path = next((tmp_path / "digits").glob("*/config.json"))
+    values = json.loads(path.read_text())
+    values["train"]["batch_size"] = 16
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="other settings: train.batch_size=48 .it has 16"):
+        page.collect(tmp_path, ["gamma"], "digits", 2, 0)
+    shutil.rmtree(path.parent)
+    overridden = {"train.batch_size": 16}
+    with pytest.raises(InputError, match="other settings: train.batch_size=16 .it has 48"):
+        page.collect(tmp_path, ["gamma"], "digits", 2, 0, overridden)
+    for path in (tmp_path / "digits").glob("*/config.json"):
+        values = json.loads(path.read_text())
+        values["train"]["batch_size"] = 16
+        path.write_text(json.dumps(values))
+    scores = page.collect(tmp_path, ["gamma"], "digits", 2, 0, overridden)
+    assert sum(len(place.get("fd", [])) for place in scores["gamma"].values()) == 2 * 5 * 4 - 4
+    text = page.render(scores, "digits", 2, 0, overrides=["train.batch_size=16"])
+    assert "--fork --override=train.batch_size=16`" in text
 
 
 def run(script, *args, **kwargs):
@@ -161,7 +185,9 @@ def test_runs_and_renders(tmp_path):
     done = run("run", *args, "--", "--parallel=2", "--fork", tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "page.md"
-    rendered = run("render", *args, f"--out={out}", "--header=here, today")
+    refused = run("render", *args, f"--out={out}")
+    assert refused.returncode == 2 and "trained by other settings" in refused.stderr and not out.exists()
+    rendered = run("render", *args, tiny, f"--out={out}", "--header=here, today")
     assert rendered.returncode == 0, rendered.stderr
     scores = [json.loads(path.read_text())["fd"] for path in tmp_path.glob("digits/*/samples_ar1_n20/evaluation.json")]
     text = out.read_text()

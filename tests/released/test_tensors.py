@@ -192,6 +192,20 @@ def test_write_safetensors(tmp_path):
     assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
 
 
+def test_safetensors_whose_header_begins_like_a_pickle(tmp_path):
+    """The first byte of the file is part of the header's length."""
+    path = tmp_path / "c.safetensors"
+    for padding in range(0, 256, 8):
+        write_safetensors(path, state(), {"padding": " " * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    with open_checkpoint(path) as checkpoint:
+        assert {name: array.tobytes() for name, array in checkpoint.items()} == {
+            name: array.tobytes() for name, array in state().items()
+        }
+
+
 def test_write_safetensors_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "c.safetensors"
     write_safetensors(path, state(), {})

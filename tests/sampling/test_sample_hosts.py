@@ -39,7 +39,10 @@ def contents(out):
 
 def start(workdir, out, *args):
     return subprocess.Popen(
-        [sys.executable, "-m", "causalfusion_jax.sample", f"--workdir={workdir}", f"--out={out}", *ARGS, *args],
+        [
+            sys.executable, "-m", "host_reads", "causalfusion_jax.sample", f"--workdir={workdir}", f"--out={out}",
+            *ARGS, *args,
+        ],
         cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 
@@ -62,7 +65,7 @@ def test_kill_and_resume(workdir, expected, tmp_path):
 
 
 def test_two_processes(workdir, expected, tmp_path):
-    sample = "-m", "causalfusion_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", *ARGS
+    sample = "causalfusion_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", *ARGS
     printed = all_done(start_processes(2, *sample))
     assert "sampled" in printed[0] and "sampled" not in printed[1]
     assert contents(tmp_path / "out") == expected

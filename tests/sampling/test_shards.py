@@ -24,7 +24,7 @@ def test_parts_of_any_order_become_one_file(tmp_path):
     assert folder.missing() == [0, 1, 2] and folder.missing(1, 2) == [1]
     sample(folder, [2, 1])
     # Another process goes on; what was being written when the first one ended does not count.
-    (tmp_path / "out" / "parts" / "000000.half").write_bytes(b"half")
+    (tmp_path / "out" / "parts" / ".000000.npy.part").write_bytes(b"half")
     other = SampleFolder(tmp_path / "out", REQUEST, 3)
     other.claim()
     assert other.missing() == [0] and not other.is_done

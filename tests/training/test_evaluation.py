@@ -2,20 +2,27 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from compiled_programs import compiled_modules, content, listed_modules
 from helpers import random_params, tiny_config
+from host_reads import no_implicit_reads
 
 from causalfusion_jax import experiment, hardware, sharding
 from causalfusion_jax.compile_ahead.program import Spec
+from causalfusion_jax.data.digit_pairs import digit_pairs
+from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.tokenizers import END, make_tokenizer
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import periodic
 from causalfusion_jax.evaluation.scores import score
+from causalfusion_jax.evaluation.settings import HIGHER_IS_BETTER, SCORES, is_better, pixel_metrics
 from causalfusion_jax.sampling.generation import generate_images, replicate
-from causalfusion_jax.sampling.images import balanced_labels
+from causalfusion_jax.sampling.images import balanced_labels, to_uint8
 from causalfusion_jax.sampling.trained import from_run
 from causalfusion_jax.training import loop
 from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
@@ -38,11 +45,15 @@ def two_devices(monkeypatch):
 
 
 def train(workdir, monkeypatch, steps, values):
-    """Trains to `steps`, evaluations giving `values` one after the other. Returns those that were not taken."""
+    """Trains to `steps`, evaluations giving `values` one after the other. Returns those that were not taken.
+
+    Implicit host reads fail, as on an accelerator.
+    """
     left = list(values)
     monkeypatch.setattr(periodic.scores, "score", lambda *args: {"accuracy": 0.5, "fd": left.pop(0)})
     changed = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=steps))
-    loop.train(changed, str(workdir))
+    with no_implicit_reads():
+        loop.train(changed, str(workdir))
     return left
 
 
@@ -79,23 +90,63 @@ def test_the_best_is_kept_beside_the_latest_across_restarts(
     assert steps == [24, 20] and (best["step"], best["value"]) == (20, 0.5)
 
 
+def save(checkpoints, step, value=None, of=dict(metric="fd")):
+    checkpoints.save(step, {"x": np.arange(3)}, position=0)
+    if value is not None:
+        checkpoints.record_evaluation(step, value, of)
+
+
 def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
-    state = {"x": np.arange(3)}
-    best = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}
-    for step, of in best.items():
-        checkpoints.save(step, state, position=0, best={"step": of, "value": 0.0, "of": {}})
-    checkpoints.wait()
-    assert checkpoints.steps() == [5, 4]
+    for step, value in {1: 5.0, 2: 6.0, 3: 7.0, 4: 2.0, 5: 3.0}.items():
+        save(checkpoints, step, value)
     checkpoints.close()
+    assert checkpoints.steps() == [5, 4]
     again = Checkpoints(tmp_path, CheckpointConfig(keep=2))
     assert again.best(5)["step"] == 4
-    again.save(6, state, position=0, best={"step": 4, "value": 0.0, "of": {}})
-    again.save(7, state, position=0, best={"step": 7, "value": -1.0, "of": {}})
-    again.wait()
-    # 6 was saved when 4 was the best.
-    assert again.steps() == [7, 6, 4] and again.best(6)["step"] == 4 and again.best()["step"] == 7
+    save(again, 6)
+    save(again, 7, -1.0)
     again.close()
+    # The best one up to 6 is 4.
+    assert again.steps() == [7, 6, 4] and again.best(6)["step"] == 4 and again.best()["step"] == 7
+    shutil.rmtree(tmp_path / "checkpoints" / "7")
+    again = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    again.go_back(6)
+    assert again.best()["step"] == 4 and not again.is_evaluated(7, dict(metric="fd"))
+    # What is best starts anew where values cannot be compared.
+    save(again, 8, 9.0, dict(metric="fd", num_images=2))
+    again.close()
+    assert again.best()["step"] == 8
+
+
+@pytest.mark.parametrize("metric", ["fd", "accuracy"])
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, metric):
+    checkpoints, of = Checkpoints(tmp_path, CheckpointConfig()), dict(metric=metric)
+    assert not checkpoints.is_best(1, np.nan, of)
+    checkpoints.record_evaluation(1, np.nan, of)
+    for step, value in {2: 0.5, 3: np.nan}.items():
+        assert checkpoints.is_best(step, value, of) == (step == 2)
+        save(checkpoints, step, value, of)
+    checkpoints.close()
+    assert checkpoints.best()["step"] == 2
+    assert is_better(metric, 0.5, np.nan) and not is_better(metric, np.nan, 0.5)
+
+
+def test_the_best_of_an_older_version_is_found_and_kept(tmp_path):
+    """It was saved inside of the checkpoint."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    for step in (4, 8):
+        save(checkpoints, step, 1.0 * step)
+    checkpoints.close()
+    (tmp_path / "evaluations.json").unlink()
+    data = tmp_path / "checkpoints" / "8" / "data" / "metadata"
+    data.write_text(json.dumps({"position": 0, "best": {"step": 4, "value": 4.0, "of": dict(metric="fd")}}))
+    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).best(8)["step"] == 4
+    again = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    again.go_back(8)
+    save(again, 12, 5.0)
+    again.close()
+    assert again.steps() == [12, 4]
 
 
 def test_evaluator_scores_what_is_sampled(two_devices):
@@ -111,9 +162,73 @@ def test_evaluator_scores_what_is_sampled(two_devices):
     np.testing.assert_allclose(scores["fd"], expected["fd"], rtol=2e-2)
 
 
+PAIRS = tiny_config(
+    data=dict(source="digit_pairs", image_width=16, num_classes=100), text=dict(tokenizer="bytes", max_tokens=13),
+    model=dict(class_dropout=1.0), evaluation=dict(eval_every=1, num_images=40, metric="accuracy"),
+)
+
+
+def evaluate_with(config, draw, monkeypatch):
+    """The scores of an Evaluator whose images are `draw(labels, text)`."""
+    monkeypatch.setattr(
+        periodic, "generate_images", lambda _, sampler, params, labels, *rest, text=None, **kwargs: draw(labels, text)
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    return periodic.Evaluator(config, mesh)({"w": np.zeros(1, np.float32)})
+
+
+def test_models_of_text_are_evaluated_by_captions_and_no_class(monkeypatch):
+    config = experiment.from_dict(PAIRS)
+    held_out, decode = digit_pairs("held_out_digits"), make_tokenizer(config.text).decode
+    of_caption = {held_out[i]["caption"]: held_out[i]["image"] for i in range(0, len(held_out), 50)}
+    prompts = []
+
+    def draw(labels, text):
+        assert labels.tolist() == [100] * 40, "a class that no text came with in training"
+        prompts.extend(decode([int(token) for token in slots if token > END]) for slots in text)
+        return np.stack([to_uint8(of_caption[prompt]) for prompt in prompts])
+
+    scores = evaluate_with(config, draw, monkeypatch)
+    assert set(scores) == {"accuracy", "left", "right"} and scores["accuracy"] > 0.9
+    assert len(set(prompts)) > 20
+
+
+def test_models_that_saw_no_class_are_sampled_without(monkeypatch):
+    values = tiny_config(model=dict(class_dropout=1.0), evaluation=dict(eval_every=1, num_images=30))
+    seen = []
+
+    def draw(labels, text):
+        seen.append((labels, text))
+        return to_uint8(digits("train").images[:30])
+
+    scores = evaluate_with(experiment.from_dict(values), draw, monkeypatch)
+    ((labels, text),) = seen
+    assert labels.tolist() == [10] * 30 and text is None and set(scores) == {"fd"}
+
+
+@pytest.mark.parametrize("data", [{}, PAIRS["data"], dict(source="moving_digits", image_size=16, frames=2)])
+def test_every_declared_pixel_metric_is_measured_and_has_a_direction(data):
+    data = DataConfig(**dict(source="digits") | data)
+    longer = (2 * data.frames,) if data.frames > 1 else ()
+    samples = np.zeros((4, *longer, *data.shape[-3:]), np.uint8)
+    assert set(score(data, samples, np.zeros(4, int))) == set(pixel_metrics(data)) <= set(SCORES)
+    # Of no class in particular, what compares samples with their classes is left out.
+    of_classes = {"accuracy", "accuracy_beyond", "left", "right"}
+    assert of_classes <= set(HIGHER_IS_BETTER)
+    without = set(pixel_metrics(data)) - of_classes
+    if without:
+        assert set(score(data, samples, np.full(4, data.num_classes))) == without
+    else:
+        with pytest.raises(InputError, match="scored by their classes or prompts"):
+            score(data, samples, np.full(4, data.num_classes))
+
+
 @pytest.mark.parametrize(
     ("sections", "field"),
     [
+        (dict(evaluation=dict(metric="fd"), **{k: PAIRS[k] for k in ("data", "text", "model")}), "metric"),
+        (dict(evaluation=dict(metric="left", eval_every=1)), "metric"),
+        (dict(evaluation=dict(metric="accuracy", eval_every=1), model=dict(class_dropout=1.0)), "metric"),
         (dict(evaluation=dict(metric="accuracy", eval_every=1), data=dict(source="arrays", path="x")), "metric"),
         (dict(evaluation=dict(metric="fid", inception="no", reference="no.npz", eval_every=1)), "reference"),
         (dict(evaluation=dict(metric="inception_score", inception="no", eval_every=1)), "inception"),

@@ -14,9 +14,10 @@ from causalfusion_jax import experiment, sharding
 from causalfusion_jax.diffusion import DiffusionConfig
 from causalfusion_jax.errors import InputError
 from causalfusion_jax.factorization import FactorizationConfig, draw_plan, num_visible_clean_of_batch
+from causalfusion_jax.training import state as state_lib
 from causalfusion_jax.training.objective import diffusion_loss, example_keys
 from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from causalfusion_jax.training.state import compile_train_step, create_state, init_state, train_step
+from causalfusion_jax.training.state import TrainState, compile_train_step, create_state, init_state, train_step
 from causalfusion_jax.training.trimming import LengthOfStep, expected_flops, with_length
 
 CONFIG = experiment.from_dict(tiny_config())
@@ -78,7 +79,9 @@ def test_nonfinite_gradients_are_skipped_and_counted():
     state, batch = start()
     bad = batch | {"image": batch["image"].at[0, 0, 0, 0].set(jnp.nan)}
     after, metrics = step_of(CONFIG)(state, bad, KEY)
-    assert float(metrics["nonfinite_steps"]) == 1
+    assert float(metrics.pop("nonfinite_steps")) == 1
+    # Nothing that would hide the other steps of an interval.
+    assert not any(np.any(np.asarray(value)) for value in metrics.values())
     for name in ("params", "ema", "opt_state"):
         assert_trees_equal(getattr(after, name), getattr(state, name))
     assert (int(after.step), int(after.nonfinite_run)) == (1, 1)
@@ -88,6 +91,22 @@ def test_nonfinite_gradients_are_skipped_and_counted():
     assert (int(after.nonfinite_run), int(after.nonfinite_worst)) == (0, 2)
     assert float(metrics["nonfinite_steps"]) == 0
     assert (np.asarray(after.params["token_in"]["kernel"]) != np.asarray(state.params["token_in"]["kernel"])).any()
+
+
+def test_the_logged_learning_rate_is_that_of_the_update(monkeypatch):
+    """Skipped steps do not count in the schedule: the third step is the first of the warm-up."""
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=10, weight_decay=0.0)
+    config = dataclasses.replace(CONFIG, optimizer=optimizer).step
+    params = {"w": {"kernel": jnp.ones((2, 2))}}
+    zero, moments = jnp.zeros((), jnp.int32), make_optimizer(optimizer, config.total_steps).init(params)
+    state, batch = TrainState(zero, params, params, moments, zero, zero), {"label": jnp.zeros(2, jnp.int32)}
+    for gradient in (jnp.nan, jnp.nan, 1.0):
+        grads = jax.tree.map(lambda leaf, gradient=gradient: gradient * leaf, params)
+        monkeypatch.setattr(state_lib, "_gradients", lambda *args, grads=grads: (grads, {"loss": jnp.zeros(())}))
+        state, metrics = train_step(config, state, batch, KEY)
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
+    # Adam's first step is the rate itself.
+    np.testing.assert_allclose(1.0 - state.params["w"]["kernel"], 1e-3, rtol=1e-3)
 
 
 def test_binned_errors_add_up():

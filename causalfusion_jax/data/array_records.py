@@ -1,0 +1,36 @@
+"""Records of ArrayRecord files, and which errors of reading them are the system's."""
+
+import errno
+import os
+import re
+from collections.abc import Sequence
+
+from causalfusion_jax import files
+
+_FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]*)")
+"""How Riegeli, which reads the files, reports a system call: `open() failed: Too many open files; opening ...`"""
+
+
+def read_record(records: Sequence[bytes], index: int) -> bytes:
+    """A record as bytes.
+
+    Args:
+      records: an ArrayRecordDataSource, which raises RuntimeError for everything.
+      index: which.
+
+    Raises:
+      OSError: the system could not read it.
+      RuntimeError: it is damaged.
+    """
+    return files.retry_io(lambda: _read(records, index))
+
+
+def _read(records: Sequence[bytes], index: int) -> bytes:
+    try:
+        return records[index]
+    except RuntimeError as error:
+        failed = _FAILED_CALL.search(str(error))
+        if failed is None:
+            raise
+        known = {os.strerror(number): number for number in errno.errorcode}
+        raise OSError(known.get(failed[1].strip(), errno.EIO), str(error)) from None

@@ -1,0 +1,66 @@
+"""What identifies the examples of a source, so that work on some is not continued on others."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from causalfusion_jax import files
+from causalfusion_jax.data.batches import InThreads
+from causalfusion_jax.data.sources import CorruptRecord, Listing, record_error
+
+MAX_SIZES, MAX_EXAMPLES = 4096, 64
+"""Of more files, sizes are those of so many evenly spaced ones (on a mounted bucket each is a request);
+of examples without a listing, so many evenly spaced ones are compared."""
+
+
+def fingerprint(source: Any) -> str:
+    """SHA-256 of a source's listing, the same wherever the same data lie.
+
+    Args:
+      source: of examples; without `listing()`, a sample of the examples themselves is compared.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+    digest = hashlib.sha256(json.dumps([len(source), list(source.class_names)]).encode())
+    for item in _listed(source.listing()) if hasattr(source, "listing") else _sample(source):
+        digest.update(json.dumps(item).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _listed(listing: Listing) -> Iterable[Any]:
+    """Details, the names of all files and the sizes of at most MAX_SIZES of them."""
+    yield from listing.details
+    yield from (path.relative_to(listing.root).as_posix() for path in listing.paths)
+    yield from InThreads(_sizes, 16)([listing.paths[i] for i in _spaced(len(listing.paths), MAX_SIZES)])
+
+
+def _sizes(path: pathlib.Path) -> list:
+    """The size of a file, or the names and sizes of those of a folder."""
+    try:
+        if path.is_dir():
+            return [[file.name, file.stat().st_size] for file in sorted(path.iterdir())]
+        return [files.retry_io(path.stat).st_size]
+    except OSError as error:
+        raise record_error("data.path", str(path), error) from None
+
+
+def _sample(source: Any) -> Iterable[list]:
+    """Checksums of MAX_EXAMPLES examples."""
+    for index in _spaced(len(source), MAX_EXAMPLES):
+        try:
+            example = source[index]
+        except CorruptRecord as error:
+            yield [error.allowed]
+            continue
+        arrays = {name: np.asarray(values) for name, values in example.items()}
+        yield [[name, hashlib.sha256(values.tobytes()).hexdigest()] for name, values in sorted(arrays.items())]
+
+
+def _spaced(num: int, most: int) -> list[int]:
+    """At most `most` of 0..num-1, evenly spaced."""
+    return sorted({i * num // most for i in range(most)}) if num > most else list(range(num))

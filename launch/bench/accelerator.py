@@ -1,0 +1,438 @@
+"""What accelerator.sh runs: measurements in child processes, their results kept in a folder.
+
+This process never touches a device, as a TPU serves one process at a time. It imports
+the standard library alone, so that it can say which packages are missing.
+"""
+
+import argparse
+import configparser
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+BENCH = pathlib.Path("launch") / "bench"
+LIMIT_SECONDS = 570.0
+"""Of one child process."""
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Largest error of attention, relative to the largest value."""
+NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|Ran out of memory|exceeds available memory")
+XL = "configs/imagenet_causalfusion.py:XL"
+
+
+class Failed(Exception):
+    """A measurement did not end well; the message is one line."""
+
+
+class OutOfMemory(Failed):
+    """A program does not fit into the device's memory."""
+
+
+# --- Before anything runs ---------------------------------------------------------
+
+
+def missing_packages(requirements: str, version_of: Callable[[str], str] = importlib.metadata.version) -> list[str]:
+    """What of `install_requires` is not installed, or too old.
+
+    Args:
+      requirements: its lines, NAME>=VERSION with an optional marker; comments and blank lines are passed over.
+      version_of: the installed version of a package; raises PackageNotFoundError.
+    """
+    missing = []
+    for line in requirements.splitlines():
+        requirement = line.partition(";")[0].strip()
+        if not requirement or requirement.startswith("#"):
+            continue
+        name, _, least = requirement.partition(">=")
+        # Either variant of TensorFlow will do.
+        name, found = name.removesuffix("-cpu"), None
+        variants = [name, f"{name}-cpu"]
+        for variant in variants:
+            try:
+                found = found or version_of(variant)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        if found is None:
+            missing.append(f"{name}>={least} (not installed)")
+        elif _numbers(found) < _numbers(least):
+            missing.append(f"{name}>={least} (is {found})")
+    return list(dict.fromkeys(missing))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
+
+def install_requires() -> str:
+    """The project's requirements, as setup.cfg lists them."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup["options"]["install_requires"]
+
+
+# --- Running and keeping ----------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Bench:
+    """A folder of results.
+
+    Attributes:
+      out: the folder, absolute.
+      rehearse: small, on a CPU.
+      device: `platform`, `device`, `devices`, `jax`.
+    """
+
+    out: pathlib.Path
+    rehearse: bool
+    device: dict = dataclasses.field(default_factory=dict)
+
+    def env(self, **changes: str) -> dict[str, str]:
+        """The environment of child processes: this checkout; programs once compiled are kept."""
+        env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.out / "compiled")),
+        }
+        return env | ({"JAX_PLATFORMS": "cpu"} if self.rehearse else {}) | changes
+
+    def log(self, name: str) -> pathlib.Path:
+        """File for what a child prints."""
+        path = self.out / "logs" / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def kept(self, name: str, measure: Callable[[], dict]) -> dict:
+        """The result of `measure()`, taken from the folder where it is there."""
+        path = self.out / "measured" / f"{name}.json"
+        if path.is_file():
+            return json.loads(path.read_text())
+        print(f"{name} ...", flush=True)
+        start = time.perf_counter()
+        result = measure()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        write(path, json.dumps(result))
+        return result
+
+    def child(self, name: str, *args: str, **env: str) -> str:
+        """What a Python child process prints on stdout.
+
+        Raises:
+          OutOfMemory: its program does not fit into the device's memory.
+          Failed: it ended with another status than 0, or took longer than LIMIT_SECONDS.
+        """
+        log = self.log(name)
+        try:
+            done = subprocess.run(
+                [sys.executable, *map(str, args)], cwd=ROOT, env=self.env(**env), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{name}: took longer than {LIMIT_SECONDS:.0f} s") from None
+        log.write_text(f"$ python {' '.join(map(str, args))}\n{done.stdout}{done.stderr}")
+        if done.returncode:
+            check_memory(name, done.stderr)
+            raise Failed(f"{name}: exit status {done.returncode}; see {log}")
+        return done.stdout
+
+    def rows(self, name: str, script: str, *args: str) -> list[dict]:
+        """The rows of a benchmark's table."""
+        printed = self.child(name, BENCH / script, *args)
+        return json.loads(next(line for line in printed.splitlines() if line.startswith("{")))["rows"]
+
+
+def check_memory(name: str, printed: str) -> None:
+    """Raises OutOfMemory where a child that failed says so."""
+    if NO_MEMORY.search(printed):
+        raise OutOfMemory(f"{name}: does not fit into the device's memory")
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+DEVICE = """
+import json, jax
+found = jax.devices()
+print(json.dumps({"platform": found[0].platform, "device": found[0].device_kind, "devices": len(found),
+                  "jax": jax.__version__}))
+"""
+
+
+# --- The parts --------------------------------------------------------------------
+#
+# Each returns the rows of its table; `ok` in a row says whether a check passed.
+
+
+def digits(bench: Bench) -> list[dict]:
+    """Training with saves, grids and evaluations: in one go, and killed and resumed."""
+    steps, every = (30, 6) if bench.rehearse else (2300, 250)
+    flags = [
+        "--config=configs/digits.py", f"--config.train.steps={steps}", f"--config.checkpoint.every={every}",
+        f"--config.logging.sample_every={2 * every}", f"--config.evaluation.eval_every={2 * every}",
+        f"--config.logging.every={every // 6 or 1}",
+    ]
+    if bench.rehearse:
+        flags += [
+            "--config.model.hidden=32", "--config.model.heads=2", "--config.train.batch_size=8",
+            "--config.optimizer.warmup_steps=3", "--config.evaluation.num_images=20",
+            "--config.sampling.solver_steps=4",
+        ]
+    num = 20 if bench.rehearse else 500
+    whole, killed = (bench.out / "digits" / name for name in ("whole", "killed"))
+    rows = [bench.kept("digits_whole", lambda: {"run": "whole"} | trained(bench, "digits_whole", flags, whole))]
+    stop = bench.kept("digits_kill", lambda: kill_training(bench, "digits_kill", flags, killed, steps // 2))
+    rows.append(bench.kept("digits_killed", lambda: {
+        "run": "killed and resumed", **stop, **trained(bench, "digits_killed", flags, killed),
+    }))  # fmt: skip
+    for row, workdir in zip(rows, (whole, killed), strict=True):
+        row |= bench.kept(f"digits_{workdir.name}_scores", lambda workdir=workdir: scores(bench, workdir, num))
+        # A kill loses what came after the newest checkpoint, at most one that was being written.
+        row["ok"] = row.get("resumed at", 0) >= row.get("killed at", 0) - 2 * every
+    same = bench.kept("digits_same", lambda: compare(bench, whole, killed))
+    return [*rows, {"run": "difference", **same}]
+
+
+def trained(bench: Bench, name: str, flags: list[str], workdir: pathlib.Path) -> dict:
+    """Trains to the end; what the run says of itself."""
+    start = time.perf_counter()
+    printed = bench.child(name, "-m", "causalfusion_jax.train", *flags, f"--workdir={workdir}", **deterministic(bench))
+    seconds = time.perf_counter() - start
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    resumed = re.search(r"resuming .* at step (\d+)", printed)
+    return {
+        **({"resumed at": int(resumed[1])} if resumed else {}),
+        "seconds": round(seconds, 1),
+        "steps/s": round([line for line in lines if "loss" in line][-1]["steps_per_second"], 1),
+        "loss": round([line for line in lines if "loss" in line][-1]["loss"], 5),
+        "grids": len(list((workdir / "samples").glob("*.png"))),
+        "evaluations": len({line["step"] for line in lines if "evaluation/fd" in line}),
+    }
+
+
+def deterministic(bench: Bench) -> dict[str, str]:
+    """Environment in which a GPU adds in the same order every time."""
+    if bench.device.get("platform") != "gpu":
+        return {}
+    flags = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+
+
+def kill_training(bench: Bench, name: str, flags: list[str], workdir: pathlib.Path, step: int) -> dict:
+    """Trains until `step` is logged, then kills it."""
+    with bench.log(name).open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "causalfusion_jax.train", *flags, f"--workdir={workdir}"], cwd=ROOT,
+            env=bench.env(**deterministic(bench)), stdout=subprocess.PIPE, stderr=log, text=True,
+        )
+        reached = 0
+        for line in process.stdout:
+            found = re.match(r"step +(\d+)/", line)
+            reached = int(found[1]) if found else reached
+            if reached >= step:
+                break
+        process.kill()
+        process.communicate()
+    if process.returncode != -signal.SIGKILL:
+        raise Failed(f"{name}: ended by itself with status {process.returncode}; see {bench.log(name)}")
+    return {"killed at": reached}
+
+
+def scores(bench: Bench, workdir: pathlib.Path, num: int) -> dict:
+    """Samples a run and scores the samples."""
+    out, name = workdir / "end", f"digits_{workdir.name}"
+    quick = ["--solver_steps=4"] if bench.rehearse else []
+    run = ("-m", "causalfusion_jax.sample", f"--workdir={workdir}", f"--num={num}", f"--out={out}", *quick)
+    bench.child(f"{name}_sample", *run, **deterministic(bench))
+    flags = (f"--workdir={workdir}", f"--samples={out / 'samples.npz'}")
+    found = bench.child(f"{name}_evaluate", "-m", "causalfusion_jax.evaluate", *flags)
+    return {key: round(json.loads(found)[key], 4) for key in ("accuracy", "fd")}
+
+
+def compare(bench: Bench, whole: pathlib.Path, killed: pathlib.Path) -> dict:
+    """How the ends of two runs differ; `ok` where the weights are all but the same."""
+    printed = bench.child("digits_same", BENCH / "compare_runs.py", whole, killed, JAX_PLATFORMS="cpu")
+    found = json.loads(printed)
+    found["samples identical"] = (whole / "end" / "samples.npz").read_bytes() == (
+        killed / "end" / "samples.npz"
+    ).read_bytes()
+    return found | {"ok": found["relative difference of weights"] < 1e-2}
+
+
+def attention(bench: Bench) -> list[dict]:
+    """Attention in tiles beside dense attention."""
+    lengths, rounds = ((64,), 1) if bench.rehearse else ((256, 1024, 4096), 10)
+    rows = []
+    for tokens in lengths:
+        for dtype, tolerance in TOLERANCES.items():
+            flags = [f"--tokens={tokens}", f"--block={tokens // 4}", f"--dtype={dtype}", f"--rounds={rounds}"]
+            name = f"attention_{tokens}_{dtype}"
+            measured = bench.kept(name, lambda name=name, flags=flags: {
+                "rows": bench.rows(name, "attention.py", "--values", *flags)
+            })["rows"]  # fmt: skip
+            for row in measured:
+                row["ok"] = max(row["error of outputs"], row["error of gradients"]) <= tolerance
+            rows += measured
+    return rows
+
+
+def small_network(bench: Bench) -> list[str]:
+    """Flags that make XL a network for a rehearsal."""
+    sizes = {"layers": 2, "hidden": 32, "heads": 2, "num_condition_tokens": 4, "dtype": "float32"}
+    network = [f"--config.model.{name}={value}" for name, value in sizes.items()]
+    return [*network, "--config.data.image_size=4"] if bench.rehearse else []
+
+
+def step(bench: Bench) -> list[dict]:
+    """The training step at growing batch sizes, until one does not fit."""
+    batches = (4, 8) if bench.rehearse else (16, 32, 64, 128, 256)
+    rows = []
+    for way in ("flash", "dense"):
+        for batch in batches:
+            batch *= bench.device["devices"]
+            name = f"step_{way}_{batch}"
+            flags = [
+                f"--config={XL}", *small_network(bench), f"--attention={way}", f"--config.train.batch_size={batch}",
+                "--config.train.grad_accum_steps=1", "--steps=2", f"--rounds={1 if bench.rehearse else 3}",
+            ]
+            found = fitting(bench, name, "train_step.py", flags)
+            if not found:
+                rows.append({"attention": way, "batch": batch, "fits": False})
+                break
+            rows += [{**row, "fits": True} for row in found]
+    return rows
+
+
+def fitting(bench: Bench, name: str, script: str, flags: list[str]) -> list[dict]:
+    """The rows of a benchmark; none where its program does not fit into the device's memory."""
+    def measure() -> dict:
+        try:
+            return {"rows": bench.rows(name, script, *flags)}
+        except OutOfMemory:
+            return {"rows": []}
+
+    return bench.kept(name, measure)["rows"]
+
+
+def sampler(bench: Bench) -> list[dict]:
+    """The sampler at growing numbers of images, until one does not fit."""
+    rows = []
+    for num in (2, 4) if bench.rehearse else (16, 64, 256):
+        num *= bench.device["devices"]
+        flags = [
+            f"--config={XL}", *small_network(bench), f"--num={num}", "--ar_steps=1,8",
+            "--config.sampling.cfg_scale=1.5", f"--config.sampling.solver_steps={2 if bench.rehearse else 25}",
+            "--rounds=1",
+        ]
+        found = fitting(bench, f"sampler_{num}", "sampler.py", flags)
+        if not found:
+            rows.append({"images": num, "fits": False})
+            break
+        rows += [{**row, "fits": True} for row in found]
+    return rows
+
+
+PARTS = {"digits": digits, "attention": attention, "step": step, "sampler": sampler}
+
+
+# --- The whole --------------------------------------------------------------------
+
+
+def run_part(bench: Bench, name: str) -> dict:
+    """A part's record, taken from the folder where it is there."""
+    path = bench.out / "parts" / f"{name}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    rows = PARTS[name](bench)
+    record = {"part": name, **bench.device, "rehearsal": bench.rehearse, "ok": all_ok(rows), "rows": rows}
+    write(path, json.dumps(record))
+    return record
+
+
+def all_ok(rows: list[dict]) -> bool:
+    """Whether every check passed, and something fits."""
+    return all(row.get("ok", True) for row in rows) and any(row.get("fits", True) for row in rows)
+
+
+def write_results(bench: Bench) -> None:
+    """results.md and results.jsonl of the parts that are there."""
+    from common import table
+
+    paths = [bench.out / "parts" / f"{name}.json" for name in PARTS]
+    records = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    where = "{devices} x {device}, jax {jax}".format(**bench.device)
+    text = f"# {where}{' (a rehearsal in small on a CPU)' if bench.rehearse else ''}\n"
+    for record in records:
+        text += f"\n## {record['part']}: {'ok' if record['ok'] else 'FAILED'}\n\n{table(record['rows'])}\n"
+    write(bench.out / "results.md", text)
+    write(bench.out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def open_folder(bench: Bench) -> None:
+    """Notes the device; results of two devices, or of a rehearsal and a run, do not mix."""
+    bench.device = json.loads(bench.child("device", "-c", DEVICE).splitlines()[-1])
+    if bench.device["platform"] == "cpu" and not bench.rehearse:
+        fail(
+            "jax finds no accelerator here, only a CPU. Is its plugin installed (. launch/setup_env.sh cuda, or tpu)?"
+            " --rehearse runs everything in small on a CPU"
+        )
+    path = bench.out / "device.json"
+    noted = bench.device | {"rehearsal": bench.rehearse}
+    if path.is_file() and json.loads(path.read_text()) != noted:
+        fail(f"--out={bench.out}: holds results of {path.read_text()}; give another folder")
+    write(path, json.dumps(noted))
+
+
+def fail(message: str) -> None:
+    """Ends the process with one line and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; see --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the parts; the exit status."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", default="accelerator")
+    parser.add_argument("--part", choices=[*PARTS])
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args(argv)
+    missing = missing_packages(install_requires())
+    if missing:
+        fail(
+            f"{sys.executable} lacks {', '.join(missing)}. Install the project:"
+            " `. launch/setup_env.sh cuda` on a machine with NVIDIA GPUs, `. launch/setup_env.sh tpu` on a TPU VM"
+        )
+    bench = Bench(pathlib.Path(args.out).absolute(), args.rehearse)
+    open_folder(bench)
+    status = 0
+    for name in [args.part] if args.part else PARTS:
+        try:
+            record = run_part(bench, name)
+        except Failed as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+            continue
+        status = status or int(not record["ok"])
+        write_results(bench)
+    print((bench.out / "results.md").read_text() if (bench.out / "results.md").is_file() else "no results")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

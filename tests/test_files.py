@@ -1,0 +1,31 @@
+"""Files written whole or not at all."""
+
+import errno
+import io
+import os
+
+import pytest
+
+from causalfusion_jax import files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "grid.png"
+    with files.replacing(path) as part:
+        part.write_bytes(b"old")
+        assert not path.exists()
+    with pytest.raises(ValueError), files.replacing(path) as part:
+        part.write_bytes(b"ne")
+        raise ValueError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_an_error_of_writing_names_the_file_that_was_to_be(tmp_path):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(OSError) as raised, files.replacing(path) as part:
+        part.write_bytes(b"")
+        with open("/dev/full", "wb") as full:
+            full.write(b"x" * io.DEFAULT_BUFFER_SIZE)
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
