@@ -84,6 +84,17 @@ def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
             assert np.abs(np.subtract(group[0].coords, group[-1].coords)).sum() == (1 if parts == 2 else 2)
 
 
+@pytest.mark.parametrize(("name", "meshes"), [("v5e:4x4", 1), ("v5e:4x8", 4), ("v6e:8x8", 1), ("v5p:2x2x4", 1)])
+def test_a_host_of_a_slice_has_programs_of_its_own(name, meshes):
+    """Some compilers refuse a program of several devices of a slice, but not all."""
+    topology = hardware.topology(name)
+    own = [device for device in program.devices(topology) if device.process_index == 0]
+    found = sharding.own_meshes(own, topology.devices)
+    assert len(found) == meshes and sum(mesh.size for mesh in found) == len(own) == 4
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(found[0]))
+    jax.jit(lambda x: x + 1).lower(x).compile()
+
+
 def test_what_the_chip_has_is_asked_of_the_compiler():
     assert 15 * GIB < compiler.hbm_limit(V5E) < 16 * GIB
     assert compiler.hbm_limit(hardware.topology("v4:2x2x1")) > 30 * GIB, "both cores of a chip are one device"
