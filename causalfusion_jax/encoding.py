@@ -35,7 +35,6 @@ from causalfusion_jax.lock import FolderLock
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, moments
 from causalfusion_jax.models.store import Converted
 from causalfusion_jax.models.transformer import Params
-from causalfusion_jax.sharding import MeshConfig
 
 FITTING_STD = (0.7, 1.4)
 """Standard deviations of scaled latents that the scaling factor is taken to fit."""
@@ -272,42 +271,45 @@ def _encode_views(vae: AutoencoderConfig, micro_batch: int, params: Params, imag
 
 
 def lower_encoder(
-    vae: AutoencoderConfig, data: DataConfig, settings: EncodeConfig, devices
+    vae: AutoencoderConfig, data: DataConfig, settings: EncodeConfig, devices, slice_devices: int
 ) -> jax.stages.Lowered:
-    """The program that encodes a batch on the devices of a host, to be compiled.
+    """The program that encodes a batch, or a device's part of it, on the devices of a host, to be compiled.
 
     Args:
       vae: the autoencoder.
       data: the images, as of `pixel_data`.
       settings: how many at a time.
-      devices: of one host.
+      devices, slice_devices: as of `sharding.own_meshes`.
     """
-    mesh = sharding.make_mesh(MeshConfig(data=-1), devices)
+    meshes = sharding.own_meshes(devices, slice_devices)
+    mesh, batch_size = meshes[0], settings.batch_size // len(meshes)
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract_autoencoder(vae)[1]
     )
-    images = jax.ShapeDtypeStruct((settings.batch_size, *data.shape), np.float32, sharding=split)
-    return _encode_views.lower(vae, settings.micro_batch * len(devices), params, images)
+    images = jax.ShapeDtypeStruct((batch_size, *data.shape), np.float32, sharding=split)
+    return _encode_views.lower(vae, settings.micro_batch * mesh.size, params, images)
 
 
 class _Encoder:
     """Images to the two Gaussians of each, upright and mirrored, over the devices of this host."""
 
     def __init__(self, converted: Converted, vae: AutoencoderConfig, data: DataConfig, settings, devices):
-        mesh = sharding.make_mesh(MeshConfig(data=-1), devices)
-        self.batch_size, self.where = settings.batch_size, sharding.batch_sharding(mesh)
         params = jax.device_get(converted.params(abstract_autoencoder(vae)[1]))
-        self.params = jax.device_put(params, sharding.replicated(mesh))
-        self._run = functools.partial(_encode_views, vae, settings.micro_batch * len(devices))
+        self.batch_size, self._devices = settings.batch_size, sharding.OwnDevices(params, devices)
+        each = len(devices) // self._devices.count
+        self._run = functools.partial(_encode_views, vae, settings.micro_batch * each)
 
-    def __call__(self, images: np.ndarray) -> jax.Array:
-        """Mean and std, bfloat16 [batch, 2 (mean, std), 2 (flips), (frames,) h, w, channels], as they get ready."""
+    def __call__(self, images: np.ndarray) -> list[jax.Array]:
+        """Mean and std, bfloat16 [batch, 2 (mean, std), 2 (flips), (frames,) h, w, channels], as they get ready.
+
+        In parts, as of `OwnDevices.run`.
+        """
         filled = np.zeros((self.batch_size, *images.shape[1:]), np.float32)
         filled[: len(images)] = images
         # Of a batch, its images alone are moved to the devices.
         with jax.transfer_guard("disallow"):
-            return self._run(self.params, jax.device_put(filled, self.where))
+            return self._devices.run(self._run, filled)
 
 
 def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
@@ -361,12 +363,12 @@ def _ahead(batches: Iterator[dict[str, Any]], encoder: _Encoder) -> Iterator[tup
     waiting = None
     for batch in batches:
         images = batch.pop("image")
-        encoded = encoder(images) if images is not None else np.zeros((0, 1), ml_dtypes.bfloat16)
+        encoded = encoder(images) if images is not None else [np.zeros((0, 1), ml_dtypes.bfloat16)]
         if waiting is not None:
-            yield waiting[0], np.asarray(jax.device_get(waiting[1]))
+            yield waiting[0], sharding.joined(waiting[1])
         waiting = (batch, encoded)
     if waiting is not None:
-        yield waiting[0], np.asarray(jax.device_get(waiting[1]))
+        yield waiting[0], sharding.joined(waiting[1])
 
 
 def _statistics(encoded: np.ndarray) -> dict[str, Any] | None:

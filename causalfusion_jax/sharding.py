@@ -237,6 +237,57 @@ def rows_of_process(where: NamedSharding, num: int, process: int | None = None) 
     return np.flatnonzero(mine)
 
 
+WHOLE_SLICE_ONLY = {"TPU v5 lite": 32, "TPU v5e": 32}
+"""Chips of a slice from which its compiler refuses a program of several devices but not all ("limited ICI routing")."""
+
+
+def own_meshes(devices, slice_devices: int | None = None) -> list[Mesh]:
+    """Meshes of a host's devices, for programs that do not communicate: one of all, or where that cannot be, of each.
+
+    Args:
+      devices: of one host.
+      slice_devices: how many there are on all hosts; default: jax's.
+    """
+    slice_devices = slice_devices or jax.device_count()
+    least = WHOLE_SLICE_ONLY.get(devices[0].device_kind, math.inf)
+    groups = [[device] for device in devices] if len(devices) < slice_devices >= least else [devices]
+    return [make_mesh(MeshConfig(), group) for group in groups]
+
+
+class OwnDevices:
+    """A host's devices, which share batches of the host's own, each with all parameters.
+
+    Args:
+      params: host arrays.
+      devices: of this process.
+    """
+
+    def __init__(self, params, devices):
+        self._meshes = own_meshes(devices)
+        self._params = [place(params, replicated(mesh)) for mesh in self._meshes]
+
+    @property
+    def count(self) -> int:
+        """Parts of a batch that are computed by programs of their own."""
+        return len(self._meshes)
+
+    def run(self, compute: Callable, batch: np.ndarray) -> list:
+        """`compute(params, images)` of a batch that splits evenly over the devices; parts in their order.
+
+        Results are on the devices, as they get ready; see `joined`.
+        """
+        parts = np.split(batch, len(self._meshes))
+        return [
+            compute(params, place(part, batch_sharding(mesh)))
+            for params, part, mesh in zip(self._params, parts, self._meshes, strict=True)
+        ]
+
+
+def joined(parts: list):
+    """Results of `OwnDevices.run` on the host, with all rows."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(parts))
+
+
 class BatchShare:
     """A process's share of global batches.
 

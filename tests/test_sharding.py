@@ -138,3 +138,16 @@ def test_a_checkpoint_moves_between_meshes(tmp_path):
     whole = host_batches(source, config.data, 8, 0)[5]
     halves = [host_batches(source, config.data, 8, 0, rows)[5] for rows in np.split(np.arange(8), 2)]
     np.testing.assert_array_equal(np.concatenate([half["label"] for half in halves]), whole["label"])
+
+
+def test_a_hosts_devices_compute_a_batch_together_or_each_its_part(monkeypatch):
+    devices, params = jax.devices()[:2], {"scale": np.float32(3)}
+    batch = np.arange(8, dtype=np.float32).reshape(4, 2)
+    together = sharding.OwnDevices(params, devices)
+    monkeypatch.setattr(sharding, "WHOLE_SLICE_ONLY", {devices[0].device_kind: jax.device_count()})
+    each = sharding.OwnDevices(params, devices)
+    assert (together.count, each.count) == (1, 2)
+    for own in (together, each):
+        parts = own.run(lambda params, x: {"tripled": params["scale"] * x}, batch)
+        assert len(parts) == own.count
+        np.testing.assert_array_equal(sharding.joined(parts)["tripled"], 3 * batch)

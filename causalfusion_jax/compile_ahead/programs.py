@@ -137,9 +137,12 @@ def _host(spec: Spec) -> list:
     return [device for device in devices(spec.topology) if device.process_index == 0]
 
 
-def _host_mesh(spec: Spec) -> Mesh:
-    """Those devices, which share a batch."""
-    return sharding.make_mesh(sharding.MeshConfig(), _host(spec))
+def _of_host(spec: Spec, num: int, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, Mesh]:
+    """A batch of `num` uint8 images that a process scores on its own devices, or a part of it; and where it lies."""
+    own = _host(spec)
+    meshes = sharding.own_meshes(own, spec.topology.devices)
+    size = -(-num // len(own)) * len(own) // len(meshes)
+    return jax.ShapeDtypeStruct((size, *shape), np.uint8, sharding=sharding.batch_sharding(meshes[0])), meshes[0]
 
 
 def autoencoder_settings(folder: str, channels: int | None) -> tuple[AutoencoderConfig, list[str]]:
@@ -264,10 +267,7 @@ def _lower_decoder(spec: Spec, num: int):
 
 
 def _lower_inception(spec: Spec, num: int, part: str):
-    # Each process scores what its own devices made.
-    mesh = _host_mesh(spec)
-    where = sharding.batch_sharding(mesh)
-    images = jax.ShapeDtypeStruct((padded(num, mesh), *_pixels(spec.config)), np.uint8, sharding=where)
+    images, mesh = _of_host(spec, num, _pixels(spec.config))
     if part == "resize":
         return inception.lower_resize(images)
     return inception.lower_features(_placed(inception.abstract_inception()[1], sharding.replicated(mesh)), images)
@@ -281,7 +281,7 @@ def _lower_precision_recall(spec: Spec, part: str):
 
 
 def _lower_encoder(spec: Spec, vae: AutoencoderConfig, pixels, settings: encoding.EncodeConfig):
-    return encoding.lower_encoder(vae, pixels, settings, _host(spec))
+    return encoding.lower_encoder(vae, pixels, settings, _host(spec), spec.topology.devices)
 
 
 # --- After training ---------------------------------------------------------------
@@ -359,10 +359,8 @@ def _lower_predict(spec: Spec, step: finetune.FinetuneStep):
 
 
 def _lower_i3d(spec: Spec, part: str):
-    mesh = _host_mesh(spec)
     _, *size = _pixels(spec.config)
-    shape = (padded(video_metrics.BATCH_SIZE, mesh), video_metrics.VideoProtocol().frames, *size)
-    videos = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding.batch_sharding(mesh))
+    videos, mesh = _of_host(spec, video_metrics.BATCH_SIZE, (video_metrics.VideoProtocol().frames, *size))
     if part == "resize":
         return i3d.lower_resize(videos)
     return i3d.lower_logits(_placed(i3d.abstract_i3d()[1], sharding.replicated(mesh)), videos)

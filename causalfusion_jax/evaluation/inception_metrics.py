@@ -69,17 +69,15 @@ class Network:
         converted = open_converted(field, folder, (self.KIND,))
         devices = jax.local_devices() if devices is None else devices
         own = [device for device in devices if device.process_index == jax.process_index()]
-        mesh = sharding.make_mesh(sharding.MeshConfig(), own)
         self.fingerprint = converted.fingerprint
-        self._params = sharding.place(converted.params(self._shapes()), sharding.replicated(mesh))
-        self._split = sharding.batch_sharding(mesh)
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._devices = sharding.OwnDevices(converted.params(self._shapes()), own)
+        self._batch_size = -(-batch_size // len(own)) * len(own)
 
     def _shapes(self):
         """Its parameters as jax.ShapeDtypeStruct."""
         raise NotImplementedError
 
-    def _compute(self, images: jax.Array) -> dict[str, jax.Array]:
+    def _compute(self, params, images: jax.Array) -> dict[str, jax.Array]:
         """Features of uint8 [batch, (frames,) height, width, 3]."""
         raise NotImplementedError
 
@@ -107,12 +105,12 @@ class Network:
         # Filled up, so that one program serves all batches.
         filled = np.zeros((self._batch_size, *images.shape[1:-1], 3), np.uint8)
         filled[:len(images)] = images
-        found = self._compute(jax.device_put(filled, self._split))
-        return {name: found[name] for name in names}, len(images)
+        found = self._devices.run(self._compute, filled)
+        return [{name: part[name] for name in names} for part in found], len(images)
 
     @staticmethod
     def _fetch(features, num: int) -> Features:
-        return {name: values[:num] for name, values in jax.device_get(features).items()}
+        return {name: values[:num] for name, values in sharding.joined(features).items()}
 
 
 class Inception(Network):
@@ -123,8 +121,8 @@ class Inception(Network):
     def _shapes(self):
         return abstract_inception()[1]
 
-    def _compute(self, images: jax.Array) -> dict[str, jax.Array]:
-        return inception_features(self._params, images)
+    def _compute(self, params, images: jax.Array) -> dict[str, jax.Array]:
+        return inception_features(params, images)
 
 
 class Collected:

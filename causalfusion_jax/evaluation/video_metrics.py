@@ -66,8 +66,8 @@ class I3D(Network):
     def _shapes(self):
         return abstract_i3d()[1]
 
-    def _compute(self, images: jax.Array) -> dict[str, jax.Array]:
-        return {I3D_LOGITS: i3d_logits(self._params, images, self.resize)}
+    def _compute(self, params, images: jax.Array) -> dict[str, jax.Array]:
+        return {I3D_LOGITS: i3d_logits(params, images, self.resize)}
 
 
 class VideoReference:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+from types import SimpleNamespace
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
@@ -83,6 +84,17 @@ def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
             assert np.abs(np.subtract(group[0].coords, group[-1].coords)).sum() == (1 if parts == 2 else 2)
 
 
+@pytest.mark.parametrize(("name", "meshes"), [("v5e:4x4", 1), ("v5e:4x8", 4), ("v6e:8x8", 1), ("v5p:2x2x4", 1)])
+def test_a_host_of_a_slice_has_programs_of_its_own(name, meshes):
+    """Some compilers refuse a program of several devices of a slice, but not all."""
+    topology = hardware.topology(name)
+    own = [device for device in program.devices(topology) if device.process_index == 0]
+    found = sharding.own_meshes(own, topology.devices)
+    assert len(found) == meshes and sum(mesh.size for mesh in found) == len(own) == 4
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(found[0]))
+    jax.jit(lambda x: x + 1).lower(x).compile()
+
+
 def test_what_the_chip_has_is_asked_of_the_compiler():
     assert 15 * GIB < compiler.hbm_limit(V5E) < 16 * GIB
     assert compiler.hbm_limit(hardware.topology("v4:2x2x1")) > 30 * GIB, "both cores of a chip are one device"
@@ -128,6 +140,26 @@ def test_the_sampler_is_the_one_that_a_run_starts():
     assert "tpu_custom_call" in text and "manual_computation" in text
     with pytest.raises(InputError, match="give 4 or 8"):
         program.check(dataclasses.replace(spec, num=6))
+
+
+def test_a_program_that_cannot_be_partitioned_is_reported(tmp_path):
+    """Alike where tracing fails and where the compiler does."""
+    sent = []
+    lower = functools.partial(lower_without_shard_map, small_spec())
+    compiler._work(lower, str(tmp_path), SimpleNamespace(send=sent.append))
+    assert "Mosaic kernels cannot be automatically partitioned" in sent[-1]
+
+
+def lower_without_shard_map(spec):
+    """A kernel on an array that is split over devices, left to GSPMD."""
+    where = sharding.batch_sharding(spec.mesh())
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
+
+    def double(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    kernel = pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.jit(kernel, in_shardings=where, out_shardings=where).lower(x)
 
 
 # --- Whole programs ---------------------------------------------------------------
@@ -192,22 +224,3 @@ def test_all_programs_of_a_run_on_a_slice():
     step = next(p for p in record["programs"] if p["name"] == "training step")
     beside = evaluation["resident_bytes"]
     assert beside["training state"] + beside["batch"] == pytest.approx(step["hbm"]["arguments"], rel=0.01)
-
-
-@pytest.mark.slow
-def test_a_program_that_cannot_be_partitioned_is_named():
-    spec = small_spec(layers=1)
-    with pytest.raises(compiler.CompilerError, match="Mosaic kernels cannot be automatically partitioned"):
-        compiler.compile_lowered(functools.partial(lower_without_shard_map, spec), V5E)
-
-
-def lower_without_shard_map(spec):
-    """A kernel on an array that is split over devices, left to GSPMD."""
-    where = sharding.batch_sharding(spec.mesh())
-    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
-
-    def double(x_ref, o_ref):
-        o_ref[...] = 2 * x_ref[...]
-
-    kernel = pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return jax.jit(kernel, in_shardings=where, out_shardings=where).lower(x)
