@@ -44,6 +44,7 @@ def test_ends_differ_in_what_one_lacks_or_has_otherwise():
 def test_where_a_process_started_is_read_from_its_first_line():
     assert drill.started_at("warning\nresuming runs/at step 3 at step 12: 5 parameters\n") == 12
     assert drill.started_at("training in runs/a: 5 parameters\n") == 0
+    assert drill.started_at("runs/a is already trained to step 24\n") == 24
     assert drill.started_at("error: nothing\n") is None
 
 
