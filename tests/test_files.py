@@ -29,3 +29,18 @@ def test_an_error_of_writing_names_the_file_that_was_to_be(tmp_path):
             full.write(b"x" * io.DEFAULT_BUFFER_SIZE)
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("write() failed: No space left on device; at byte 0"),
+    ValueError("RESOURCE_EXHAUSTED: Failed to write 8 bytes: No space left on device [os_error_code='28']"),
+])  # fmt: skip
+def test_a_librarys_error_of_a_full_disk_becomes_one_of_the_system(error):
+    with pytest.raises(OSError) as raised, files.writing("latents/shard"):
+        raise error
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == "latents/shard"
+
+
+def test_other_errors_of_writing_stay_what_they_are():
+    with pytest.raises(ValueError, match="shapes differ"), files.writing("latents/shard"):
+        raise ValueError("shapes differ")

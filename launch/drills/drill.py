@@ -158,8 +158,8 @@ def finished(process: Process, what: str) -> Process:
 
 def started_at(output: str) -> int | None:
     """The step that a training process began with, by its own first line; None where it did not come so far."""
-    found = re.search(r"^(?:resuming .* at step (\d+):|training in )", output, re.M)
-    return None if found is None else int(found.group(1) or 0)
+    found = re.search(r"^(?:resuming .* at step (\d+):|.* already trained to step (\d+)$|training in )", output, re.M)
+    return None if found is None else int(found.group(1) or found.group(2) or 0)
 
 
 def reached(workdir: pathlib.Path) -> int:

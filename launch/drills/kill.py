@@ -78,7 +78,8 @@ class KilledRun:
                 break
         process = drill.train(self._workdir, self._flags)
         process.wait()
-        self._judge(process)
+        if self._judge(process) and self._unjudged:
+            raise RuntimeError(f"{self._workdir}: not to be judged:\n{process.output}")
 
     def _killed(self, kill: Kill) -> tuple[drill.Process, bool]:
         """A process that has ended, and whether it was killed."""

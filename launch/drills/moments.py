@@ -73,8 +73,10 @@ def fill_disk(folder: pathlib.Path, leave: int = 0) -> None:
 def at(moment: Moment, count: int, act: Callable[[], None]) -> Callable[[], None]:
     """What makes this process call `act` when a moment comes for the `count`th time, right before it."""
 
-    def fire():
+    def fire(source: str = ""):
         os.write(1, f"{FIRED}\n".encode())
+        if moment.half:
+            os.truncate(source, os.stat(source).st_size // 2)
         act()
 
     if moment.event == "call":
@@ -82,15 +84,15 @@ def at(moment: Moment, count: int, act: Callable[[], None]) -> Callable[[], None
     return lambda: sys.addaudithook(_hook(moment, count, fire))
 
 
-def _countdown(count: int, fire: Callable[[], None]) -> Callable[[], None]:
-    """A function that calls `fire` at its `count`th call."""
+def _countdown(count: int, fire: Callable[..., None]) -> Callable[..., None]:
+    """A function that calls `fire`, with its arguments, at its `count`th call."""
     left = count
 
-    def tick():
+    def tick(*args):
         nonlocal left
         left -= 1
         if left == 0:
-            fire()
+            fire(*args)
 
     return tick
 
@@ -110,8 +112,8 @@ def _patch(target: str, before: Callable[[], None]) -> None:
     setattr(owner, name, patched)
 
 
-def _hook(moment: Moment, count: int, fire: Callable[[], None]) -> Callable[[str, tuple[Any, ...]], None]:
-    """The audit hook of a moment."""
+def _hook(moment: Moment, count: int, fire: Callable[..., None]) -> Callable[[str, tuple[Any, ...]], None]:
+    """The audit hook of a moment; it calls `fire` with the event's first path."""
     pattern, is_deleting = re.compile(rf".*{moment.target}"), False
     come = _countdown(count, fire)
     removed = _countdown(moment.files_removed, come)
@@ -125,11 +127,9 @@ def _hook(moment: Moment, count: int, fire: Callable[[], None]) -> Callable[[str
         path = args[1] if event == "os.rename" else args[0]
         if not isinstance(path, (str, os.PathLike)) or not pattern.fullmatch(os.fspath(path)):
             return
-        if moment.half:
-            os.truncate(args[0], os.stat(args[0]).st_size // 2)
         if moment.files_removed:
             is_deleting = True
         else:
-            come()
+            come(args[0])
 
     return hook

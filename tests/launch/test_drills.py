@@ -44,6 +44,7 @@ def test_ends_differ_in_what_one_lacks_or_has_otherwise():
 def test_where_a_process_started_is_read_from_its_first_line():
     assert drill.started_at("warning\nresuming runs/at step 3 at step 12: 5 parameters\n") == 12
     assert drill.started_at("training in runs/a: 5 parameters\n") == 0
+    assert drill.started_at("runs/a is already trained to step 24\n") == 24
     assert drill.started_at("error: nothing\n") is None
 
 
@@ -89,7 +90,7 @@ def test_a_failed_command_must_name_file_and_reason_in_one_line(output, wrong):
 
 def test_a_moment_comes_at_its_event_and_count():
     come = []
-    hook = moments._hook(moments.COMMIT, 2, lambda: come.append(1))
+    hook = moments._hook(moments.COMMIT, 2, lambda *_: come.append(1))
     rename = lambda target: hook("os.rename", ("from", target, -1, -1))  # noqa: E731
     for target in ("/run/checkpoints/4/state", "/run/checkpoints/4", "/run/manifests/4"):
         rename(target)
@@ -103,16 +104,31 @@ def test_a_moment_comes_at_its_event_and_count():
 
 def test_reading_a_file_is_no_moment_of_writing_it():
     come = []
-    hook = moments._hook(moments.MANIFEST, 1, lambda: come.append(1))
+    hook = moments._hook(moments.MANIFEST, 1, lambda *_: come.append(1))
     hook("open", ("/run/manifests/4/0.json", "r", os.O_RDONLY))
     assert not come
     hook("open", ("/run/manifests/4/.0.json.part", "w", os.O_WRONLY))
     assert come
 
 
+def test_only_the_file_that_is_written_at_the_moment_is_cut_to_half(tmp_path, capfd):
+    begin = moments.at(moments.HALF_MANIFEST, 2, lambda: None)
+    parts = [tmp_path / "manifests" / str(step) / ".0.json.part" for step in (4, 8)]
+    with pytest.MonkeyPatch.context() as patched:
+        hooks = []
+        patched.setattr(sys, "addaudithook", hooks.append)
+        begin()
+    for part in parts:
+        part.parent.mkdir(parents=True)
+        part.write_bytes(b"12345678")
+        hooks[0]("os.rename", (str(part), str(part.with_name("0.json")), -1, -1))
+    assert [part.read_bytes() for part in parts] == [b"12345678", b"1234"]
+    assert moments.FIRED in capfd.readouterr().out
+
+
 def test_deletion_is_interrupted_after_some_files():
     come = []
-    hook = moments._hook(moments.DELETION, 1, lambda: come.append(1))
+    hook = moments._hook(moments.DELETION, 1, lambda *_: come.append(1))
     hook("os.remove", ("before", -1))
     hook("shutil.rmtree", ("/run/checkpoints/4", None))
     for i in range(moments.DELETION.files_removed):

@@ -37,6 +37,13 @@ def test_parts_of_any_order_become_one_file(tmp_path):
     assert Image.open(tmp_path / "out" / "grid.png").size == (3 * 36, 3 * 36)
 
 
+def test_a_folder_whose_request_could_not_be_written_is_claimed_again(tmp_path):
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    folder = SampleFolder(tmp_path / "out", REQUEST, 3)
+    folder.claim()
+    assert folder.missing() == [0, 1, 2] and (tmp_path / "out" / "parts" / "request.json").is_file()
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_another_request_is_refused(tmp_path, joined):
     folder = SampleFolder(tmp_path / "out", REQUEST, 3)

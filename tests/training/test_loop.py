@@ -1,11 +1,13 @@
 """The training loop around its step: saves, evaluations and grids, signals, and what a resumed run makes up for."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
 import shutil
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +254,21 @@ def test_a_torn_line_is_dropped(tmp_path):
         files.drop_torn_line(tmp_path / "lines")
         assert (tmp_path / "lines").read_text() == kept
     files.drop_torn_line(tmp_path / "none")
+
+
+def test_everything_is_closed_also_where_the_log_cannot_be():
+    closed = []
+
+    class Opened:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            closed.append(self.name)
+            if self.name == "log":
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = types.SimpleNamespace(**{name: Opened(name) for name in ("iterator", "log", "checkpoints")})
+    with pytest.raises(OSError, match="No space left"):
+        loop._Run.close(run)
+    assert closed == ["iterator", "log", "checkpoints"]
