@@ -306,7 +306,9 @@ class Checkpoints:
           abstract_state: jax.ShapeDtypeStruct with sharding for each array wanted.
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        restored = self._checkpointer.restore(self._folder(step), args=args)
+        # Of several processes, Orbax synchronizes them by arrays that it reads implicitly.
+        with jax.transfer_guard("allow"):
+            restored = self._checkpointer.restore(self._folder(step), args=args)
         return restored["state"], restored["data"]["position"]
 
     def partial(self, step: int) -> dict[str, Any] | None:
