@@ -261,7 +261,7 @@ def _lower_decoder(spec: Spec, num: int):
     vae, _ = autoencoder_settings(config.evaluation.vae, config.data.channels)
     params = _placed(abstract_autoencoder(vae)[1], sharding.replicated(mesh))
     latents = jax.ShapeDtypeStruct(
-        (padded(num, mesh), *config.data.shape), np.float32, sharding=sharding.batch_sharding(mesh)
+        (padded(num, mesh.size), *config.data.shape), np.float32, sharding=sharding.batch_sharding(mesh)
     )
     return decode_shared.lower(mesh, vae, params, latents)
 

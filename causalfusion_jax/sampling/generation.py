@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from causalfusion_jax import distributed, sharding
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.patches import unpatchify
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
 from causalfusion_jax.sampling.images import to_uint8
 from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens, sample_tokens_shared
 
@@ -32,18 +32,19 @@ def replicate(params, devices):
     return sharding.place(params, sharding.replicated(mesh))
 
 
-def for_sampling(params):
-    """Parameters placed as `batches` needs them.
+def for_sampling(params) -> tuple:
+    """Parameters placed as `batches` needs them: a copy for each mesh that computes a part of a batch by itself.
 
     Args:
-      params: host arrays, which all devices of this process are to share; arrays of a training
-        state, for all devices of its mesh (as of `replicate`); or what is placed so already.
+      params: host arrays, for all devices of this process (one mesh, or as of `sharding.own_meshes`);
+        arrays of a training state, for all devices of its mesh (as of `replicate`); or what is
+        placed so already.
     """
     leaves = jax.tree.leaves(params)
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return replicate(params, jax.local_devices())
+        return tuple(replicate(params, mesh.devices.ravel()) for mesh in sharding.own_meshes(jax.local_devices()))
     where = leaves[0].sharding
-    return replicate(params, where.mesh.devices.ravel()) if isinstance(where, NamedSharding) else params
+    return (replicate(params, where.mesh.devices.ravel()) if isinstance(where, NamedSharding) else params,)
 
 
 def lower_replicate(params, devices) -> jax.stages.Lowered:
@@ -73,18 +74,32 @@ class Known(NamedTuple):
     step: np.ndarray
 
 
+class Share(NamedTuple):
+    """The part of a batch that one program generates.
+
+    Attributes:
+      params: the Transformer's parameters, whole on the devices that generate it.
+      places: int [share], places in the batch.
+      keys: PRNG keys [share], split over these devices.
+    """
+
+    params: Params
+    places: np.ndarray
+    keys: jax.Array
+
+
 class Batch(NamedTuple):
     """Images that are generated together.
 
     Attributes:
       indices: int [batch], their numbers; a last batch is filled up with the last image.
       count: how many of them are wanted, the first ones.
-      keys: PRNG keys [batch], split over the devices that share the batch.
+      shares: its parts, in order.
     """
 
     indices: np.ndarray
     count: int
-    keys: jax.Array
+    shares: tuple[Share, ...]
 
 
 def _mesh_of(params) -> Mesh | None:
@@ -102,17 +117,19 @@ def _mesh_of(params) -> Mesh | None:
     return mesh
 
 
-def padded(batch_size: int, mesh: Mesh) -> int:
+def padded(batch_size: int, devices: int) -> int:
     """Images that are computed for a batch: a multiple of the devices that share it."""
-    return -(-batch_size // mesh.size) * mesh.size
+    return -(-batch_size // devices) * devices
 
 
-def batches(params, num: int, seed: int, batch_size: int, wanted: Iterable[int] | None = None) -> Iterator[Batch]:
+def batches(
+    copies: tuple, num: int, seed: int, batch_size: int, wanted: Iterable[int] | None = None
+) -> Iterator[Batch]:
     """Images 0..num-1 in batches.
 
     Args:
-      params: the Transformer's parameters, as of `for_sampling`. Where they lie on a mesh, its
-        devices share every batch.
+      copies: the Transformer's parameters, from `for_sampling`. Where a copy lies on a mesh, its
+        devices divide a share of every batch among them.
       num: images in all.
       seed: of their keys.
       batch_size: images in a batch.
@@ -121,15 +138,23 @@ def batches(params, num: int, seed: int, batch_size: int, wanted: Iterable[int] 
     Raises:
       ValueError: the parameters are split over devices.
     """
-    mesh = _mesh_of(params)
-    where = jax.tree.leaves(params)[0].sharding if mesh is None else sharding.batch_sharding(mesh)
-    make_keys = jax.jit(image_keys, static_argnums=0, out_shardings=where)
+    devices, makers = 0, []
+    for params in copies:
+        mesh = _mesh_of(params)
+        devices += 1 if mesh is None else mesh.size
+        where = jax.tree.leaves(params)[0].sharding if mesh is None else sharding.batch_sharding(mesh)
+        makers.append(jax.jit(image_keys, static_argnums=0, out_shardings=where))
     batch_size = min(batch_size, num)
-    computed = batch_size if mesh is None else padded(batch_size, mesh)
+    computed = padded(batch_size, devices)
+    places = np.split(np.arange(computed), len(copies))
     for index in range(-(-num // batch_size)) if wanted is None else wanted:
         start = index * batch_size
         indices = np.minimum(np.arange(start, start + computed), num - 1)
-        yield Batch(indices, min(batch_size, num - start), make_keys(seed, indices))
+        shares = zip(copies, places, makers, strict=True)
+        yield Batch(
+            indices, min(batch_size, num - start),
+            tuple(Share(params, part, make_keys(seed, indices[part])) for params, part, make_keys in shares),
+        )
 
 
 def generate_batch(
@@ -180,7 +205,7 @@ def lower_sampler(
     """
     mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    size = padded(batch_size, mesh)
+    size = padded(batch_size, mesh.size)
 
     def abstract(shape, dtype, where):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -263,8 +288,9 @@ def image_batches(
       latents not decoded.
     """
     made = _made(config, sampler, params, labels, (seed, batch_size, wanted), decode, known, text)
-    for batch, images in made:
-        yield finish(config, distributed.everywhere(images), decode is not None)[: batch.count]
+    for batch, parts in made:
+        images = np.concatenate([distributed.everywhere(part) for part in parts])
+        yield finish(config, images, decode is not None)[: batch.count]
 
 
 def image_shares(
@@ -283,18 +309,22 @@ def image_shares(
       Image numbers, int [num], and these images, as of `image_batches`; num may be 0. All
       processes together get every image once.
     """
-    for batch, images in _made(config, sampler, params, labels, (seed, batch_size, None), decode, None, text):
-        rows, values = distributed.own_rows(images)
-        wanted = rows < batch.count
-        yield batch.indices[rows[wanted]], finish(config, values[wanted], decode is not None)
+    for batch, parts in _made(config, sampler, params, labels, (seed, batch_size, None), decode, None, text):
+        for share, images in zip(batch.shares, parts, strict=True):
+            rows, values = distributed.own_rows(images)
+            places = share.places[rows]
+            wanted = places < batch.count
+            yield batch.indices[places[wanted]], finish(config, values[wanted], decode is not None)
 
 
-def _made(config, sampler, params, labels, how, decode, known, text) -> Iterator[tuple[Batch, jax.Array]]:
-    """Batches, and what was generated and decoded for each, on the devices; `how`: as of `batches`."""
-    params = for_sampling(params)
-    for batch in batches(params, len(labels), *how):
-        indices = batch.indices
-        part = known and known._replace(order=known.order[indices], tokens=known.tokens[indices])
-        prompts = None if text is None else text[indices]
-        images = generate_batch(config, sampler, params, batch.keys, labels[indices], part, prompts)
-        yield batch, images if decode is None else decode(images)
+def _made(config, sampler, params, labels, how, decode, known, text) -> Iterator[tuple[Batch, list[jax.Array]]]:
+    """Batches, and what was generated and decoded for each share, on the devices; `how`: as of `batches`."""
+    for batch in batches(for_sampling(params), len(labels), *how):
+        parts = []
+        for share in batch.shares:
+            indices = batch.indices[share.places]
+            part = known and known._replace(order=known.order[indices], tokens=known.tokens[indices])
+            prompts = None if text is None else text[indices]
+            images = generate_batch(config, sampler, share.params, share.keys, labels[indices], part, prompts)
+            parts.append(images if decode is None else decode(images))
+        yield batch, parts

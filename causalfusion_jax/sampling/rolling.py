@@ -15,6 +15,7 @@ of the many noise levels of the new ones.
 """
 
 import dataclasses
+import concurrent.futures
 import functools
 from collections.abc import Callable, Iterable, Iterator
 
@@ -25,7 +26,7 @@ from causalfusion_jax import distributed, factorization, sharding
 from causalfusion_jax.errors import InputError, require, require_number
 from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.sampling.editing import EditPlan, edit_sampler, known_tokens, plan_edit
-from causalfusion_jax.sampling.generation import batches, collect, finish, for_sampling, generate_batch
+from causalfusion_jax.sampling.generation import Share, batches, collect, finish, for_sampling, generate_batch
 from causalfusion_jax.sampling.sampler import SamplerConfig
 
 
@@ -241,10 +242,16 @@ def video_batches(
     Yields:
       uint8 [batch, frames, height, width, channels]; float32 for latents not decoded.
     """
-    params = for_sampling(params)
-    for batch in batches(params, len(labels), seed, batch_size, wanted):
-        begin = None if clips is None else clips[batch.indices]
-        made = roll(config, windows, rolling, params, batch.keys, labels[batch.indices], begin)
+    def videos_of(share: Share, indices: np.ndarray) -> np.ndarray:
+        begin = None if clips is None else clips[indices]
+        made = roll(config, windows, rolling, share.params, share.keys, labels[indices], begin)
         if decode is not None:
-            made = distributed.everywhere(decode(sharding.place(made, batch.keys.sharding)))
+            made = distributed.everywhere(decode(sharding.place(made, share.keys.sharding)))
+        return made
+
+    for batch in batches(for_sampling(params), len(labels), seed, batch_size, wanted):
+        # A thread for each share: rolling waits for every window.
+        with concurrent.futures.ThreadPoolExecutor(len(batch.shares)) as pool:
+            parts = pool.map(lambda share, batch=batch: videos_of(share, batch.indices[share.places]), batch.shares)
+            made = np.concatenate(list(parts))
         yield finish(config, made, decode is not None)[: batch.count]

@@ -141,7 +141,7 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
     check_autoencoder(settings, config, field, folder)
     params = converted.params(abstract_autoencoder(settings)[1])
 
-    @functools.lru_cache(maxsize=1)
+    @functools.cache
     def beside(where: Sharding):
         whole = replicated(where.mesh) if isinstance(where, NamedSharding) else where
         return place(params, whole)

@@ -67,6 +67,21 @@ def test_same_images_wherever_the_parameters_are():
         generate_batch(CONFIG, CONFIG.sampling, split, jax.random.split(jax.random.key(0), 2), LABELS[:2])
 
 
+def test_devices_that_cannot_share_a_program_generate_a_part_of_each_batch(monkeypatch):
+    params = jax.device_get(random_params(CONFIG.transformer))
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+    shared = generate_images(CONFIG, CONFIG.sampling, params, LABELS, seed=3, batch_size=3)
+    monkeypatch.setattr(sharding, "own_meshes", lambda devices: [
+        sharding.make_mesh(sharding.MeshConfig(), [device]) for device in devices
+    ])
+    assert len(generation.for_sampling(params)) == 2
+    alone = generate_images(CONFIG, CONFIG.sampling, params, LABELS, seed=3, batch_size=3)
+    assert alone.shape == shared.shape and np.abs(alone.astype(int) - shared).max() <= 1
+    numbers, images = zip(*image_shares(CONFIG, CONFIG.sampling, params, LABELS, 3, 3), strict=True)
+    np.testing.assert_array_equal(np.concatenate(numbers), np.arange(5))
+    np.testing.assert_array_equal(np.concatenate(images), alone)
+
+
 def test_lowered_sampler_is_the_one_that_runs(monkeypatch):
     program, devices = generation.sample_tokens_shared, jax.devices()[:2]
     lowered = lower_sampler(CONFIG, CONFIG.sampling, devices, batch_size=5).as_text()
