@@ -16,7 +16,8 @@ from causalfusion_jax import files
 from causalfusion_jax.errors import InputError, nearest
 
 INTERRUPTED = 75
-"""Exit status (EX_TEMPFAIL) of a command that was stopped and saved before its work was complete: run it again."""
+"""Exit status (EX_TEMPFAIL) of a command that a signal stopped before its work was complete, which is saved: run it
+again. A command exits with 0 only when its work is complete."""
 
 
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
@@ -83,11 +84,6 @@ def define_processes() -> Callable[[], None]:
         distributed.initialize(address.value, count.value, number.value, multihost.value)
 
     return join
-
-
-INTERRUPTED = 75
-"""Exit status (EX_TEMPFAIL) of a command that a signal stopped before its work was complete, which is saved: run it
-again. A command exits with 0 only when its work is complete."""
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ Any setting of the config can be changed on the command line:
     --config.train.steps=500 --config.model.hidden=128 --config.optimizer.learning_rate=3e-4
 
 WORKDIR receives config.json, classes.json (names of the classes), checkpoints/ (with manifests/
-of checksums), metrics.jsonl, tensorboard/ and samples/. Run the same command again to continue from the newest intact
-checkpoint; the result is what an uninterrupted run gives. Settings that do not change what is
-learned may change then, and the learning rate; config_history.jsonl keeps what changed when.
+of checksums), metrics.jsonl, tensorboard/ and samples/. Run the same command again to continue
+from the newest intact checkpoint; the result is what an uninterrupted run gives. Settings that
+do not change what is learned may change then, and the learning rate; config_history.jsonl keeps
+what changed when.
 
 SIGTERM or Ctrl-C saves at the next step and stops; a second one ends the process at once. Exit
 status: 0 when the last step, its evaluation and its samples are done; 75 when a signal stopped
