@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import quick_compilation
 
-from causalfusion_jax import experiment, sharding
+from causalfusion_jax import experiment, files, sharding, sweeps
 from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
 from causalfusion_jax.released.inception import ignored_names
 
@@ -38,6 +38,21 @@ def tiny_config(**sections) -> dict:
         for section, values in changes.items():
             config[section] |= values
     return config
+
+
+def expanded(overrides, **kwargs):
+    """The runs of a sweep of the default settings."""
+    sweep = sweeps.Sweep(config="", overrides=overrides, **kwargs)
+    return sweeps.expand(sweep, experiment.to_dict(experiment.ExperimentConfig()))
+
+
+def finish_run(workdir, sweep, run, **scores):
+    """What a finished run leaves, with made-up scores."""
+    for ar_steps in run.ar_steps:
+        folder = sweeps.samples_folder(workdir, run, ar_steps, sweep)
+        folder.mkdir(parents=True)
+        files.write_json(folder / "evaluation.json", scores)
+    files.write_json(workdir / run.name / "config.json", experiment.to_dict(run.config))
 
 
 def random_params(config: TransformerConfig, scale: float = 0.15) -> Params:

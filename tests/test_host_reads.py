@@ -71,7 +71,7 @@ def refused(read, x) -> bool:
 
 
 def make_array(devices: int):
-    """float32 [2, 4], its columns on so many devices."""
+    """float32 [2, 4], its columns split over the devices."""
     where = jax.sharding.NamedSharding(jax.make_mesh((devices,), ("x",)), jax.P(None, "x"))
     return jax.device_put(jnp.arange(8.0).reshape(2, 4), where)
 

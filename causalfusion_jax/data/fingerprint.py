@@ -13,8 +13,8 @@ from causalfusion_jax.data.batches import InThreads
 from causalfusion_jax.data.sources import CorruptRecord, Listing, record_error
 
 MAX_SIZES, MAX_EXAMPLES = 4096, 64
-"""Of more files, sizes are those of so many evenly spaced ones (on a mounted bucket each is a request);
-of examples without a listing, so many evenly spaced ones are compared."""
+"""The number of files, evenly spaced, whose sizes count (on a mounted bucket each is a request), and of examples,
+evenly spaced, that are compared where there is no listing; all of them where there are fewer."""
 
 
 def fingerprint(source: Any) -> str:

@@ -446,7 +446,7 @@ class BatchIterator(Iterator):
     def _read_ahead(self, position: int, batch_bytes: int) -> Iterator[dict[str, Any]]:
         """Batches from `position` on, which are being read from now on."""
         if self._workers and not flags.FLAGS.is_parsed():
-            # Grain hands parsed absl flags to its workers, also where nobody uses them.
+            # Grain hands parsed absl flags to its workers, also where none uses them.
             flags.FLAGS.mark_as_parsed()
         dataset = self._batches[position:].to_iter_dataset(read_ahead(batch_bytes, self._workers, self._threads))
         if self._workers:

@@ -272,7 +272,7 @@ class Reference:
             self._features = collected.kept
 
     def _collect(self, metrics: set[str], inception: Inception) -> Collected:
-        """What the metrics need of its images, of which each process reads every so many-th batch."""
+        """What the metrics need of its images; the processes read them in turn, batch by batch."""
         collected, numbers = Collected(metrics), collections.deque()
 
         def batches(size):

@@ -195,7 +195,7 @@ class _Run:
                     closing.callback(opened.close)
 
     def _program(self, length: int):
-        """The compiled training step for batches that attend to so many clean tokens."""
+        """The compiled training step for batches with `length` attended clean tokens."""
         if length not in self.programs:
             step = with_length(self.config.step, length)
             flops = step.objective.flops * self.config.train.batch_size

@@ -158,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--files", type=int, default=0, help="damage so many, at random; 0 is all")
+    parser.add_argument("--files", type=int, default=0, help="number of files to damage, drawn at random; 0 is all")
     parser.add_argument("--manifest_bits", type=int, default=200, help="bits of the manifest that are flipped")
     args = parser.parse_args()
     out = args.out.absolute()

@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, command_env
+from helpers import ROOT, command_env, expanded, finish_run
 
-from causalfusion_jax import cli, experiment, files, sweeps
+from causalfusion_jax import cli, experiment, sweeps
 from causalfusion_jax.errors import InputError
-from causalfusion_jax.sweeps import Result, Sweep, chain, grid, product, together
+from causalfusion_jax.sweeps import Sweep, chain, grid, product, together
 
 GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.seed"
 FILES = {
@@ -20,12 +20,6 @@ FILES = {
     "fixed_steps": (6, 6), "gamma": (5, 5), "order": (4, 5), "ar_weight": (5, 5), "condition_tokens": (5, 5),
     "t_sharing": (4, 4), "baseline": (5, 6), "block_size": (3, 3),
 }
-
-
-def expanded(overrides, **kwargs):
-    """The runs of a sweep of the default settings."""
-    sweep = Sweep(config="", overrides=overrides, **kwargs)
-    return sweeps.expand(sweep, experiment.to_dict(experiment.ExperimentConfig()))
 
 
 # --- The algebra ------------------------------------------------------------------
@@ -146,78 +140,6 @@ def test_every_sweep_has_a_case():
 def test_wrong_files(location, words):
     with pytest.raises(InputError, match=words):
         read(location)
-
-
-# --- The table --------------------------------------------------------------------
-
-
-def test_results():
-    sweep = Sweep("configs/digits.py", grid({GAMMA: [1.0, 0.9, 0.8]}), ar_steps=(1, 4), metric="fd")
-    one, two, three = expanded(sweep.overrides)
-    scores = {one: {1: (0.5, 2.0), 4: (0.9, 3.0)}, two: {1: (0.75, 1.5)}}
-    named = {run: {s: dict(accuracy=a, fd=fd) for s, (a, fd) in at.items()} for run, at in scores.items()}
-    results = sweeps.sort(sweep, [Result(three, "failed", {}), *(Result(r, "finished", named[r]) for r in named)])
-    assert [result.run.name for result in results] == ["gamma=0.9", "gamma=1.0", "gamma=0.8"]
-    header, *_, first, second, third = sweeps.markdown(sweep, results).splitlines()
-    assert header == "| gamma | fd S=1 | fd S=4 | accuracy S=1 | accuracy S=4 | state |"
-    assert first == "| 0.9 | **1.500** |  | **0.750** |  | finished |"
-    assert second == "| 1.0 | 2.000 | **3.000** | 0.500 | **0.900** | finished |"
-    assert third == "| 0.8 |  |  |  |  | failed |"
-    assert sweeps.csv_text(sweep, results).splitlines()[1] == "gamma=0.9,0.9,1.5,,0.75,,finished"
-    assert sweeps.plot(sweep, results).size == (2 * 460, 320 + 2 * 20 + 16)
-    same = [Result(one, "finished", {1: dict(fd=2.0)})]
-    assert sweeps.plot(Sweep("", grid({GAMMA: [1.0]})), same).size[0] == 460
-
-
-def test_the_best_of_every_score_is_marked_by_its_own_direction():
-    sweep = Sweep("", grid({SEED: [0, 1]}), metric="left")
-    higher = dict(left=0.9, right=0.8, accuracy_beyond=0.7, motion_error_beyond=2.0)
-    lower = dict(left=0.5, right=0.4, accuracy_beyond=0.3, motion_error_beyond=1.0)
-    low, high = (Result(run, "finished", {1: s}) for run, s in zip(expanded(sweep.overrides), (lower, higher)))
-    results = sweeps.sort(sweep, [low, high])
-    assert results == [high, low]
-    table = sweeps.markdown(sweep, results)
-    for best in ("**0.900**", "**0.800**", "**0.700**", "**1.000**"):
-        assert best in table
-    assert table.count("**") == 8
-
-
-def finish(workdir, sweep, run, **scores):
-    """What a finished run leaves, with made-up scores."""
-    for ar_steps in run.ar_steps:
-        folder = sweeps.samples_folder(workdir, run, ar_steps, sweep)
-        folder.mkdir(parents=True)
-        files.write_json(folder / "evaluation.json", scores)
-    files.write_json(workdir / run.name / "config.json", experiment.to_dict(run.config))
-
-
-def test_only_scores_are_gathered(tmp_path):
-    sweep = Sweep("", ({},), metric="fvd")
-    (run,) = expanded(sweep.overrides)
-    finish(tmp_path, sweep, run, num=2048, frames=16, resize="tf1", fvd=99.5)
-    (result,) = sweeps.gather(sweep, [run], tmp_path, {})
-    assert result.scores == {1: {"fvd": 99.5}} and result.state == "finished"
-
-
-def test_scores_of_other_settings_are_not_gathered(tmp_path):
-    sweep = Sweep("", ({},))
-    (run,) = expanded(sweep.overrides)
-    finish(tmp_path, sweep, run, fd=1.0)
-    # What scores do not depend on may differ.
-    (same,) = expanded(sweep.overrides, fixed={"data.workers": 2, "logging.every": 7, "model.remat": "full"})
-    assert sweeps.gather(sweep, [same], tmp_path, {})[0].score("fd", 1) == 1.0
-    for path, value in {"train.batch_size": 16, "sampling.solver_steps": 9}.items():
-        (other,) = expanded(sweep.overrides, fixed={path: value})
-        with pytest.raises(InputError, match=f"trained by other settings: {path}={value} .it has"):
-            sweeps.gather(sweep, [other], tmp_path, {})
-    (tmp_path / run.name / "config.json").unlink()
-    with pytest.raises(InputError, match="has scores and no config.json"):
-        sweeps.gather(sweep, [run], tmp_path, {})
-
-
-def test_a_metric_that_the_data_do_not_have_is_refused():
-    with pytest.raises(InputError, match="metric='fvd'.*must be one of fd, accuracy, fid"):
-        sweeps.with_metric(Sweep("", ({},), metric="fvd"), expanded(({},)))
 
 
 # --- launch/sweep.py --------------------------------------------------------------
@@ -455,7 +377,7 @@ def test_results_and_jobs_of_other_settings_are_refused(tmp_path):
     loaded = sweeps.load("--sweep", str(tmp_path / "tiny.py"), "get_sweep", ROOT)
     base = sweeps.load("config", loaded.config, "get_config", ROOT).to_dict()
     (run,) = sweeps.expand(loaded, base)
-    finish(workdir, loaded, run, fd=1.5, accuracy=0.5)
+    finish_run(workdir, loaded, run, fd=1.5, accuracy=0.5)
     args, launcher = (sweep, f"--workdir={workdir}"), "--launcher=true # {command}"
     other = "--override=train.batch_size=16"
     found = sweep_several(
