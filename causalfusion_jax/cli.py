@@ -173,6 +173,17 @@ _ACCELERATOR_VENDORS = {"0x1ae0", "0x10de", "0x1002"}
 """Google, NVIDIA, AMD."""
 
 
+@contextlib.contextmanager
+def as_flags() -> Iterator[None]:
+    """Names the flag that an InputError is about, where the command has one of that name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"--{error.field}" if error.field in flags.FLAGS else error.field, error.value, error.allowed
+        ) from None
+
+
 def fail(error: Exception | str, status: int = 2) -> None:
     """Prints the error as one line and ends the process."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)

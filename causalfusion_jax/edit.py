@@ -200,7 +200,7 @@ def main(argv):
     out, vae = pathlib.Path(_OUT.value), None
     sampling_flags.check_seed_and_batch()
     require(_NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
-    with sampling_flags.as_flags():
+    with cli.as_flags():
         trained = sampling_flags.trained()
         config = trained.config
         require(config.data.frames == 1, "--workdir", "a model of videos", "continue videos with sample --condition")

@@ -110,7 +110,7 @@ def main(argv):
         given == 2 or 0 <= _HOST.value < _HOSTS.value, "--host_index", _HOST.value, f"must be in 0..{_HOSTS.value}-1"
     )
     _join_processes()
-    with sampling_flags.as_flags():
+    with cli.as_flags():
         trained = sampling_flags.trained()
         config = trained.config
         sampler = sampling_flags.sampler(config.sampling)

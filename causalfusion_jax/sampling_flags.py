@@ -4,10 +4,9 @@ Not a command itself. `flags.adopt_module_key_flags(sampling_flags)` shows these
 command's --help.
 """
 
-import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -104,17 +103,6 @@ def trained():
     for name, flag in {"weights": _WEIGHTS, "step": _STEP}.items():
         require(flag.value is None, f"--{name}", flag.value, "a converted checkpoint has one; leave it out")
     return from_converted(_CHECKPOINT.value)
-
-
-@contextlib.contextmanager
-def as_flags() -> Iterator[None]:
-    """Names the flag that an InputError is about, where the command has one of that name."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(
-            f"--{error.field}" if error.field in flags.FLAGS else error.field, error.value, error.allowed
-        ) from None
 
 
 def check_seed_and_batch() -> None:

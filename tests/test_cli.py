@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from causalfusion_jax import cli, sampling_flags
+from causalfusion_jax import cli
 from causalfusion_jax.errors import InputError
 
 
@@ -82,9 +82,9 @@ def test_other_errors_of_the_system_keep_their_traceback():
 
 
 @pytest.mark.parametrize(
-    ("field", "named"), [("order", "--order"), ("--labels", "--labels"), ("data.path", "data.path")]
+    ("field", "named"), [("verbosity", "--verbosity"), ("--labels", "--labels"), ("data.path", "data.path")]
 )
 def test_errors_name_no_flag_that_a_command_does_not_have(field, named):
-    with pytest.raises(InputError) as error, sampling_flags.as_flags():
+    with pytest.raises(InputError) as error, cli.as_flags():
         raise InputError(field, "x", "must be another")
     assert error.value.field == named
