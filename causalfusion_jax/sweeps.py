@@ -346,8 +346,10 @@ def samples_folder(workdir: pathlib.Path, run: Run, ar_steps: int, sweep: Sweep)
 
 
 NOT_MEASURED = (
-    ("data", "workers"), ("data", "verify"), ("data", "max_corrupt"), ("model", "attention"), ("model", "remat"),
-    ("train", "grad_accum_steps"),
+    "data.workers", "data.verify", "data.max_corrupt", "model.attention", "model.remat", "model.scan_unroll",
+    "train.grad_accum_steps",
+    # A run fills it in; a sweep gives the file.
+    "text.checksum",
 )
 """Settings, beside the free sections, that scores do not depend on."""
 
@@ -359,7 +361,7 @@ def measured_settings(config: ExperimentConfig) -> dict[str, Any]:
     settings = {
         f"{section}.{name}": value
         for section, values in experiment.to_dict(config).items() if section not in free
-        for name, value in values.items() if (section, name) not in NOT_MEASURED
+        for name, value in values.items() if f"{section}.{name}" not in NOT_MEASURED
     }
     return json.loads(json.dumps(settings))
 

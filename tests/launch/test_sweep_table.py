@@ -56,6 +56,7 @@ def test_scores_of_other_settings_are_not_gathered(tmp_path):
     # What scores do not depend on may differ.
     (same,) = expanded(sweep.overrides, fixed={"data.workers": 2, "logging.every": 7, "model.remat": "full"})
     assert sweeps.gather(sweep, [same], tmp_path, {})[0].score("fd", 1) == 1.0
+    assert "text.checksum" not in sweeps.measured_settings(run.config)
     for path, value in {"train.batch_size": 16, "sampling.solver_steps": 9}.items():
         (other,) = expanded(sweep.overrides, fixed={path: value})
         with pytest.raises(InputError, match=f"trained by other settings: {path}={value} .it has"):
