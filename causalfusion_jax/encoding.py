@@ -6,7 +6,6 @@ and statistics. So a kill at any point costs the shards that were being written,
 byte for byte that of a run nobody killed. (Another number of devices may change last bits.)
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -128,24 +127,17 @@ def encode(
     request = describe_request(data, source, converted, settings)
     folder = pathlib.Path(out)
     require(folder.is_dir() or not folder.exists(), "--out", out, "must be a folder")
-    lock = FolderLock(folder, "--out")
-    with contextlib.ExitStack() as held:
-        # Process 0 holds the folder for all.
-        distributed.on_primary(lambda: _enter(held, lock), None)
+    with distributed.held_folder(folder, "--out") as lock:
         if distributed.on_primary(lambda: int(_claim(folder, request)), 0):
             print(f"{out} already holds these {len(source)} latents")
             return latents.read_manifest(out)
-        shards = _Shards(folder, source, data, lock.require_held, settings)
+        shards = _Shards(folder, source, data, lock, settings)
         todo = shards.missing(jax.process_index(), jax.process_count())
         if todo:
             _encode_shards(shards, todo, _Encoder(converted, vae, data, settings, devices))
         distributed.wait_for_all("latents encoded")
         distributed.on_primary(lambda: _finish(shards, request, vae), None)
     return latents.read_manifest(out)
-
-
-def _enter(held: contextlib.ExitStack, lock: FolderLock) -> None:
-    held.enter_context(lock)
 
 
 def describe_request(data: DataConfig, source: Source, converted: Converted, settings: EncodeConfig) -> dict[str, Any]:
@@ -189,8 +181,8 @@ def _claim(folder: pathlib.Path, request: dict[str, Any]) -> bool:
 class _Shards:
     """The shards of a folder: which are whole, and which examples each is to hold."""
 
-    def __init__(self, folder, source, data, require_held, settings):
-        self.folder, self.source, self.data, self.require_held = folder, source, data, require_held
+    def __init__(self, folder, source, data, lock: FolderLock | None, settings):
+        self.folder, self.source, self.data, self.lock = folder, source, data, lock
         self.size, self.batch_size = settings.records_per_shard, settings.batch_size
         self.count = -(-len(source) // self.size)
         self.max_corrupt = data.max_corrupt
@@ -390,7 +382,9 @@ def _name_shard(shards: _Shards, number: int, part: pathlib.Path, corrupt: list,
     """Makes a written shard count: on disk, named, noted."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
-    shards.require_held()
+    if shards.lock is not None:
+        # Process 0 holds the folder for all.
+        shards.lock.require_held()
     described = files.describe_file(part)
     part.replace(shards.path(number))
     examples = shards.examples(number)
