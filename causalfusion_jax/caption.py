@@ -25,8 +25,9 @@ import sys
 
 from absl import flags
 
-from causalfusion_jax import cli, files
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _IMAGES = flags.DEFINE_string("images", None, "Image file, folder, .npz, or held_out.")
@@ -93,7 +94,7 @@ def _generate(config, params, read) -> list[dict]:
 
 def _score(config, params, read) -> list[dict]:
     """A record with the score of each caption that an image came with."""
-    from causalfusion_jax.evaluation.captions import bits_per_token
+    from causalfusion_jax.metrics.captions import bits_per_token
     from causalfusion_jax.sampling.caption_batches import score_captions_of_images
 
     for name, references in zip(read.names, read.references, strict=True):

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from causalfusion_jax import cli
-from causalfusion_jax.errors import InputError, require, require_one_of
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common.errors import InputError, require, require_one_of
 
 _KINDS = ["causalfusion", "acdit", "mar_vae", "sd_vae", "fid_inception", "fvd_i3d"]
 _KIND = flags.DEFINE_enum("kind", None, _KINDS, "What CHECKPOINT is [as it says, with --reverse or once exported].")
@@ -60,9 +60,7 @@ class _Imported(NamedTuple):
     unused: list[str]
 
 
-def read_released(
-    path: str, kind: str | None, weights: str | None, geometry: Mapping[str, int | None]
-) -> _Imported:
+def read_released(path: str, kind: str | None, weights: str | None, geometry: Mapping[str, int | None]) -> _Imported:
     """Reads a released file, or one that this command exported, whose metadata hold all settings.
 
     Args:
@@ -74,10 +72,10 @@ def read_released(
     Raises:
       InputError: the file is not of this kind, is damaged, or contradicts what is said of it.
     """
-    from causalfusion_jax import experiment
-    from causalfusion_jax.released import conversion, exported
-    from causalfusion_jax.released.names import from_released
-    from causalfusion_jax.released.tensors import open_checkpoint, sha256
+    from causalfusion_jax.config import experiment
+    from causalfusion_jax.prepare import conversion, exported
+    from causalfusion_jax.prepare.names import from_released
+    from causalfusion_jax.prepare.tensors import open_checkpoint, sha256
 
     with open_checkpoint(path, weights or "ema") as checkpoint:
         ours = exported.from_metadata(checkpoint.metadata)
@@ -87,7 +85,9 @@ def read_released(
                 kind, checkpoint.shapes, checkpoint.metadata, geometry, lambda s: experiment.from_dict(s).transformer
             )
             require(
-                weights in (None, checkpoint.weights), "--weights", weights,
+                weights in (None, checkpoint.weights),
+                "--weights",
+                weights,
                 f"the file holds one set of weights, called {checkpoint.weights or 'nothing'}; leave it out",
             )
             settings, said = plan.settings, {"weights": checkpoint.weights}
@@ -107,20 +107,24 @@ def read_released(
 
 def _check_exported(ours, kind: str | None, weights: str | None, geometry: Mapping[str, int | None]):
     """The config of an exported transformer, or None. Raises InputError where the flags contradict the file."""
-    from causalfusion_jax import experiment
-    from causalfusion_jax.released.exported import TRANSFORMERS
+    from causalfusion_jax.config import experiment
+    from causalfusion_jax.prepare.exported import TRANSFORMERS
 
     require_one_of("--checkpoint", ours.kind, _KINDS)
     require(kind in (None, ours.kind), "--kind", kind, f"the file was exported as {ours.kind}; leave it out")
     require(
-        weights is None or weights == ours.weights, "--weights", weights,
+        weights is None or weights == ours.weights,
+        "--weights",
+        weights,
         f"the file holds one set of weights{f' ({ours.weights})' if ours.weights else ''}; leave it out",
     )
     config, known = None, {}
     if ours.kind in TRANSFORMERS:
         config = experiment.from_dict(ours.settings)
         known = {
-            "patch_size": config.model.patch_size, "image_size": config.data.image_size, "frames": config.data.frames,
+            "patch_size": config.model.patch_size,
+            "image_size": config.data.image_size,
+            "frames": config.data.frames,
         }
         if config.factorization.steps == "block":
             known["block_size"] = config.factorization.block_size
@@ -133,7 +137,7 @@ def _check_exported(ours, kind: str | None, weights: str | None, geometry: Mappi
 
 def _import():
     """Released file to converted folder."""
-    from causalfusion_jax import files
+    from causalfusion_jax.common import files
     from causalfusion_jax.models.store import describe_source, write_converted
 
     out = pathlib.Path(_OUT.value)
@@ -168,12 +172,12 @@ def write_exported(folder: str, out: pathlib.Path, kind: str | None, weights: st
     Raises:
       InputError: the released format cannot hold such a model, or `folder` is none; nothing is written.
     """
-    from causalfusion_jax import experiment
+    from causalfusion_jax.config import experiment
     from causalfusion_jax.models.store import open_converted
-    from causalfusion_jax.released.conversion import export_table
-    from causalfusion_jax.released.exported import TRANSFORMERS, Exported
-    from causalfusion_jax.released.names import to_released
-    from causalfusion_jax.released.tensors import write_safetensors
+    from causalfusion_jax.prepare.conversion import export_table
+    from causalfusion_jax.prepare.exported import TRANSFORMERS, Exported
+    from causalfusion_jax.prepare.names import to_released
+    from causalfusion_jax.prepare.tensors import write_safetensors
     from causalfusion_jax.sampling.trained import from_run
 
     if (pathlib.Path(folder) / "config.json").is_file():
@@ -181,12 +185,17 @@ def write_exported(folder: str, out: pathlib.Path, kind: str | None, weights: st
         trained = from_run(folder, "ema" if weights == "ema" else "params")
         config, settings = trained.config, experiment.to_dict(trained.config)
         require(
-            not config.text.is_on, "--checkpoint", folder,
+            not config.text.is_on,
+            "--checkpoint",
+            folder,
             "is a model of texts and images, which the released formats cannot hold",
         )
         exported = Exported(
-            "acdit" if config.model.conditioning == "adaln" else "causalfusion", settings, trained.class_names,
-            weights, trained.origin["step"],
+            "acdit" if config.model.conditioning == "adaln" else "causalfusion",
+            settings,
+            trained.class_names,
+            weights,
+            trained.origin["step"],
         )
         table, _ = export_table(exported.kind, settings, config.transformer)
         read, description = trained.params, trained.description
@@ -194,9 +203,7 @@ def write_exported(folder: str, out: pathlib.Path, kind: str | None, weights: st
         require(weights is None, "--weights", weights, "a converted checkpoint has one set; leave it out")
         converted = open_converted("--checkpoint", folder, tuple(_KINDS))
         source, settings = converted.source, converted.settings
-        exported = Exported(
-            converted.kind, settings, converted.class_names, source.get("weights"), source.get("step")
-        )
+        exported = Exported(converted.kind, settings, converted.class_names, source.get("weights"), source.get("step"))
         model = experiment.from_dict(settings).transformer if converted.kind in TRANSFORMERS else None
         table, shapes = export_table(converted.kind, settings, model)
         read, description = lambda: converted.params(shapes), converted.description

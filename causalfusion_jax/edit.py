@@ -40,8 +40,9 @@ import sys
 
 from absl import flags
 
-from causalfusion_jax import cli, files, sampling_flags
-from causalfusion_jax.errors import require
+from causalfusion_jax.cli import command as cli, sampling_flags
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import require
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
 _IMAGE = flags.DEFINE_string("image", None, "Image file, or npz with arr_0 as sample and edit write it.")
@@ -71,7 +72,9 @@ def _images(config, scale: int, latents: bool):
     height, width = (side * scale for side in config.data.shape[-3:-1])
     shape = (height, width, config.data.channels if latents else channels)
     require(
-        images.shape[1:] == shape and len(images) > 0, "--image", _IMAGE.value,
+        images.shape[1:] == shape and len(images) > 0,
+        "--image",
+        _IMAGE.value,
         f"must be {'x'.join(map(str, shape))} (height, width, channels), as the model's; "
         f"it is {'x'.join(map(str, images.shape[1:]))}",
     )
@@ -91,13 +94,17 @@ def _canvas(images, cell: int):
     pair = sampling_flags.numbers("canvas", _CANVAS.value, int)
     require(
         len(pair) == 2 and pair[0] >= width and pair[1] >= height and pair[0] % cell == pair[1] % cell == 0,
-        "--canvas", _CANVAS.value, f"must be WIDTH,HEIGHT of at least {width},{height}, multiples of {cell}",
+        "--canvas",
+        _CANVAS.value,
+        f"must be WIDTH,HEIGHT of at least {width},{height}, multiples of {cell}",
     )
     room = (pair[0] - width, pair[1] - height)
     offset = sampling_flags.numbers("offset", _OFFSET.value, int) or tuple(r // 2 // cell * cell for r in room)
     require(
         len(offset) == 2 and all(0 <= o <= r and o % cell == 0 for o, r in zip(offset, room, strict=True)),
-        "--offset", _OFFSET.value, f"must be X,Y from 0,0 to {room[0]},{room[1]}, multiples of {cell}",
+        "--offset",
+        _OFFSET.value,
+        f"must be X,Y from 0,0 to {room[0]},{room[1]}, multiples of {cell}",
     )
     x, y = offset
     around = ((y, room[1] - y), (x, room[0] - x))
@@ -122,7 +129,9 @@ def _mask(free):
     elif path.is_file():
         pixels, _ = read_images("--mask", path, 1)
         require(
-            pixels.shape == (1, height, width, 1) and pixels.dtype == np.uint8, "--mask", _MASK.value,
+            pixels.shape == (1, height, width, 1) and pixels.dtype == np.uint8,
+            "--mask",
+            _MASK.value,
             f"must be a picture of {width}x{height} pixels; it is {pixels.shape[2]}x{pixels.shape[1]}",
         )
         mask = pixels[0, ..., 0] >= 128
@@ -152,7 +161,9 @@ def _labels(given, prompts, num_images: int, trained):
         config.check_classes("--label", _LABEL.value)
         labels = parse_labels(_LABEL.value, classes, trained.read_class_names, "--label")
         require(
-            len(labels) in (1, num_images), "--label", _LABEL.value,
+            len(labels) in (1, num_images),
+            "--label",
+            _LABEL.value,
             f"must be one class, or {num_images}, one for each image",
         )
     for label in labels:
@@ -167,9 +178,7 @@ def _prompts(config, num_images: int) -> list[str] | None:
     prompts = read_prompts(config, _PROMPT.value, _PROMPTS.value, None)
     if prompts is None or _PROMPT.value is not None:
         return prompts and prompts[:1] * num_images
-    require(
-        len(prompts) == num_images, "--prompts", _PROMPTS.value, f"must be {num_images} lines, one for each image",
-    )
+    require(len(prompts) == num_images, "--prompts", _PROMPTS.value, f"must be {num_images} lines, one for each image")
     return prompts
 
 
@@ -218,9 +227,14 @@ def main(argv):
         config.check_sampler(dataclasses.replace(sampler, ar_steps=1, step_sizes=()))
         sampler = editing.edit_sampler(sampler, plan, sampling_flags.ar_steps_given())
     request = {
-        **trained.origin, "vae": vae.fingerprint if vae else None, "paste": _PASTE.value in (None, True),
-        "seed": sampling_flags.SEED.value, "batch_size": sampling_flags.BATCH.value, "num": _NUM.value,
-        "images": hashlib.sha256(images.tobytes()).hexdigest(), "labels": labels.tolist(),
+        **trained.origin,
+        "vae": vae.fingerprint if vae else None,
+        "paste": _PASTE.value in (None, True),
+        "seed": sampling_flags.SEED.value,
+        "batch_size": sampling_flags.BATCH.value,
+        "num": _NUM.value,
+        "images": hashlib.sha256(images.tobytes()).hexdigest(),
+        "labels": labels.tolist(),
         "regenerated": ["".join(".#"[token] for token in row) for row in plan.hidden.tolist()],
         "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
         **({} if prompts is None else {"prompts": prompts}),
@@ -252,8 +266,17 @@ def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mas
         print(f"edited {done}/{len(labels)}", flush=True)
 
     results = edit_images(
-        config, sampler, params, plan, scaled.repeat(num, axis=0), labels, request["seed"], request["batch_size"],
-        progress, vae.decode if vae else None, text,
+        config,
+        sampler,
+        params,
+        plan,
+        scaled.repeat(num, axis=0),
+        labels,
+        request["seed"],
+        request["batch_size"],
+        progress,
+        vae.decode if vae else None,
+        text,
     )
     if request["paste"]:
         results = np.where(mask[:, :, None], results, repeated)
@@ -264,7 +287,7 @@ def _write(out: pathlib.Path, images, mask, results, labels, request: dict) -> N
     """Makes `out` appear whole."""
     import numpy as np
 
-    from causalfusion_jax.sampling.images import edit_strip, save_png
+    from causalfusion_jax.common.pictures import edit_strip, save_png
 
     def fill(folder):
         prompts = {"prompts": np.repeat(request["prompts"], request["num"])} if "prompts" in request else {}

@@ -21,7 +21,7 @@ every host with --multihost: shards are dealt out to hosts, batches to a host's 
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax import cli
+from causalfusion_jax.cli import command as cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
 _VAE = flags.DEFINE_string("vae", None, "Folder of the converted autoencoder.")
@@ -37,17 +37,17 @@ flags.adopt_module_key_flags(cli)
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax import distributed, encoding, experiment
-    from causalfusion_jax.errors import require
+    from causalfusion_jax.common import distributed
+    from causalfusion_jax.common.errors import require
+    from causalfusion_jax.config import experiment
+    from causalfusion_jax.prepare import encoding
     from causalfusion_jax.sampling.trained import open_autoencoder
 
     config = experiment.from_dict(_CONFIG.value.to_dict())
     flag_of = {"batch_size": _BATCH, "micro_batch": _MICRO_BATCH, "records_per_shard": _PER_SHARD}
     for name, flag in flag_of.items():
         require(flag.value >= 1, f"--{name}", flag.value, "must be >= 1")
-    settings = encoding.EncodeConfig(
-        **{name: flag.value for name, flag in flag_of.items()}, captions=_CAPTIONS.value
-    )
+    settings = encoding.EncodeConfig(**{name: flag.value for name, flag in flag_of.items()}, captions=_CAPTIONS.value)
     converted, vae = open_autoencoder(_VAE.value)
     _join_processes()
     manifest = encoding.encode(config.data, converted, vae, _OUT.value, settings)

@@ -1,4 +1,4 @@
-"""Scores generated images, captions, and what a network understands of images.
+"""Scores generated images, videos and captions.
 
     python -m causalfusion_jax.evaluate --workdir=runs/digits --samples=runs/digits/samples_4/samples.npz
     python -m causalfusion_jax.evaluate --samples=samples/xl --reference=VIRTUAL_imagenet256_labeled.npz \
@@ -30,20 +30,7 @@ read as both digits of their prompt (or class), and `left` and `right` alone.
 For captions, as written by causalfusion_jax.caption, of images that came with references:
 `exact_match`, and `cider` (CIDEr-D, times 10 as published).
 
-    python -m causalfusion_jax.evaluate --workdir=runs/digits --probe=linear --untrained
-
-Probes: how well classes are told by what a network of images makes of them, without being told.
-`linear` and `knn` classify features of one layer as they are, `finetune` trains all weights
-further, `map` does `linear` for every layer and noise level and draws a PNG; all learn from the
-training data and are tested on held-out ones. Settings are `config.probe` and `config.finetune`
-(causalfusion_jax/evaluation/probe_settings.py), those of the run, or of --config:
-
-    python -m causalfusion_jax.evaluate --workdir=runs/digits --probe=finetune --config=configs/digits.py \
-        --config.finetune.epochs=30 --out=runs/digits/finetuned_30.json
-
-Prints one JSON line with `top1` (and `top5`) and writes it to WORKDIR/probe_PROBE.json, or --out; a
-result that is there is never replaced. Fine-tuning keeps checkpoints in the folder of that name
-without .json, goes on from them, and takes the flags of several processes that training takes.
+--probe=KIND does what `causalfusion_jax.probe --kind=KIND` does.
 
 References are made of images, or of the data set of a config:
 
@@ -59,8 +46,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax import cli, files, probe_flags
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax.cli import command as cli, probe_flags
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require, require_one_of
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from, or to be probed.")
 _SAMPLES = flags.DEFINE_string("samples", None, "Images: .npz, OUT of causalfusion_jax.sample, or folder of files.")
@@ -73,6 +61,7 @@ _FVD_FRAMES = flags.DEFINE_integer("fvd_frames", 16, "Frames of a video that are
 _FVD_RESIZE = flags.DEFINE_string("fvd_resize", "tf1", "To 224x224 as TensorFlow 1 (tf1) or PyTorch (half_pixel).")
 _BATCH = flags.DEFINE_integer("batch_size", None, "In the network at a time, over all devices [64 images, 16 videos].")
 _MAKE_REFERENCE = flags.DEFINE_bool("make_reference", False, "Write reference statistics of images to --out.")
+_PROBE = flags.DEFINE_string("probe", None, "Run causalfusion_jax.probe with this --kind instead.")
 _OUT = flags.DEFINE_string("out", None, "The new file: with --make_reference an .npz, with --probe a .json.")
 _NUM_IMAGES = flags.DEFINE_integer("num_reference_images", 10_000, "With --make_reference: images kept in it.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -96,7 +85,9 @@ def _read(path: pathlib.Path):
             "--samples", str(path), f"not a samples.npz with arr_0 and arr_1 ({type(error).__name__})"
         ) from None
     require(
-        images.dtype == np.uint8 and images.ndim in (4, 5) and len(images) == len(labels), "--samples", str(path),
+        images.dtype == np.uint8 and images.ndim in (4, 5) and len(images) == len(labels),
+        "--samples",
+        str(path),
         f"arr_0 must be uint8 images or videos with as many labels; it is {images.dtype} {images.shape}",
     )
     return images, labels, prompts
@@ -104,7 +95,7 @@ def _read(path: pathlib.Path):
 
 def _score_captions(path: pathlib.Path) -> dict:
     """Scores of a captions file."""
-    from causalfusion_jax.evaluation.captions import score_captions
+    from causalfusion_jax.metrics.captions import score_captions
 
     require(path.is_file(), "--captions", str(path), "no such file")
     try:
@@ -125,18 +116,20 @@ def _chosen(known) -> tuple[str, ...]:
 
 def _pixel_scores() -> dict[str, float]:
     """Scores against the training data of --workdir."""
-    from causalfusion_jax import experiment
+    from causalfusion_jax.config import experiment
     from causalfusion_jax.data.class_names import names_difference, stored_class_names
     from causalfusion_jax.data.pipeline import class_names
+    from causalfusion_jax.data.scores import PIXEL_METRICS, pixel_metrics
     from causalfusion_jax.evaluation.pairs import labels_of_prompts
     from causalfusion_jax.evaluation.scores import score
-    from causalfusion_jax.evaluation.settings import PIXEL_METRICS, pixel_metrics
 
     data = experiment.load(_WORKDIR.value).data
     known = pixel_metrics(data)
     needed = "inception" if data.frames == 1 else "i3d"
     require(
-        bool(known) or _INCEPTION.value is not None or _I3D.value is not None, f"--{needed}", None,
+        bool(known) or _INCEPTION.value is not None or _I3D.value is not None,
+        f"--{needed}",
+        None,
         f"{_WORKDIR.value} was trained on {'latents' if data.latents else 'videos'}, so its samples are scored by"
         f" --{needed} and --reference",
     )
@@ -162,9 +155,9 @@ def _pixel_scores() -> dict[str, float]:
 
 def _inception_scores() -> dict[str, float]:
     """Scores by Inception's features."""
+    from causalfusion_jax.data.scores import INCEPTION_METRICS, WITHOUT_REFERENCE
     from causalfusion_jax.evaluation import inception_metrics
     from causalfusion_jax.evaluation.images import open_images
-    from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, WITHOUT_REFERENCE
 
     images = open_images("--samples", _SAMPLES.value)
     reference = None
@@ -218,9 +211,9 @@ def _protocol():
 
 def _video_scores() -> dict[str, float]:
     """Scores by I3D's features."""
+    from causalfusion_jax.data.scores import VIDEO_METRICS
     from causalfusion_jax.evaluation import video_metrics
     from causalfusion_jax.evaluation.images import open_videos
-    from causalfusion_jax.evaluation.settings import VIDEO_METRICS
 
     if not _chosen(VIDEO_METRICS):
         return {}
@@ -237,7 +230,7 @@ def _video_scores() -> dict[str, float]:
 
 def _make_video_reference(out: pathlib.Path) -> None:
     """Writes --out, the statistics of videos."""
-    from causalfusion_jax import experiment
+    from causalfusion_jax.config import experiment
     from causalfusion_jax.data.pipeline import make_source
     from causalfusion_jax.evaluation import video_metrics
     from causalfusion_jax.evaluation.images import of_source, open_videos
@@ -256,6 +249,7 @@ def _make_video_reference(out: pathlib.Path) -> None:
 
 def _progress(num: int):
     """Prints to stderr, which the result is not on, where a person watches."""
+
     def show(done: int) -> None:
         print(f"\r{done}/{num} images", end="\n" if done == num else "", file=sys.stderr, flush=True)
 
@@ -264,7 +258,7 @@ def _progress(num: int):
 
 def _make_reference() -> None:
     """Writes --out."""
-    from causalfusion_jax import experiment
+    from causalfusion_jax.config import experiment
     from causalfusion_jax.data.pipeline import make_source
     from causalfusion_jax.evaluation import inception_metrics
     from causalfusion_jax.evaluation.images import of_source, open_images
@@ -293,17 +287,33 @@ def _make_reference() -> None:
     print(f"wrote statistics of {images.num} images, {min(images.num, _NUM_IMAGES.value)} of them kept, to {out}")
 
 
+def _probe() -> None:
+    """Does what the command `probe` does."""
+    from causalfusion_jax.config import experiment
+    from causalfusion_jax.config.probe import PROBES
+    from causalfusion_jax.evaluation.probing import Probe, run_probe
+
+    others = _SAMPLES, _CAPTIONS, _REFERENCE, _INCEPTION, _METRICS, _BATCH, _MAKE_REFERENCE, _NUM_IMAGES
+    for flag in (*others, _I3D, _FVD_FRAMES, _FVD_RESIZE):
+        require(not flag.present, f"--{flag.name}", flag.value, "has no meaning with --probe; leave it out")
+    require_one_of("--probe", _PROBE.value, PROBES)
+    config = None if _CONFIG.value is None else experiment.from_dict(_CONFIG.value.to_dict())
+    with cli.as_flags(), cli.exit_status_of_training():
+        probe = Probe(_PROBE.value, _WORKDIR.value, config=config, out=_OUT.value, **probe_flags.values())
+        probe_flags.join_processes()
+        run_probe(probe)
+
+
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax.evaluation.settings import PIXEL_METRICS, SCORES, VIDEO_METRICS, check_metrics
+    from causalfusion_jax.data.scores import PIXEL_METRICS, SCORES, VIDEO_METRICS, check_metrics
 
-    if probe_flags.given():
-        others = _SAMPLES, _CAPTIONS, _REFERENCE, _INCEPTION, _METRICS, _BATCH, _MAKE_REFERENCE, _NUM_IMAGES
-        for flag in (*others, _I3D, _FVD_FRAMES, _FVD_RESIZE):
-            require(not flag.present, f"--{flag.name}", flag.value, "has no meaning with --probe; leave it out")
-        probe_flags.run(_WORKDIR.value, _CONFIG.value, _OUT.value)
+    if _PROBE.value is not None:
+        _probe()
         return
+    for name in probe_flags.NAMES:
+        require(not flags.FLAGS[name].present, f"--{name}", flags.FLAGS[name].value, "needs --probe")
     require(_BATCH.value is None or _BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
     check_metrics("--metrics", _METRICS.value or (), SCORES)
     both = _INCEPTION.value is not None and _I3D.value is not None
@@ -324,7 +334,9 @@ def main(argv):
         _write(json.dumps(_score_captions(path)), path.parent)
         return
     require(
-        any(flag.value is not None for flag in (_WORKDIR, _INCEPTION, _I3D)), "--workdir", None,
+        any(flag.value is not None for flag in (_WORKDIR, _INCEPTION, _I3D)),
+        "--workdir",
+        None,
         "is required, or --inception (videos: --i3d) with --reference; see --help",
     )
     for name in _METRICS.value or ():
@@ -332,7 +344,9 @@ def main(argv):
         needed, flag = ("i3d", _I3D) if name in VIDEO_METRICS else of_images
         require(flag.value is not None, f"--{needed}", None, f"is needed for {name}")
     require(
-        _REFERENCE.value is None or _INCEPTION.value is not None or _I3D.value is not None, "--inception", None,
+        _REFERENCE.value is None or _INCEPTION.value is not None or _I3D.value is not None,
+        "--inception",
+        None,
         "is needed with --reference",
     )
     scores = _pixel_scores() if _WORKDIR.value is not None else {}

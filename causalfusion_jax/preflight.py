@@ -32,19 +32,26 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax import cli
-from causalfusion_jax.errors import require
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common.errors import require
 
 # Before jax starts: no look for a TPU or the metadata of one, several of us at a time, no remarks of libtpu.
 os.environ.update(
-    TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu",
-    TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3", TPU_ACCELERATOR_TYPE="v5litepod-4",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    JAX_PLATFORMS="cpu",
+    TPU_STDERR_LOG_LEVEL="3",
+    TPU_MIN_LOG_LEVEL="3",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices: v5e:16x16, or several separated by commas.")
 _JOB = flags.DEFINE_enum(
-    "job", "train", ["train", "sample", "run", "encode"],
+    "job",
+    "train",
+    ["train", "sample", "run", "encode"],
     "The training step, the sampler, all programs of a run, or the autoencoder's encoder.",
 )
 _NUM = flags.DEFINE_integer(
@@ -57,24 +64,26 @@ _SECONDS = flags.DEFINE_float("seconds", 100.0, "Begin to compile no more than f
 
 def _specs():
     """The programs to compile, checked."""
-    from causalfusion_jax import experiment, hardware
-    from causalfusion_jax.compile_ahead import program
+    from causalfusion_jax.common import hardware
+    from causalfusion_jax.config import experiment, slices
 
     config = experiment.from_dict(_CONFIG.value.to_dict())
     require(_SECONDS.value >= 0, "--seconds", _SECONDS.value, "must be >= 0")
     require(_NUM.value is None or _NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
     require(
-        _NUM.value is None or _JOB.value in ("sample", "encode"), "--num", _NUM.value,
+        _NUM.value is None or _JOB.value in ("sample", "encode"),
+        "--num",
+        _NUM.value,
         "belongs to --job=sample and --job=encode",
     )
     job = "sample" if _JOB.value == "sample" else "train"
     specs = []
     for topology in [hardware.topology(name) for name in _TOPOLOGY.value]:
-        spec = program.Spec(config, topology, job)
+        spec = slices.Spec(config, topology, job)
         if job == "sample":
             spec = spec.with_batch(_NUM.value or 8 * spec.batch_devices)
         if _JOB.value != "encode":
-            program.check(spec)
+            slices.check(spec)
         specs.append(spec)
     return specs
 
@@ -98,8 +107,9 @@ def _compile(spec):
 
 def _check_programs(specs) -> None:
     """Compiles all programs of a job, prints what came of them and ends the process."""
-    from causalfusion_jax import encoding
-    from causalfusion_jax.compile_ahead import programs, run_report
+    from causalfusion_jax.compile_ahead import run_report
+    from causalfusion_jax.evaluation import programs
+    from causalfusion_jax.prepare import encoding
 
     if _JOB.value == "run":
         listings = [programs.run_programs(spec) for spec in specs]

@@ -39,8 +39,8 @@ import pathlib
 
 from absl import flags
 
-from causalfusion_jax import cli, sampling_flags, video_flags
-from causalfusion_jax.errors import require
+from causalfusion_jax.cli import command as cli, sampling_flags, video_flags
+from causalfusion_jax.common.errors import require
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
 _NUM = flags.DEFINE_integer("num", None, "Number of images [100, or one for each of --labels].")
@@ -72,24 +72,28 @@ def _labels(trained, video, prompts):
         require(video.labels is not None, "--labels", None, "must be given: the clips come without")
         labels = np.asarray(video.labels, np.int32)
         for label in labels.tolist():
-            require(
-                0 <= label < data.num_classes, "--condition", label, f"labels must be in 0..{data.num_classes - 1}"
-            )
+            require(0 <= label < data.num_classes, "--condition", label, f"labels must be in 0..{data.num_classes - 1}")
     else:
         num = 100 if _NUM.value is None else _NUM.value
         require(num >= 1, "--num", num, "must be >= 1")
         labels = balanced_labels(num, data.num_classes)
         return labels if config.knows_classes else np.full_like(labels, data.num_classes)
     require(
-        clips is None or len(labels) == len(clips), "--labels", _LABELS.value,
+        clips is None or len(labels) == len(clips),
+        "--labels",
+        _LABELS.value,
         f"must be {0 if clips is None else len(clips)}, one for each clip",
     )
     require(
-        prompts is None or len(labels) == len(prompts), "--labels", _LABELS.value,
+        prompts is None or len(labels) == len(prompts),
+        "--labels",
+        _LABELS.value,
         f"must be {0 if prompts is None else len(prompts)}, as many as images of prompts",
     )
     require(
-        prompts is not None or _NUM.value in (None, len(labels)), "--num", _NUM.value,
+        prompts is not None or _NUM.value in (None, len(labels)),
+        "--num",
+        _NUM.value,
         f"must be {len(labels)}, the number of --labels, or left out",
     )
     return labels
@@ -98,7 +102,7 @@ def _labels(trained, video, prompts):
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax import distributed
+    from causalfusion_jax.common import distributed
     from causalfusion_jax.sampling.reading import read_prompts
     from causalfusion_jax.sampling.shards import SampleFolder
     from causalfusion_jax.sampling.trained import make_autoencoder
@@ -122,9 +126,14 @@ def main(argv):
         labels = _labels(trained, video, prompts)
     batch_size = sampling_flags.BATCH.value
     request = {
-        **trained.origin, "vae": vae and vae.fingerprint, "seed": sampling_flags.SEED.value, "batch_size": batch_size,
-        "labels": labels.tolist(), "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
-        **(video.request if video else {}), **({} if prompts is None else {"prompts": prompts}),
+        **trained.origin,
+        "vae": vae and vae.fingerprint,
+        "seed": sampling_flags.SEED.value,
+        "batch_size": batch_size,
+        "labels": labels.tolist(),
+        "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
+        **(video.request if video else {}),
+        **({} if prompts is None else {"prompts": prompts}),
     }
     samples = SampleFolder(pathlib.Path(_OUT.value), request, min(batch_size, len(labels)))
     if distributed.on_primary(lambda: int(samples.check() or samples.is_done), 0):
@@ -160,7 +169,7 @@ def _sample_to(samples, trained, sampler, labels, decode, video, prompts) -> Non
     """Samples what falls to this process, and joins the parts when all are there."""
     import jax
 
-    from causalfusion_jax import distributed
+    from causalfusion_jax.common import distributed
 
     distributed.on_primary(samples.claim, None)
     host, hosts = jax.process_index(), jax.process_count()
@@ -170,9 +179,7 @@ def _sample_to(samples, trained, sampler, labels, decode, video, prompts) -> Non
     wanted = samples.missing(host, hosts)
     if wanted:
         done = samples.num_parts - len(samples.missing())
-        made = _batches(
-            trained.config, sampler, trained.announced_params(), labels, decode, video, prompts, wanted
-        )
+        made = _batches(trained.config, sampler, trained.announced_params(), labels, decode, video, prompts, wanted)
         for count, (index, images) in enumerate(zip(wanted, made, strict=True), done + 1):
             samples.write(index, images)
             if distributed.is_primary():

@@ -19,7 +19,7 @@ diverged or failed; 2 when the input is wrong. Another training in the same WORK
 
 On a pod run it on every host with --multihost; elsewhere name the
 processes by --coordinator_address, --num_processes and --process_id (or JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES, JAX_PROCESS_ID). Settings are described in causalfusion_jax/experiment.py.
+JAX_NUM_PROCESSES, JAX_PROCESS_ID). Settings are described in causalfusion_jax/config/experiment.py.
 """
 
 import sys
@@ -27,7 +27,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax import cli
+from causalfusion_jax.cli import command as cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; new, empty, or that of a run to continue.")
@@ -38,15 +38,17 @@ flags.adopt_module_key_flags(cli)
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax import experiment
+    from causalfusion_jax.config import experiment
 
     config = experiment.from_dict(_CONFIG.value.to_dict())
     _join_processes()
     # Imported late: TensorBoard's writer takes seconds, a wrong setting should not.
+    from causalfusion_jax.evaluation.periodic import Evaluator
+    from causalfusion_jax.sampling.preview import Preview
     from causalfusion_jax.training import loop
 
     with cli.exit_status_of_training(sys.stdout):
-        loop.train(config, _WORKDIR.value)
+        loop.train(config, _WORKDIR.value, make_evaluator=Evaluator, make_preview=Preview)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
     python -m causalfusion_jax.caption --workdir=runs/pairs --images=held_out --num=500 --out=runs/pairs/captions
 """
 
-from causalfusion_jax.experiment import choose, default_config
+from causalfusion_jax.config.experiment import choose, default_config
 from causalfusion_jax.models.presets import preset
 
 

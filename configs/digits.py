@@ -15,7 +15,7 @@
     python -m causalfusion_jax.evaluate --probe=linear --workdir=runs/digits
 """
 
-from causalfusion_jax.experiment import choose, default_config
+from causalfusion_jax.config.experiment import choose, default_config
 from causalfusion_jax.models.presets import ACDIT, DIT, preset
 
 

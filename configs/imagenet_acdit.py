@@ -16,8 +16,8 @@ data_dir as data.path, where it is not the default one) is encoded once by the c
         --config.data.path=LATENTS --workdir=runs/imagenet_acdit_xl
 """
 
-from causalfusion_jax.evaluation.probe_settings import IMAGENET_LINEAR
-from causalfusion_jax.experiment import choose, default_config
+from causalfusion_jax.config.experiment import choose, default_config
+from causalfusion_jax.config.probe import IMAGENET_LINEAR
 from causalfusion_jax.models.presets import ACDIT, preset
 
 
@@ -29,9 +29,7 @@ def get_config(arg: str = "XL"):
         source="latents", name="imagenet2012", latents=True, flip=True, num_classes=1000, channels=4, image_size=32
     )
     config.model.update(**preset(f"acdit_{size}"), **ACDIT, patch_size=1, dtype="bfloat16")
-    config.factorization.update(
-        order="square_blocks", order_block=256, steps="block", block_size=256, weight="none"
-    )
+    config.factorization.update(order="square_blocks", order_block=256, steps="block", block_size=256, weight="none")
     config.diffusion.t_shared_by = "step"
     config.train.update(steps=1_200_000, batch_size=1024)
     config.optimizer.update(learning_rate=3e-4, schedule="wsd", decay_fraction=0.15)

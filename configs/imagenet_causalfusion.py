@@ -24,8 +24,8 @@ what it trains on; VAE is the converted autoencoder:
 `data.source=arrays` with `data.flip=False` trains on image.npy, scaled latents, and label.npy.
 """
 
-from causalfusion_jax.evaluation.probe_settings import IMAGENET_LINEAR
-from causalfusion_jax.experiment import choose, default_config
+from causalfusion_jax.config.experiment import choose, default_config
+from causalfusion_jax.config.probe import IMAGENET_LINEAR
 from causalfusion_jax.models.presets import preset
 
 IMAGES = 1_281_167
@@ -34,18 +34,24 @@ WARMUP_EPOCHS = 40
 
 def get_config(arg: str = "L"):
     """Settings of the run; `arg` is SIZE[,ablation|system][,256|512]."""
-    size, setting, pixels = choose(
-        arg, size=("L", "XL", "H"), setting=("system", "ablation"), pixels=("256", "512")
-    )
+    size, setting, pixels = choose(arg, size=("L", "XL", "H"), setting=("system", "ablation"), pixels=("256", "512"))
     system = setting == "system"
     config = default_config()
     config.data.update(
-        source="latents", name="imagenet2012", latents=True, flip=True, num_classes=1000,
-        channels=16 if system else 4, image_size=int(pixels) // (16 if system else 8),
+        source="latents",
+        name="imagenet2012",
+        latents=True,
+        flip=True,
+        num_classes=1000,
+        channels=16 if system else 4,
+        image_size=int(pixels) // (16 if system else 8),
     )
     config.model.update(
-        **preset(size), patch_size=1 if system else 2, num_condition_tokens=64 if system else 4,
-        positions="learned" if system else "sincos", dtype="bfloat16",
+        **preset(size),
+        patch_size=1 if system else 2,
+        num_condition_tokens=64 if system else 4,
+        positions="learned" if system else "sincos",
+        dtype="bfloat16",
     )
     # The factorizations are the defaults: random order, decay 0.9, weight 2 to 1; eps, linear betas, one t an image.
     config.train.batch_size = 2048

@@ -20,8 +20,8 @@ data.path, where it is not the default one) is encoded once by the converted VAE
         --config.data.path=LATENTS --workdir=runs/imagenet_dit_l
 """
 
-from causalfusion_jax.evaluation.probe_settings import IMAGENET_LINEAR
-from causalfusion_jax.experiment import choose, default_config
+from causalfusion_jax.config.experiment import choose, default_config
+from causalfusion_jax.config.probe import IMAGENET_LINEAR
 from causalfusion_jax.models.presets import DIT, preset
 
 SIZES = {"S": preset("S"), "B": preset("B"), "L": preset("L"), "XL": dict(hidden=1152, heads=16, layers=28)}

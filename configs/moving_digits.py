@@ -10,7 +10,7 @@
     python -m causalfusion_jax.sample --workdir=runs/moving_digits --frames=64 --out=runs/moving_digits/samples_64
 """
 
-from causalfusion_jax.experiment import default_config
+from causalfusion_jax.config.experiment import default_config
 from causalfusion_jax.models.presets import ACDIT, preset
 
 

@@ -19,7 +19,7 @@ frame_stride=2 for every second frame. More clips of a video: `data.source=array
 DATA/image.npy [clips, 16, 32, 32, 4], latents times 0.18215, and DATA/label.npy as `data.path`.
 """
 
-from causalfusion_jax.experiment import choose, default_config
+from causalfusion_jax.config.experiment import choose, default_config
 from causalfusion_jax.models.presets import ACDIT, preset
 
 

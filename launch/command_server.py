@@ -88,8 +88,8 @@ class Forked:
 def import_all() -> None:
     """Imports what commands import; starts no device."""
     import causalfusion_jax.evaluation.scores
-    import causalfusion_jax.released.conversion
-    import causalfusion_jax.released.tensors
+    import causalfusion_jax.prepare.conversion
+    import causalfusion_jax.prepare.tensors
     import causalfusion_jax.sampling.trained
     import causalfusion_jax.training.loop  # noqa: F401
 

@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from causalfusion_jax.errors import require
+from causalfusion_jax.common.errors import require
 
 
 def fill(template: str, values: dict[str, str]) -> str:

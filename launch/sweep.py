@@ -37,8 +37,9 @@ from absl import flags
 from command_server import Forked, die_with_parent
 from shell_template import fill
 
-from causalfusion_jax import cli, files
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -71,12 +72,15 @@ class Stage:
 
 def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     """The commands of a run, in order."""
-    from causalfusion_jax.sweeps import samples_folder
-    from causalfusion_jax.training.manifests import manifest_path
+    from causalfusion_jax.checkpoints.manifests import manifest_path
+    from causalfusion_jax.sweeps.sweep import samples_folder
 
     folder = workdir / run.name
     train = (
-        "causalfusion_jax.train", f"--config={sweep.config}", f"--workdir={folder}", *run.flags,
+        "causalfusion_jax.train",
+        f"--config={sweep.config}",
+        f"--workdir={folder}",
+        *run.flags,
         *shlex.split(_TRAIN_FLAGS.value),
     )
     # The manifest of a checkpoint is the last thing that is written of it.
@@ -84,11 +88,17 @@ def stages(sweep, run, workdir: pathlib.Path) -> tuple[Stage, ...]:
     for ar_steps in run.ar_steps:
         out = samples_folder(workdir, run, ar_steps, sweep)
         sample = (
-            "causalfusion_jax.sample", f"--workdir={folder}", f"--out={out}", f"--num={sweep.num_samples}",
-            f"--ar_steps={ar_steps}", *shlex.split(_SAMPLE_FLAGS.value),
+            "causalfusion_jax.sample",
+            f"--workdir={folder}",
+            f"--out={out}",
+            f"--num={sweep.num_samples}",
+            f"--ar_steps={ar_steps}",
+            *shlex.split(_SAMPLE_FLAGS.value),
         )
         evaluate = (
-            "causalfusion_jax.evaluate", f"--workdir={folder}", f"--samples={out / 'samples.npz'}",
+            "causalfusion_jax.evaluate",
+            f"--workdir={folder}",
+            f"--samples={out / 'samples.npz'}",
             *shlex.split(_EVALUATE_FLAGS.value),
         )
         planned.append(Stage(f"sampling S={ar_steps}", sample, out / "request.json"))
@@ -106,7 +116,7 @@ def is_finished(planned: tuple[Stage, ...]) -> bool:
 
 def shared_settings(sweep, base: dict) -> dict:
     """What must not change under the runs of a sweep, by path."""
-    from causalfusion_jax import sweeps
+    from causalfusion_jax.sweeps import sweep as sweeps
 
     settings = sweeps.measured_settings(sweeps.merge(base, sweep.fixed))
     return settings | {"--sample_flags": _SAMPLE_FLAGS.value, "--evaluate_flags": _EVALUATE_FLAGS.value}
@@ -129,7 +139,7 @@ def check_workdir(workdir: pathlib.Path, shared: dict, runs, recorded: bool = Tr
     Raises:
       InputError: it holds something else.
     """
-    from causalfusion_jax import sweeps
+    from causalfusion_jax.sweeps import sweep as sweeps
 
     record, names = workdir / "sweep.json", {run.name for run in runs}
     if record.is_file():
@@ -142,7 +152,9 @@ def check_workdir(workdir: pathlib.Path, shared: dict, runs, recorded: bool = Tr
             if shared.get(path, value) != value
         ]
         require(
-            not changed, "--workdir", str(workdir),
+            not changed,
+            "--workdir",
+            str(workdir),
             f"belongs to another sweep: {', '.join(changed)}; use another workdir",
         )
         others = sorted(set(saved["runs"]) - names)
@@ -216,16 +228,21 @@ class Job:
         if not self._servers:
             command = [str(ROOT / "launch" / "command_server.py")]
             with (self.log.parent / "command_server.log").open("a") as log:
-                self._servers.append(self._popen(
-                    lock, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0
-                ))
+                self._servers.append(
+                    self._popen(lock, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0)
+                )
         self._process = Forked(self._servers.pop(), self.stage.args, self.log)
 
     def _popen(self, lock, args: list[str], **streams) -> subprocess.Popen:
         # A session of its own: the terminal's Ctrl-C must reach it once, through `signal`.
         return subprocess.Popen(
-            [sys.executable, *args], cwd=ROOT, env=self._env(), start_new_session=True, preexec_fn=die_with_parent,
-            pass_fds=(lock.fileno(),), **streams,
+            [sys.executable, *args],
+            cwd=ROOT,
+            env=self._env(),
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            pass_fds=(lock.fileno(),),
+            **streams,
         )
 
     def _env(self) -> dict[str, str]:
@@ -354,7 +371,7 @@ def submit(todo, workdir: pathlib.Path, template: str, dry_run: bool) -> int:
 
 def write_results(sweep, results, workdir: pathlib.Path) -> None:
     """Writes and prints the table, and plots it."""
-    from causalfusion_jax import sweeps
+    from causalfusion_jax.sweeps import sweep as sweeps
 
     table = sweeps.markdown(sweep, results)
     shared = [f"`{path}={value}`" for path, value in sweep.fixed.items()]
@@ -378,7 +395,7 @@ def read_sweep():
 
     # Nothing is computed here: an accelerator belongs to the runs.
     jax.config.update("jax_platforms", "cpu")
-    from causalfusion_jax import sweeps
+    from causalfusion_jax.sweeps import sweep as sweeps
 
     here = pathlib.Path.cwd()
     root = here if (here / _SWEEP.value.partition(":")[0]).is_file() else ROOT
@@ -393,44 +410,55 @@ def read_sweep():
 
 def check_can_score(sweep, runs) -> None:
     """Raises InputError where runs would only fail once they are trained, or about to be."""
-    from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, OF_CLASSES, VIDEO_METRICS
+    from causalfusion_jax.data.scores import INCEPTION_METRICS, OF_CLASSES, VIDEO_METRICS
 
     needed = "inception" if sweep.metric in INCEPTION_METRICS else "i3d" if sweep.metric in VIDEO_METRICS else None
     given = {word.lstrip("-").partition("=")[0]: word for word in shlex.split(_EVALUATE_FLAGS.value)}
     require(
-        needed is None or needed in given, "--evaluate_flags", _EVALUATE_FLAGS.value,
+        needed is None or needed in given,
+        "--evaluate_flags",
+        _EVALUATE_FLAGS.value,
         f"must hold --{needed}=FOLDER: {sweep.metric} is measured with it",
     )
     metrics = given.get("metrics", f"--metrics={sweep.metric}").partition("=")[2].split(",")
     require(
-        sweep.metric in metrics, "--evaluate_flags", _EVALUATE_FLAGS.value,
+        sweep.metric in metrics,
+        "--evaluate_flags",
+        _EVALUATE_FLAGS.value,
         f"must measure {sweep.metric}, by which the runs are sorted",
     )
     for run in runs:
         data = run.config.data
         require(
-            data.source in ("digits", "digit_pairs", "moving_digits", "tfds") or bool(data.path), "config.data.path",
-            data.path, f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
+            data.source in ("digits", "digit_pairs", "moving_digits", "tfds") or bool(data.path),
+            "config.data.path",
+            data.path,
+            f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
         )
         require(
-            not data.latents or "--vae" in _SAMPLE_FLAGS.value, "--sample_flags", _SAMPLE_FLAGS.value,
+            not data.latents or "--vae" in _SAMPLE_FLAGS.value,
+            "--sample_flags",
+            _SAMPLE_FLAGS.value,
             "must hold --vae=FOLDER: what a model of latents samples is scored as pixels",
         )
         require(
             sweep.metric not in OF_CLASSES or run.config.knows_classes or "--prompt" in _SAMPLE_FLAGS.value,
-            "--sample_flags", _SAMPLE_FLAGS.value,
+            "--sample_flags",
+            _SAMPLE_FLAGS.value,
             f"must hold --prompts=FILE: {sweep.metric} compares images with what they were sampled for",
         )
         other = "i3d" if data.frames == 1 else "inception"
         require(
-            other not in given, "--evaluate_flags", _EVALUATE_FLAGS.value,
+            other not in given,
+            "--evaluate_flags",
+            _EVALUATE_FLAGS.value,
             f"--{other} is not of {'images' if data.frames == 1 else 'videos'}, as those of {run.name}",
         )
 
 
 def run_here(sweep, runs, workdir: pathlib.Path, shared: dict, names: list[str]) -> int:
     """Runs the sweep on this machine. Returns the exit status."""
-    from causalfusion_jax import sweeps
+    from causalfusion_jax.sweeps import sweep as sweeps
 
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
     with held(workdir) as lock:
@@ -472,7 +500,7 @@ def main(argv):
     shared, recorded = shared_settings(sweep, base), not (_LAUNCHER.value or _RESULTS_ONLY.value)
     names = check_workdir(workdir, shared, runs, recorded)
     if _RESULTS_ONLY.value:
-        from causalfusion_jax import sweeps
+        from causalfusion_jax.sweeps import sweep as sweeps
 
         require(workdir.is_dir(), "--workdir", str(workdir), "no such folder")
         write_results(sweep, sweeps.gather(sweep, runs, workdir, {}), workdir)

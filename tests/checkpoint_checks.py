@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.released.tensors import open_checkpoint
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.prepare.tensors import open_checkpoint
 
 
 def state(seed=0):
@@ -22,9 +22,8 @@ def check_equal(checkpoint, expected):
 
 
 def error_of(path, weights="ema"):
-    with pytest.raises(InputError) as caught:
-        with open_checkpoint(path, weights) as checkpoint:
-            dict(checkpoint)
+    with pytest.raises(InputError) as caught, open_checkpoint(path, weights) as checkpoint:
+        dict(checkpoint)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     return caught.value
 

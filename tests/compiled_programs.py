@@ -5,7 +5,8 @@ import re
 
 import jax
 
-from causalfusion_jax.compile_ahead import program, programs
+from causalfusion_jax.compile_ahead import program
+from causalfusion_jax.evaluation import programs
 
 
 @contextlib.contextmanager

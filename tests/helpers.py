@@ -16,9 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import quick_compilation
 
-from causalfusion_jax import experiment, files, sharding, sweeps
-from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
-from causalfusion_jax.released.inception import ignored_names
+from causalfusion_jax.common import files, sharding
+from causalfusion_jax.config import experiment
+from causalfusion_jax.evaluation.periodic import Evaluator
+from causalfusion_jax.models.params import Params
+from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.prepare.inception import ignored_names
+from causalfusion_jax.sampling.preview import Preview
+from causalfusion_jax.sweeps import sweep as sweeps
+from causalfusion_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -38,6 +44,11 @@ def tiny_config(**sections) -> dict:
         for section, values in changes.items():
             config[section] |= values
     return config
+
+
+def train_run(config, workdir, watch=None):
+    """Trains as the command does, with evaluations and previews."""
+    return loop.train(config, str(workdir), watch, make_evaluator=Evaluator, make_preview=Preview)
 
 
 def expanded(overrides, **kwargs):
@@ -132,7 +143,11 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     folder = tempfile.TemporaryDirectory(prefix="causalfusion_jax-commands-")
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "launch" / "command_server.py")],
-        cwd=ROOT, env=command_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=command_env(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return server, pathlib.Path(folder.name)
@@ -146,8 +161,12 @@ def start_processes(count: int, module: str, *args: str) -> list[subprocess.Pope
     job = f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "host_reads", module, *map(str, args), *job, f"--process_id={i}"], cwd=ROOT,
-            env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "host_reads", module, *map(str, args), *job, f"--process_id={i}"],
+            cwd=ROOT,
+            env=command_env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(count)
     ]

@@ -3,10 +3,14 @@
 import numpy as np
 
 MIXED = {
-    "3b": (192, 64, 96, 128, 16, 32, 32), "3c": (256, 128, 128, 192, 32, 96, 64),
-    "4b": (480, 192, 96, 208, 16, 48, 64), "4c": (512, 160, 112, 224, 24, 64, 64),
-    "4d": (512, 128, 128, 256, 24, 64, 64), "4e": (512, 112, 144, 288, 32, 64, 64),
-    "4f": (528, 256, 160, 320, 32, 128, 128), "5b": (832, 256, 160, 320, 32, 128, 128),
+    "3b": (192, 64, 96, 128, 16, 32, 32),
+    "3c": (256, 128, 128, 192, 32, 96, 64),
+    "4b": (480, 192, 96, 208, 16, 48, 64),
+    "4c": (512, 160, 112, 224, 24, 64, 64),
+    "4d": (512, 128, 128, 256, 24, 64, 64),
+    "4e": (512, 112, 144, 288, 32, 64, 64),
+    "4f": (528, 256, 160, 320, 32, 128, 128),
+    "5b": (832, 256, 160, 320, 32, 128, 128),
     "5c": (832, 384, 192, 384, 48, 128, 128),
 }
 """Channels in, and of the convolutions b0, b1a, b1b, b2a, b2b, b3b (arXiv 1409.4842, table 1)."""
@@ -16,10 +20,17 @@ def units() -> dict[str, tuple[int, int, int]]:
     """Channels in, channels out and side of the kernel of every convolution, by its name in pytorch-i3d."""
     found = {"Conv3d_1a_7x7": (3, 64, 7), "Conv3d_2b_1x1": (64, 64, 1), "Conv3d_2c_3x3": (64, 192, 3)}
     for name, (c, c0, c1a, c1b, c2a, c2b, c3b) in MIXED.items():
-        found |= {f"Mixed_{name}.{unit}": shape for unit, shape in {
-            "b0": (c, c0, 1), "b1a": (c, c1a, 1), "b1b": (c1a, c1b, 3), "b2a": (c, c2a, 1), "b2b": (c2a, c2b, 3),
-            "b3b": (c, c3b, 1),
-        }.items()}
+        found |= {
+            f"Mixed_{name}.{unit}": shape
+            for unit, shape in {
+                "b0": (c, c0, 1),
+                "b1a": (c, c1a, 1),
+                "b1b": (c1a, c1b, 3),
+                "b2a": (c, c2a, 1),
+                "b2b": (c2a, c2b, 3),
+                "b3b": (c, c3b, 1),
+            }.items()
+        }
     return found
 
 
@@ -55,8 +66,12 @@ def kinetics_i3d_pytorch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray
 def tensorflow(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same as the variables of TensorFlow; of weights whose batch norms have a scale of 1."""
     branches = {
-        "b0": "Branch_0/Conv3d_0a_1x1", "b1a": "Branch_1/Conv3d_0a_1x1", "b1b": "Branch_1/Conv3d_0b_3x3",
-        "b2a": "Branch_2/Conv3d_0a_1x1", "b2b": "Branch_2/Conv3d_0b_3x3", "b3b": "Branch_3/Conv3d_0b_1x1",
+        "b0": "Branch_0/Conv3d_0a_1x1",
+        "b1a": "Branch_1/Conv3d_0a_1x1",
+        "b1b": "Branch_1/Conv3d_0b_3x3",
+        "b2a": "Branch_2/Conv3d_0a_1x1",
+        "b2b": "Branch_2/Conv3d_0b_3x3",
+        "b3b": "Branch_3/Conv3d_0b_1x1",
     }
     parts = {"bn.bias": "batch_norm/beta", "bn.running_mean": "batch_norm/moving_mean",
              "bn.running_var": "batch_norm/moving_variance"}  # fmt: skip

@@ -10,7 +10,8 @@ import numpy as np
 from helpers import random_params, tiny_config
 from tiny_data import TINY_VAE
 
-from causalfusion_jax import distributed, experiment, sharding
+from causalfusion_jax.common import distributed, sharding
+from causalfusion_jax.config import experiment
 from causalfusion_jax.evaluation.inception_metrics import Collected
 from causalfusion_jax.models.autoencoder import abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
@@ -18,10 +19,13 @@ from causalfusion_jax.sampling.generation import image_batches, image_shares
 from causalfusion_jax.sampling.trained import make_autoencoder, open_autoencoder
 from causalfusion_jax.training.state import place_abstract
 
-CONFIG = experiment.from_dict(tiny_config(
-    model=dict(layers=1, hidden=16, heads=2), sampling=dict(solver_steps=1),
-    data=dict(source="arrays", path="none", latents=True, channels=TINY_VAE.latent_channels),
-))
+CONFIG = experiment.from_dict(
+    tiny_config(
+        model=dict(layers=1, hidden=16, heads=2),
+        sampling=dict(solver_steps=1),
+        data=dict(source="arrays", path="none", latents=True, channels=TINY_VAE.latent_channels),
+    )
+)
 NUM, BATCH, SEED = 5, 4, 3
 LABELS = np.arange(NUM, dtype=np.int32)
 METRICS = ("fid", "inception_score", "kid")

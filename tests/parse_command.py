@@ -1,6 +1,6 @@
 """Parses a command of the package with its own flags, and builds its config; runs nothing.
 
-    python -m parse_command causalfusion_jax.train --config=... --workdir=...
+python -m parse_command causalfusion_jax.train --config=... --workdir=...
 """
 
 import runpy
@@ -8,7 +8,8 @@ import sys
 
 from absl import flags
 
-from causalfusion_jax import cli, experiment
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.config import experiment
 
 
 def check(main, required=()):

@@ -1,13 +1,13 @@
 """The end of `evaluate --probe=finetune` when a signal has stopped it, without the fine-tuning.
 
-    python -m stopped_probe FOLDER
+python -m stopped_probe FOLDER
 """
 
 import pathlib
 import sys
 from types import SimpleNamespace
 
-from causalfusion_jax import probe_flags
+from causalfusion_jax.cli import probe_flags
 from causalfusion_jax.evaluation.finetune import Stopped
 
 

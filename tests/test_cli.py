@@ -7,8 +7,8 @@ import resource
 
 import pytest
 
-from causalfusion_jax import cli
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from helpers import ROOT, command, command_env
 from PIL import Image
 
-from causalfusion_jax.cli import INTERRUPTED
-from causalfusion_jax.training.manifests import manifest_path
+from causalfusion_jax.checkpoints.manifests import manifest_path
+from causalfusion_jax.cli.command import INTERRUPTED
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=30",
@@ -60,8 +60,16 @@ def test_a_run_leaves_what_it_says(run):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30]
     wanted = {
-        "loss", "mse_by_t/0", "mse_by_ar_step/0", "grad_norm", "learning_rate", "steps_per_second",
-        "images_per_second", "model_flops_utilization", "nonfinite_steps", "data_wait_fraction",
+        "loss",
+        "mse_by_t/0",
+        "mse_by_ar_step/0",
+        "grad_norm",
+        "learning_rate",
+        "steps_per_second",
+        "images_per_second",
+        "model_flops_utilization",
+        "nonfinite_steps",
+        "data_wait_fraction",
     }
     assert wanted <= set(lines[-1]) and lines[-1]["loss"] < lines[0]["loss"]
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == ["00000015.png", "00000030.png"]
@@ -98,10 +106,19 @@ def start(workdir):
     # One logged line a step tells where it is.
     return subprocess.Popen(
         [
-            sys.executable, "-m", "host_reads", "causalfusion_jax.train", *SMALL, f"--workdir={workdir}",
+            sys.executable,
+            "-m",
+            "host_reads",
+            "causalfusion_jax.train",
+            *SMALL,
+            f"--workdir={workdir}",
             "--config.logging.every=1",
         ],
-        cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=command_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

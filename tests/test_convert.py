@@ -10,12 +10,12 @@ from helpers import GOLDENS, command
 from PIL import Image
 from safetensors.numpy import load_file
 
-from causalfusion_jax import experiment
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
 from causalfusion_jax.models.autoencoder import MAR_VAE
 from causalfusion_jax.models.presets import PRESETS, preset
-from causalfusion_jax.released.conversion import make_plan
-from causalfusion_jax.released.names import unfilled
+from causalfusion_jax.prepare.conversion import make_plan
+from causalfusion_jax.prepare.names import unfilled
 
 UNSAID = dict(patch_size=None, image_size=None, frames=None, block_size=None)
 GRID = {"CausalFusion": "causalfusion", "ACDiT": "acdit"}

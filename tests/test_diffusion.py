@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causalfusion_jax.diffusion import (
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.core.diffusion import (
     TARGETS,
     DiffusionConfig,
     add_noise,
@@ -16,7 +17,6 @@ from causalfusion_jax.diffusion import (
     sample_t,
     to_x_0_and_eps,
 )
-from causalfusion_jax.errors import InputError
 
 SCHEDULES = {
     "linear": DiffusionConfig(),

@@ -15,13 +15,14 @@ import pytest
 from helpers import ROOT, all_done, command, command_env, start_processes
 from tiny_data import NAMES, write_clip, write_tars, write_tfds, write_vae
 
-from causalfusion_jax import encoding, files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.data import latents
 from causalfusion_jax.data.pipeline import DataConfig, host_batches, make_source
-from causalfusion_jax.encoding import EncodeConfig, encode
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.lock import FolderLock
 from causalfusion_jax.models.autoencoder import moments
+from causalfusion_jax.prepare import encoding
+from causalfusion_jax.prepare.encoding import EncodeConfig, encode
 from causalfusion_jax.sampling.trained import open_autoencoder
 
 IMAGES = 320
@@ -120,10 +121,18 @@ def test_training_draws_from_seed_index_and_epoch(tmp_path):
         writer.write(latents.pack(record | {"label": np.array(i % 10, np.int32), "index": np.array(i)}))
     writer.close()
     shard = {"file": path.name, "first_index": 0, "records": 20, **files.describe_file(path)}
-    files.write_json(tmp_path / "manifest.json", {
-        "version": 1, "shape": [4, 4, 4], "num_classes": 10, "class_names": [], "captions": False,
-        "scaling_factor": 0.5, "shards": [shard],
-    })
+    files.write_json(
+        tmp_path / "manifest.json",
+        {
+            "version": 1,
+            "shape": [4, 4, 4],
+            "num_classes": 10,
+            "class_names": [],
+            "captions": False,
+            "scaling_factor": 0.5,
+            "shards": [shard],
+        },
+    )
     config = latent_config(tmp_path, flip=True)
     source = make_source(config)
     epochs = [host_batches(source, config, 20, seed=5)[k] for k in range(50)]
@@ -154,7 +163,10 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(seed, encoded, tars, vae, tmp
     out, rng = tmp_path / "out", random.Random(seed)
     # So few calls are left of each at least; the last kill is between the manifest and tidying up.
     for module, name, calls in (
-        (latents, "pack", 24), (files, "write_json", 2), (files, "describe_file", 3), (encoding.shutil, "rmtree", 1)
+        (latents, "pack", 24),
+        (files, "write_json", 2),
+        (files, "describe_file", 3),
+        (encoding.shutil, "rmtree", 1),
     ):
         left = rng.randrange(calls)
         real = getattr(module, name)
@@ -182,7 +194,7 @@ def test_mesh_captions_and_what_is_corrupt(encoded, vae, tmp_path, capsys):
     expected, _ = encoded
     (tmp_path / "tars").mkdir()
     tars = DataConfig(
-        source="tar", path=write_tars(tmp_path / "tars", 30, broken=(3, 12)), image_size=16, channels=3, workers=1,
+        source="tar", path=write_tars(tmp_path / "tars", 30, broken=(3, 12)), image_size=16, channels=3, workers=1
     )
     few = dataclasses.replace(SETTINGS, captions=True)
     with pytest.raises(InputError, match="2 corrupt records"):
@@ -190,8 +202,9 @@ def test_mesh_captions_and_what_is_corrupt(encoded, vae, tmp_path, capsys):
     manifest = encode(tars, *open_autoencoder(vae), str(tmp_path / "few"), few)
     assert [record["index"] for record in manifest["corrupt"]] == [3, 12]
     assert "part/0003.png" in manifest["corrupt"][0]["name"] and manifest["num_records"] == 28
-    source, all_of_them = make_source(latent_config(tmp_path / "few"), captions=True), make_source(
-        latent_config(expected)
+    source, all_of_them = (
+        make_source(latent_config(tmp_path / "few"), captions=True),
+        make_source(latent_config(expected)),
     )
     kept = [i for i in range(30) if i not in (3, 12)]
     assert [int(source.record(i)["index"]) for i in range(28)] == kept
@@ -215,8 +228,10 @@ def test_scaling_that_does_not_fit_is_told(capsys):
 def test_what_does_not_fit_is_refused(encoded, tars, vae, tmp_path):
     out, _ = encoded
     for changes, words in (
-        (dict(channels=16), "shape .4, 4, 4.; the config's .4, 4, 16."), (dict(num_classes=9), "has 10 classes"),
-        (dict(path=str(tmp_path)), "holds no latents"), (dict(path=""), "needs the folder that encode wrote"),
+        (dict(channels=16), "shape .4, 4, 4.; the config's .4, 4, 16."),
+        (dict(num_classes=9), "has 10 classes"),
+        (dict(path=str(tmp_path)), "holds no latents"),
+        (dict(path=""), "needs the folder that encode wrote"),
     ):
         with pytest.raises(InputError, match=words):
             make_source(latent_config(**{"out": out, **changes} if "path" not in changes else {"out": "", **changes}))
@@ -224,7 +239,8 @@ def test_what_does_not_fit_is_refused(encoded, tars, vae, tmp_path):
         make_source(latent_config(out), captions=True)
     opened = open_autoencoder(vae)
     for data, words in (
-        (dataclasses.replace(tars, image_size=18), "multiple of 4"), (DataConfig(), "must be 3"),
+        (dataclasses.replace(tars, image_size=18), "multiple of 4"),
+        (DataConfig(), "must be 3"),
         (latent_config(out), "images to encode"),
         (dataclasses.replace(tars, latents=True, channels=16, image_size=4), "must be 4, the channels"),
     ):
@@ -300,9 +316,16 @@ def test_damage_is_found(tars, vae, tmp_path, monkeypatch):
 
 
 TINY = (
-    "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.model.layers=2",
-    "--config.optimizer.warmup_steps=3", "--config.train.batch_size=16", "--config.train.steps=6",
-    "--config.logging.every=1", "--config.logging.sample_every=0", "--config.data.flip=True",
+    "--config=configs/digits.py",
+    "--config.model.hidden=32",
+    "--config.model.heads=2",
+    "--config.model.layers=2",
+    "--config.optimizer.warmup_steps=3",
+    "--config.train.batch_size=16",
+    "--config.train.steps=6",
+    "--config.logging.every=1",
+    "--config.logging.sample_every=0",
+    "--config.data.flip=True",
 )
 LATENTS = ("--config.data.latents=True", "--config.data.image_size=4", "--config.data.channels=4",
            "--config.model.patch_size=1")  # fmt: skip
@@ -311,8 +334,12 @@ LATENTS = ("--config.data.latents=True", "--config.data.image_size=4", "--config
 def images(folder):
     """Options of the TFDS data set as pixels."""
     return (
-        "--config.data.source=tfds", "--config.data.name=tiny_digits", f"--config.data.path={folder}",
-        "--config.data.image_size=16", "--config.data.channels=3", "--config.model.patch_size=4",
+        "--config.data.source=tfds",
+        "--config.data.name=tiny_digits",
+        f"--config.data.path={folder}",
+        "--config.data.image_size=16",
+        "--config.data.channels=3",
+        "--config.model.patch_size=4",
     )
 
 
@@ -344,9 +371,16 @@ def test_tfds_trains_as_images_and_as_latents(tfds_folder, vae, tmp_path):
 
 
 VIDEO = (
-    "--config=configs/ucf101_acdit.py:XL", "--config.data.image_size=4", "--config.data.frames=4",
-    "--config.data.num_classes=2", "--config.model.patch_size=2", "--config.factorization.block_size=4",
-    "--config.mesh.preset=dp", "--config.optimizer.warmup_steps=0", *TINY[1:4], *TINY[5:],
+    "--config=configs/ucf101_acdit.py:XL",
+    "--config.data.image_size=4",
+    "--config.data.frames=4",
+    "--config.data.num_classes=2",
+    "--config.model.patch_size=2",
+    "--config.factorization.block_size=4",
+    "--config.mesh.preset=dp",
+    "--config.optimizer.warmup_steps=0",
+    *TINY[1:4],
+    *TINY[5:],
 )
 
 

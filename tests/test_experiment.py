@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from helpers import tiny_config
 
-from causalfusion_jax import experiment, files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
 from causalfusion_jax.data.tokenizers import make_tokenizer
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.models.presets import ACDIT, DIT
 from causalfusion_jax.sampling.sampler import generate, image_keys
 from causalfusion_jax.training.state import init_state, train_step

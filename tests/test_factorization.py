@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.factorization import (
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.core.factorization import (
     CONDITION_STEP,
     EMPTY_STEP,
     FactorizationConfig,
@@ -50,8 +50,7 @@ def test_rule_on_random_tokens():
     for _ in range(20):
         (q_role, q_step), (k_role, k_step) = random_tokens(rng, 9), random_tokens(rng, 13)
         expected = [
-            [dense_rule(*q, *k) for k in zip(k_role, k_step, strict=True)]
-            for q in zip(q_role, q_step, strict=True)
+            [dense_rule(*q, *k) for k in zip(k_role, k_step, strict=True)] for q in zip(q_role, q_step, strict=True)
         ]
         np.testing.assert_array_equal(attends(q_role, q_step, k_role, k_step), expected)
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -18,15 +18,10 @@ import pytest
 from flax import nnx
 from helpers import inception_weights
 
-from causalfusion_jax import diffusion as noise_axis
-from causalfusion_jax.diffusion import DiffusionConfig
-from causalfusion_jax.evaluation.distribution import (
-    FeatureStatistics,
-    frechet_from_statistics,
-    inception_score,
-    precision_recall,
-)
-from causalfusion_jax.factorization import (
+from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core import diffusion as noise_axis
+from causalfusion_jax.core.diffusion import DiffusionConfig
+from causalfusion_jax.core.factorization import (
     CONDITION_STEP,
     FactorizationConfig,
     Role,
@@ -37,6 +32,13 @@ from causalfusion_jax.factorization import (
     token_order,
     training_layout,
 )
+from causalfusion_jax.core.solvers import SolverConfig, solver_table
+from causalfusion_jax.metrics.distribution import (
+    FeatureStatistics,
+    frechet_from_statistics,
+    inception_score,
+    precision_recall,
+)
 from causalfusion_jax.models.autoencoder import abstract_autoencoder, decode, moments
 from causalfusion_jax.models.inception import SIDE, abstract_inception, inception_features, resize_tf1
 from causalfusion_jax.models.kv_cache import KVCache
@@ -44,12 +46,11 @@ from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.positions import coordinates, rope_base, rope_dims, rope_table
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
-from causalfusion_jax.released.autoencoders import mar_vae_config, mar_vae_table, sd_vae_config, sd_vae_table
-from causalfusion_jax.released.inception import inception_table
-from causalfusion_jax.released.names import check_shapes, from_released, to_released
-from causalfusion_jax.released.transformers import acdit_table, causalfusion_table
-from causalfusion_jax.sampling.sampler import SamplerConfig, _Denoiser, guidance_scales, image_keys, sample_tokens
-from causalfusion_jax.sampling.solvers import SolverConfig, solver_table
+from causalfusion_jax.prepare.autoencoders import mar_vae_config, mar_vae_table, sd_vae_config, sd_vae_table
+from causalfusion_jax.prepare.inception import inception_table
+from causalfusion_jax.prepare.names import check_shapes, from_released, to_released
+from causalfusion_jax.prepare.transformers import acdit_table, causalfusion_table
+from causalfusion_jax.sampling.sampler import _Denoiser, guidance_scales, image_keys, sample_tokens
 
 GOLDENS = pathlib.Path(os.environ.get("GOLDENS_DIR") or pathlib.Path(__file__).parent / "goldens")
 LINEAR = DiffusionConfig()
@@ -95,8 +96,12 @@ def causalfusion(path):
     meta = json.loads(str(golden["meta"]))
     side, patch = meta["input_size"] // meta["patch_size"], meta["patch_size"]
     config = TransformerConfig(
-        hidden=meta["hidden_size"], heads=meta["num_heads"], layers=meta["depth"], grid=(side, side),
-        token_dim=patch**2 * meta["latent_channels"], num_classes=meta["num_classes"],
+        hidden=meta["hidden_size"],
+        heads=meta["num_heads"],
+        layers=meta["depth"],
+        grid=(side, side),
+        token_dim=patch**2 * meta["latent_channels"],
+        num_classes=meta["num_classes"],
         num_condition_tokens=meta["num_cond_tokens"],
     )
     params = from_released(causalfusion_table(config), weights_of(golden), abstract_model(config)[1])
@@ -154,7 +159,11 @@ def causalfusion_cached_inference(path):
     labels = jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)])
     ids_1, ids_2 = (jnp.asarray(golden[f"sample/ids_step{i}"], jnp.int32) for i in (1, 2))
     cache = KVCache.empty(
-        config.layers, len(labels), config.num_condition_tokens + config.num_tokens, config.heads, config.head_dim,
+        config.layers,
+        len(labels),
+        config.num_condition_tokens + config.num_tokens,
+        config.heads,
+        config.head_dim,
         jnp.float32,
     )
 
@@ -195,8 +204,13 @@ def acdit(path):
     side = math.isqrt(meta["spatial_len"])
     frames = (meta["temporal_len"],) if meta["temporal_len"] > 1 else ()
     config = TransformerConfig(
-        hidden=meta["hidden_size"], heads=meta["num_heads"], layers=meta["depth"], grid=(*frames, side, side),
-        token_dim=meta["latent_size"], num_classes=meta["num_classes"], **ACDIT,
+        hidden=meta["hidden_size"],
+        heads=meta["num_heads"],
+        layers=meta["depth"],
+        grid=(*frames, side, side),
+        token_dim=meta["latent_size"],
+        num_classes=meta["num_classes"],
+        **ACDIT,
     )
     block = meta["block_size"]
     order = dict(order="square_blocks", order_block=block) if meta["square_block"] else dict(order="raster")
@@ -372,9 +386,7 @@ def metrics(path):
 
 
 CHECKS = {
-    "causalfusion_": (
-        causalfusion_mask, causalfusion_ar_weights, causalfusion_training, causalfusion_cached_inference,
-    ),
+    "causalfusion_": (causalfusion_mask, causalfusion_ar_weights, causalfusion_training, causalfusion_cached_inference),
     "acdit_": (acdit_mask, acdit_rope, acdit_training, acdit_sampler),
     "ddpm_": (ddpm,),
     "solvers": (solvers,),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from causalfusion_jax import hardware
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common import hardware
+from causalfusion_jax.common.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from causalfusion_jax import files
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.lock import FolderLock
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.lock import FolderLock
 
 
 def lock(folder, **seconds):
@@ -34,7 +34,7 @@ def test_second_holder_is_refused_until_the_first_has_left(tmp_path):
 
 def test_killed_process_of_this_machine_loses_the_folder_at_once(tmp_path):
     hold = (
-        "import os, signal, sys; from causalfusion_jax.lock import FolderLock;"
+        "import os, signal, sys; from causalfusion_jax.common.lock import FolderLock;"
         "FolderLock(sys.argv[1], '--workdir').__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", hold, str(tmp_path)], check=False)

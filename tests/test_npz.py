@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.npz import NpzReader, NpzWriter
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.npz import NpzReader, NpzWriter
 
 ARRAYS = {
-    "arr_0": np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), np.uint8), "mu": np.linspace(0, 1, 6),
+    "arr_0": np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), np.uint8),
+    "mu": np.linspace(0, 1, 6),
     "empty": np.zeros((0, 2), np.float32),
 }
 
@@ -17,7 +18,7 @@ def test_written_by_rows_it_is_what_numpy_writes(tmp_path):
     with NpzWriter(tmp_path / "parts.npz") as writer:
         with writer.rows("arr_0", (7, 4, 5, 3), np.uint8) as write:
             for start in (0, 3, 6):
-                write(ARRAYS["arr_0"][start:start + 3])
+                write(ARRAYS["arr_0"][start : start + 3])
             assert not (tmp_path / "parts.npz").exists()
         for name in ("mu", "empty"):
             writer.array(name, ARRAYS[name])

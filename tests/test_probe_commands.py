@@ -7,7 +7,7 @@ import pytest
 from helpers import command, run_module
 from PIL import Image
 
-from causalfusion_jax import cli
+from causalfusion_jax.cli import command as cli
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.model.layers=2",

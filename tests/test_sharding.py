@@ -6,12 +6,13 @@ import pytest
 from helpers import make_batch, tiny_config
 from jax.sharding import PartitionSpec
 
-from causalfusion_jax import experiment, sharding
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.common import sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.sharding import PRESETS, MeshConfig, make_mesh
+from causalfusion_jax.config import experiment
 from causalfusion_jax.data.pipeline import host_batches, make_source
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.sharding import PRESETS, MeshConfig, make_mesh
-from causalfusion_jax.training.checkpoint import Checkpoints
 from causalfusion_jax.training.state import abstract_state, compile_train_step, create_state
 
 
@@ -67,7 +68,7 @@ def test_rules():
 def test_what_does_not_split_is_refused_with_the_fix(mesh, field, fix):
     config = experiment.from_dict(tiny_config(train=dict(batch_size=4)))
     with pytest.raises(InputError) as error:
-        experiment.check_mesh(config, make_mesh(mesh, jax.devices()[: 8]))
+        experiment.check_mesh(config, make_mesh(mesh, jax.devices()[:8]))
     assert error.value.field == field and fix in str(error.value)
 
 
@@ -87,7 +88,8 @@ MODELS = {
     "causalfusion": dict(),
     "in tiles": dict(model=dict(attention="flash")),
     "acdit": dict(
-        model=ACDIT, diffusion=dict(t_shared_by="step"),
+        model=ACDIT,
+        diffusion=dict(t_shared_by="step"),
         factorization=dict(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none"),
     ),
 }
@@ -125,7 +127,7 @@ def test_a_checkpoint_moves_between_meshes(tmp_path):
     ]
     state = create_state(config.step, meshes[0], jax.random.key(3))
     for number, mesh in enumerate(meshes[1:]):
-        checkpoints = Checkpoints(tmp_path / str(number), config.checkpoint)
+        checkpoints = Checkpoints(tmp_path / str(number), config.checkpoint.keep, config.checkpoint.keep_every)
         checkpoints.save(5, state, 5)
         checkpoints.wait()
         moved, position = checkpoints.restore(checkpoints.good_step(), abstract_state(config.step, mesh))

@@ -1,55 +1,86 @@
-"""The house stays in order: floors, layout, style."""
+"""The structure of the repository: layers, layout, size and style of files."""
 
 import ast
+import graphlib
 import subprocess
-import sys
 
 import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "causalfusion_jax"
-FLOORS = (
-    ("errors", "files", "lock", "npz", "hardware", "distributed", "factorization", "layouts", "diffusion", "sharding"),
-    ("models", "data", "released"),
-    ("experiment", "training", "sampling", "evaluation", "encoding", "compile_ahead"),
-    (
-        "cli", "sampling_flags", "video_flags", "probe_flags", "train", "sample", "edit", "caption", "evaluate",
-        "encode", "convert", "preflight", "sweeps",
-    ),
+LAYERS = (
+    ("common",),
+    ("core", "metrics"),
+    ("models", "data"),
+    ("config", "prepare", "checkpoints"),
+    ("training", "sampling", "sweeps"),
+    ("cli", "evaluation", "compile_ahead"),
+    ("train", "sample", "edit", "caption", "evaluate", "probe", "encode", "convert", "preflight"),
 )
+"""Rooms of the package, from the bottom up: a module imports only from rooms in layers below its own, or its own room."""
+SUBPACKAGES = ("models/attention",)
+COMMANDS = LAYERS[-1]
 
 
-def floor(room):
-    return next(level for level, rooms in enumerate(FLOORS) if room in rooms)
+def layer(room):
+    return next(level for level, rooms in enumerate(LAYERS) if room in rooms)
 
 
 def modules():
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def rooms_imported(path):
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path):
+    """Dotted names of what a module imports from the package."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        yield from (module.split(".")[1] for module in modules if module.startswith("causalfusion_jax."))
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (name.removeprefix("causalfusion_jax.") for name in names if name.startswith("causalfusion_jax."))
 
 
-def test_all_ways_to_import_a_room_are_seen(tmp_path):
+def modules_imported(path, known):
+    """The modules of the package that a module imports, of those `known` by dotted name."""
+    for name in imported_names(path):
+        yield name if name in known else name.rpartition(".")[0]
+
+
+def test_all_ways_to_import_a_module_are_seen(tmp_path):
     (tmp_path / "module.py").write_text(
-        "import causalfusion_jax.train, os\nfrom causalfusion_jax import files\n"
+        "import causalfusion_jax.train, os\nfrom causalfusion_jax.common import files\n"
         "def late():\n    from causalfusion_jax.models.text import TextTokens\n"
     )
-    assert sorted(rooms_imported(tmp_path / "module.py")) == ["files", "models", "train"]
+    known = {"train", "common.files", "models.text"}
+    assert set(modules_imported(tmp_path / "module.py", known)) == known
+
+
+def test_rooms_are_those_of_the_layers():
+    folders = {path.parent.relative_to(PACKAGE).as_posix() for path in modules()}
+    rooms = {room for rooms in LAYERS for room in rooms}
+    assert {room_of(path) for path in modules()} == rooms
+    assert {folder for folder in folders if "/" in folder} == set(SUBPACKAGES)
+    assert len(LAYERS) <= 7 and len(rooms) + len(SUBPACKAGES) <= 24
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*COMMANDS, "__init__"}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_go_down_the_floors(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for imported in rooms_imported(path):
-        assert floor(imported) <= floor(room), f"{room} imports {imported} from a floor above"
+def test_modules_import_from_lower_layers_only(path):
+    room = room_of(path)
+    for imported in {name.partition(".")[0] for name in imported_names(path)} - {room}:
+        assert layer(imported) < layer(room), f"{room} imports {imported}, which is not in a lower layer"
+
+
+def test_modules_do_not_import_each_other_in_a_cycle():
+    names = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in modules()}
+    graph = {name: set(modules_imported(path, names)) & set(names) for name, path in names.items()}
+    # static_order raises CycleError, which names the modules of a cycle.
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(names)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -63,9 +94,9 @@ def test_files_stay_small_and_public_names_documented(path):
             assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 
-def test_flags_only_in_the_commands():
+def test_flags_only_in_commands():
     for path in modules():
-        if floor(path.relative_to(PACKAGE).parts[0].removesuffix(".py")) < 3:
+        if room_of(path) not in (*COMMANDS, "cli"):
             assert "DEFINE_" not in path.read_text(), path
 
 
@@ -76,9 +107,10 @@ def always_true(tree):
     """Assertions of what is never empty or false: a tuple, a generator, a tree of results."""
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.Assert)):
         called = ast.unparse(node.test.func) if isinstance(node.test, ast.Call) else ""
-        same = isinstance(node.test, ast.Compare) and len(
-            {ast.unparse(side) for side in (node.test.left, *node.test.comparators)}
-        ) == 1
+        same = (
+            isinstance(node.test, ast.Compare)
+            and len({ast.unparse(side) for side in (node.test.left, *node.test.comparators)}) == 1
+        )
         if isinstance(node.test, (*ALWAYS_TRUE, ast.Constant)) or called in ("jax.tree.map", "map", "zip") or same:
             yield ast.unparse(node)
 
@@ -96,12 +128,15 @@ def test_top_level():
     if tracked.returncode:
         pytest.skip("not a git checkout")
     allowed = {
-        "causalfusion_jax", "configs", "launch", "tests", "setup.cfg", "README.md", "LICENSE", "pyproject.toml",
-        ".gitignore", ".ci",
+        "causalfusion_jax",
+        "configs",
+        "launch",
+        "tests",
+        "setup.cfg",
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+        ".gitignore",
+        ".ci",
     }
     assert {line.split("/")[0] for line in tracked.stdout.splitlines()} <= allowed
-
-
-def test_lint():
-    done = subprocess.run([sys.executable, "-m", "flake8", "."], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -19,7 +19,9 @@ SMALL = (
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "words.txt").write_text("\n".join("zero one two three four five six seven eight nine".split()) + "\n")
+    (folder / "words.txt").write_text(
+        "\n".join(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]) + "\n"
+    )
     done = command(
         "train", "--config=configs/digit_pairs.py", f"--workdir={folder / 'run'}", *SMALL,
         "--config.logging.sample_every=8", "--config.logging.num_samples=4", "--config.text.tokenizer=words",

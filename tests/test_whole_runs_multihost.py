@@ -9,7 +9,7 @@ from helpers import all_done, command, start_processes
 from PIL import Image
 from tiny_data import write_inception, write_vae
 
-from causalfusion_jax.training.manifests import manifest_path
+from causalfusion_jax.checkpoints.manifests import manifest_path
 
 pytestmark = pytest.mark.slow
 
@@ -130,9 +130,16 @@ def test_from_images_to_latents_to_samples(count, store, tmp_path):
         encode = (f"--vae={store / 'vae'}", f"--out={where / 'latents'}", "--batch_size=8", "--records_per_shard=8")
         each("encode", *MODEL, *images, *encode)
         each(
-            "train", *RUN, *LATENTS, "--config.data.source=latents", f"--config.data.path={where / 'latents'}",
-            "--config.evaluation.metric=inception_score", f"--config.evaluation.inception={store / 'inception'}",
-            f"--config.evaluation.vae={store / 'vae'}", "--config.mesh.preset=fsdp", f"--workdir={where / 'run'}",
+            "train",
+            *RUN,
+            *LATENTS,
+            "--config.data.source=latents",
+            f"--config.data.path={where / 'latents'}",
+            "--config.evaluation.metric=inception_score",
+            f"--config.evaluation.inception={store / 'inception'}",
+            f"--config.evaluation.vae={store / 'vae'}",
+            "--config.mesh.preset=fsdp",
+            f"--workdir={where / 'run'}",
         )
         sample = ("--num=10", "--batch_size=3", f"--vae={store / 'vae'}", f"--out={where / 'samples'}")
         each("sample", f"--workdir={where / 'run'}", *sample)

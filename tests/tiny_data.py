@@ -13,11 +13,16 @@ from causalfusion_jax.data.sources import digits
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.store import write_converted
-from causalfusion_jax.released.inception import inception_table
-from causalfusion_jax.released.names import from_released
+from causalfusion_jax.prepare.inception import inception_table
+from causalfusion_jax.prepare.names import from_released
 
 TINY_VAE = AutoencoderConfig(
-    channels=8, channel_multipliers=(1, 1, 2), latent_channels=4, scaling_factor=0.5, residual_blocks=1, norm_groups=4,
+    channels=8,
+    channel_multipliers=(1, 1, 2),
+    latent_channels=4,
+    scaling_factor=0.5,
+    residual_blocks=1,
+    norm_groups=4,
     mid_attention=False,
 )
 """16x16x3 to 4x4x4."""
@@ -49,14 +54,19 @@ def write_tfds(folder: str, num: int) -> str:
         def _info(self):
             features = tfds.features
             captions = features.Sequence({"id": np.int64, "text": features.Text()})
-            return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict({
-                "image": features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                "label": features.ClassLabel(names=NAMES),
-                "clip": features.Sequence(features.Image(shape=(20, 24, 3), encoding_format="jpeg")),
-                "captions": captions,
-                # As of ucf101.
-                "video": features.Video(shape=(None, 20, 24, 3), encoding_format="jpeg"),
-            }))
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=features.FeaturesDict(
+                    {
+                        "image": features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                        "label": features.ClassLabel(names=NAMES),
+                        "clip": features.Sequence(features.Image(shape=(20, 24, 3), encoding_format="jpeg")),
+                        "captions": captions,
+                        # As of ucf101.
+                        "video": features.Video(shape=(None, 20, 24, 3), encoding_format="jpeg"),
+                    }
+                ),
+            )
 
         def _split_generators(self, manager):
             del manager
@@ -68,12 +78,19 @@ def write_tfds(folder: str, num: int) -> str:
             video = [encoded(Image.fromarray(clip_frame(j)), "JPEG") for j in range(12)]
             for i in range(num):
                 words = NAMES[labels[i]]
-                yield i, {
-                    "image": io.BytesIO(digit_file(i)), "label": int(labels[i]),
-                    "clip": [io.BytesIO(digit_file(j)) for j in range(i, i + 1 + i % 4)],
-                    "video": video,
-                    "captions": [{"id": 2 * i, "text": f"the digit {words}"}, {"id": 2 * i + 1, "text": f"a {words}"}],
-                }
+                yield (
+                    i,
+                    {
+                        "image": io.BytesIO(digit_file(i)),
+                        "label": int(labels[i]),
+                        "clip": [io.BytesIO(digit_file(j)) for j in range(i, i + 1 + i % 4)],
+                        "video": video,
+                        "captions": [
+                            {"id": 2 * i, "text": f"the digit {words}"},
+                            {"id": 2 * i + 1, "text": f"a {words}"},
+                        ],
+                    },
+                )
 
     TinyDigits(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from causalfusion_jax.common.hardware import Topology
 from causalfusion_jax.compile_ahead import hlo
 from causalfusion_jax.compile_ahead.costs import Costs, program_costs
-from causalfusion_jax.compile_ahead.program import Spec, devices, lower
-from causalfusion_jax.hardware import Topology
+from causalfusion_jax.compile_ahead.program import lower
+from causalfusion_jax.config.slices import Spec, devices
 
 
 class CompilerError(RuntimeError):
@@ -78,9 +79,7 @@ def compile_program(spec: Spec, machine_code: bool = False) -> Compiled:
     return compile_lowered(functools.partial(lower, spec), spec.topology, machine_code)
 
 
-def compile_lowered(
-    make_lowered: functools.partial, topology: Topology, machine_code: bool = False
-) -> Compiled:
+def compile_lowered(make_lowered: functools.partial, topology: Topology, machine_code: bool = False) -> Compiled:
     """Compiles what `make_lowered` traces for a slice, or learns that it does not fit.
 
     Args:

@@ -23,14 +23,33 @@ import numpy as np
 from causalfusion_jax.compile_ahead.hlo import Array, Computation, Instruction, Module, trip_count
 
 KINDS = (
-    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
     "collective-broadcast",
 )
 
 _FREE = {
     # Move nothing by themselves.
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "while", "conditional", "call", "opt-barrier", "iota", "add-dependency", "domain", "async-start",
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+    "iota",
+    "add-dependency",
+    "domain",
+    "async-start",
 }
 _WINDOWS = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "reshape", "copy", "convert")
@@ -292,13 +311,13 @@ def convolution_flops(computation: Computation, convolution: Instruction) -> flo
     for label in spatial:
         i = int(label)
         positions *= _valid_positions(
-            left.dims[left_at[label]], right.dims[right_at[label]], out.dims[out_at[label]],
+            left.dims[left_at[label]],
+            right.dims[right_at[label]],
+            out.dims[out_at[label]],
             {name: value.split("x")[i] for name, value in window.items()},
         )
     groups = int(convolution.attribute("batch_group_count") or 1)
-    multiply_adds = (
-        left.dims[left_at["b"]] // groups * right.dims[right_at["i"]] * out.dims[out_at["f"]] * positions
-    )
+    multiply_adds = left.dims[left_at["b"]] // groups * right.dims[right_at["i"]] * out.dims[out_at["f"]] * positions
     return 2.0 * multiply_adds
 
 

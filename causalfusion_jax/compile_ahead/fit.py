@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.sharding import MeshConfig
 from causalfusion_jax.compile_ahead.compiler import Compiled
-from causalfusion_jax.compile_ahead.program import Spec, check
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.config.slices import Spec, check
+from causalfusion_jax.config.training import ObjectiveConfig
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sharding import MeshConfig
-from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, example_keys, training_loss
+from causalfusion_jax.training.objective import batch_key, example_keys, training_loss
 from causalfusion_jax.training.state import abstract_state
 
 Compile = Callable[[Spec], Compiled]
@@ -78,8 +79,10 @@ def find_largest_batch(spec: Spec, first: Compiled, compile_program: Compile, cl
     fits, fails = _bracket(known)
     predicted = _predict(known)
     return LargestBatch(
-        batch=fits * spec.quantum, per_device=fits * spec.quantum // spec.batch_devices,
-        predicted=None if predicted is None else predicted * spec.quantum, exact=fails == fits + 1,
+        batch=fits * spec.quantum,
+        per_device=fits * spec.quantum // spec.batch_devices,
+        predicted=None if predicted is None else predicted * spec.quantum,
+        exact=fails == fits + 1,
     )
 
 
@@ -213,7 +216,10 @@ def _change(spec: Spec, preset=None, remat=None, accum=None) -> Change:
 
 
 def find_change(
-    spec: Spec, failed: Compiled, compile_program: Compile, clock: Clock,
+    spec: Spec,
+    failed: Compiled,
+    compile_program: Compile,
+    clock: Clock,
     estimate: Callable[[Spec], tuple[float, float]] | None = None,
 ) -> Change | None:
     """The first of `changes` that is predicted to fit and compiles.

@@ -89,9 +89,7 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Computations that it runs (not those that combine two numbers)."""
-        found = re.findall(
-            r"(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)", self.attributes
-        )
+        found = re.findall(r"(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)", self.attributes)
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         found += [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
         if self.opcode == "call":
@@ -184,10 +182,14 @@ def _instruction(line: str) -> Instruction | None:
     shape, rest = right[:end], right[end:].lstrip()
     opening = rest.find("(")
     closing = _closing(rest, opening)
-    inside = rest[opening + 1:closing - 1]
+    inside = rest[opening + 1 : closing - 1]
     return Instruction(
-        name=left.removeprefix("ROOT ").lstrip("%"), shape_text=shape, opcode=rest[:opening],
-        operands=tuple(re.findall(r"%([\w.\-]+)", inside)), literal=inside, attributes=rest[closing:].lstrip(", "),
+        name=left.removeprefix("ROOT ").lstrip("%"),
+        shape_text=shape,
+        opcode=rest[:opening],
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        literal=inside,
+        attributes=rest[closing:].lstrip(", "),
         is_root=is_root,
     )
 

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 
+from causalfusion_jax.common.hardware import GIB, Topology
 from causalfusion_jax.compile_ahead.compiler import Compiled, compile_program
 from causalfusion_jax.compile_ahead.costs import KINDS, Costs
 from causalfusion_jax.compile_ahead.fit import Change, Clock, LargestBatch, find_change, find_largest_batch
-from causalfusion_jax.compile_ahead.program import Spec, model_flops
-from causalfusion_jax.hardware import GIB, Topology
+from causalfusion_jax.compile_ahead.program import model_flops
+from causalfusion_jax.config.slices import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ def roofline(costs: Costs, topology: Topology) -> Roofline:
     """Bounds on the time of a call, from what each device does."""
     chip, links = topology.accelerator, topology.link_bandwidth
     return Roofline(
-        compute=costs.flops / chip.peak_flops, memory=costs.hbm_bytes / chip.hbm_bandwidth,
+        compute=costs.flops / chip.peak_flops,
+        memory=costs.hbm_bytes / chip.hbm_bandwidth,
         network=costs.sent_bytes / links if links else 0.0,
     )
 
@@ -67,7 +69,7 @@ def preflight(
     """Compiles a program; where it does not fit looks for a change; searches the largest batch.
 
     Args:
-      spec: checked (`program.check`).
+      spec: checked (`slices.check`).
       seconds: budget for what is compiled beyond the program itself.
       search: look for the largest batch.
       compiler: `compile_program`, or a stand-in.
@@ -137,7 +139,9 @@ def record(result: Preflight) -> dict:
         "fits": result.compiled.fits,
         **_compiled_record(spec, result.compiled),
         "largest_batch": None if largest is None else dataclasses.asdict(largest),
-        "change": None if change is None else {
+        "change": None
+        if change is None
+        else {
             "flags": list(change.flags),
             "predicted_bytes": change.predicted_bytes,
             "verified": change.compiled is not None,
@@ -165,7 +169,8 @@ def _compiled_record(spec: Spec, compiled: Compiled) -> dict:
         "hbm_traffic_bytes": costs.hbm_bytes,
         "collectives": {
             kind: {"count": costs.count[kind], "bytes": costs.bytes[kind], "sent_bytes": round(costs.sent[kind])}
-            for kind in KINDS if costs.count[kind]
+            for kind in KINDS
+            if costs.count[kind]
         },
         "roofline_seconds": dataclasses.asdict(times),
         "bound": times.bound,
@@ -238,7 +243,8 @@ def _cost_rows(spec: Spec, costs: Costs) -> dict[str, str]:
     rows = {"hardware / model FLOPs": f"{flops_ratio(spec, costs):.3f}" + (" *" if costs.unknown else "")}
     rows |= {
         f"{kind}s": f"{costs.count[kind]} x, {_unit(costs.bytes[kind], 'B')}, sends {_unit(costs.sent[kind], 'B')}"
-        for kind in KINDS if costs.count[kind]
+        for kind in KINDS
+        if costs.count[kind]
     }
     rows |= {
         "time at least": f"{time_words(times.seconds)} ({times.bound} bound)",

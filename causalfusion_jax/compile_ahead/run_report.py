@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from causalfusion_jax.compile_ahead.compiler import Compiled, CompilerError, compile_lowered
-from causalfusion_jax.compile_ahead.program import Spec
-from causalfusion_jax.compile_ahead.programs import Listing, Program
 from causalfusion_jax.compile_ahead.report import aligned, gib, roofline, time_words
+from causalfusion_jax.config.slices import Listing, Program, Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,10 @@ def _row(spec: Spec, outcome: Outcome) -> list[str]:
     if compiled is None:
         return ["NO", "-", resident, "-", "-", "does not compile", ""]
     cells = [
-        "yes" if outcome.fits else "NO", gib(compiled.total_bytes), resident, gib(outcome.total_bytes),
+        "yes" if outcome.fits else "NO",
+        gib(compiled.total_bytes),
+        resident,
+        gib(outcome.total_bytes),
         gib(compiled.limit_bytes),
     ]
     if not compiled.fits:
@@ -135,11 +137,14 @@ def record(result: RunPreflight, job: str) -> dict:
     """All numbers, for one line of JSON."""
     spec = result.spec
     return {
-        "topology": spec.topology.name, "devices": spec.topology.devices,
+        "topology": spec.topology.name,
+        "devices": spec.topology.devices,
         "mesh": {name: int(size) for name, size in spec.mesh().shape.items()},
-        "job": job, "fits": result.fits,
+        "job": job,
+        "fits": result.fits,
         "programs": [_program_record(spec, outcome) for outcome in result.outcomes],
-        "impossible": dict(result.listing.impossible), "assumed": list(result.listing.notes),
+        "impossible": dict(result.listing.impossible),
+        "assumed": list(result.listing.notes),
     }
 
 
@@ -149,13 +154,17 @@ def _program_record(spec: Spec, outcome: Outcome) -> dict:
     if compiled is None:
         return values | {"error": outcome.error}
     values |= {
-        "compile_seconds": round(compiled.seconds, 1), "hbm_bytes": compiled.total_bytes,
-        "hbm_with_resident_bytes": outcome.total_bytes, "hbm_limit_bytes": compiled.limit_bytes,
+        "compile_seconds": round(compiled.seconds, 1),
+        "hbm_bytes": compiled.total_bytes,
+        "hbm_with_resident_bytes": outcome.total_bytes,
+        "hbm_limit_bytes": compiled.limit_bytes,
     }
     if not compiled.fits:
         return values
     times = roofline(compiled.costs, spec.topology)
     return values | {
-        "hbm": dataclasses.asdict(compiled.memory), "roofline_seconds": dataclasses.asdict(times),
-        "bound": times.bound, "not_counted": sorted(compiled.costs.unknown),
+        "hbm": dataclasses.asdict(compiled.memory),
+        "roofline_seconds": dataclasses.asdict(times),
+        "bound": times.bound,
+        "not_counted": sorted(compiled.costs.unknown),
     }

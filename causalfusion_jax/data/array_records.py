@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
 
 _FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]*)")
 """How Riegeli, which reads the files, reports a system call: `open() failed: Too many open files; opening ...`"""

@@ -4,9 +4,10 @@ import json
 import pathlib
 
 import numpy as np
-from causalfusion_jax import files
+
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.data.sources import ImageFormat, Listing, center_crop
-from causalfusion_jax.errors import InputError, require
 
 CAPTIONS = "captions.jsonl"
 
@@ -52,7 +53,9 @@ def load_image(path: pathlib.Path, shape: tuple[int, int, int], field: str) -> n
     if height == width:
         image = center_crop(image, height)
     require(
-        image.size == (width, height), field, str(path),
+        image.size == (width, height),
+        field,
+        str(path),
         f"is {image.width}x{image.height} pixels (width x height); the model takes {width}x{height}",
     )
     return np.asarray(image, np.float32).reshape(shape) / 127.5 - 1.0

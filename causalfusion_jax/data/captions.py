@@ -6,9 +6,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.data.sources import CorruptRecord
 from causalfusion_jax.data.tokenizers import TextConfig, to_slots
-from causalfusion_jax.errors import InputError, require
 
 
 def tokenize(example: dict[str, Any], config: TextConfig) -> dict[str, Any]:

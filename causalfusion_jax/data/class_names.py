@@ -4,8 +4,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from causalfusion_jax import files
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
 
 _FILE = "classes.json"
 
@@ -35,7 +35,9 @@ def check_class_names(workdir: str | pathlib.Path, names: Sequence[str]) -> None
     """Raises InputError where a run keeps other names than those of its data, which may have none."""
     problem = names_difference(stored_class_names(workdir), names)
     require(
-        problem is None, "workdir", str(workdir),
+        problem is None,
+        "workdir",
+        str(workdir),
         f"{problem}; continue it on the classes it was trained on, or use another workdir",
     )
 

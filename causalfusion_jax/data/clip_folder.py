@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from causalfusion_jax.common.errors import require
 from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, Listing, class_folders, files_of_classes
 from causalfusion_jax.data.video_files import (
     CLIP_SUFFIXES,
@@ -14,7 +15,6 @@ from causalfusion_jax.data.video_files import (
     read_frames,
     require_decoder,
 )
-from causalfusion_jax.errors import require
 
 
 class ClipFolderSource:
@@ -44,7 +44,9 @@ class ClipFolderSource:
             folders, lambda path: path.suffix.lower() in CLIP_SUFFIXES or path.is_dir()
         )
         require(
-            any(path.is_file() or frame_files(path) for path, _ in found), "path", root,
+            any(path.is_file() or frame_files(path) for path, _ in found),
+            "path",
+            root,
             f"holds no clips: need {root}/CLASS/*{'|'.join(CLIP_SUFFIXES)}, or frames as "
             f"{root}/CLASS/CLIP/*{'|'.join(IMAGE_SUFFIXES)}",
         )

@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
+from causalfusion_jax.common.errors import require_one_of
 from causalfusion_jax.data.sources import DigitsSource, digits
-from causalfusion_jax.errors import require_one_of
 
 WORDS = DigitsSource.class_names
 HELD_OUT_PAIRS = tuple((left, (3 * left + 1) % 10) for left in range(10))

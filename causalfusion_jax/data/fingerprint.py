@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
 from causalfusion_jax.data.batches import InThreads
 from causalfusion_jax.data.sources import CorruptRecord, Listing, record_error
 

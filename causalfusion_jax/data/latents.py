@@ -15,9 +15,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.data.array_records import read_record
 from causalfusion_jax.data.sources import CorruptRecord, record_error
-from causalfusion_jax.errors import InputError, require
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress"
@@ -55,7 +55,9 @@ def read_manifest(root: str) -> dict[str, Any]:
     """
     folder = pathlib.Path(root)
     require(
-        not (folder / PROGRESS).is_dir() or (folder / MANIFEST).is_file(), "data.path", root,
+        not (folder / PROGRESS).is_dir() or (folder / MANIFEST).is_file(),
+        "data.path",
+        root,
         "is not finished; run causalfusion_jax.encode again to go on with it",
     )
     require((folder / MANIFEST).is_file(), "data.path", root, "holds no latents; make them by causalfusion_jax.encode")
@@ -69,7 +71,9 @@ def read_manifest(root: str) -> dict[str, Any]:
         path = folder / shard["file"]
         size = path.stat().st_size if path.is_file() else None
         require(
-            size == shard["bytes"], "data.path", str(path),
+            size == shard["bytes"],
+            "data.path",
+            str(path),
             f"must have {shard['bytes']} bytes, has {'none' if size is None else size}; encode again",
         )
     return manifest
@@ -105,9 +109,9 @@ class LatentsSource:
         self.scaling_factor = np.float32(self.manifest["scaling_factor"])
         shards = [shard for shard in self.manifest["shards"] if shard["records"]]
         require(bool(shards), "data.path", root, "holds no records")
-        self._records = ArrayRecordDataSource([
-            f"{pathlib.Path(root) / shard['file']}[0:{shard['records']}]" for shard in shards
-        ])
+        self._records = ArrayRecordDataSource(
+            [f"{pathlib.Path(root) / shard['file']}[0:{shard['records']}]" for shard in shards]
+        )
         self._names = [(shard["file"], shard["records"]) for shard in shards]
 
     def __len__(self) -> int:

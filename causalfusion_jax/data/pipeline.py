@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from causalfusion_jax.common.errors import InputError, require, require_number, require_one_of
 from causalfusion_jax.data import tar_shards, tfds_source
 from causalfusion_jax.data.batches import in_batches, num_bytes, read_ahead
 from causalfusion_jax.data.caption_folder import CaptionFolderSource
@@ -29,10 +30,17 @@ from causalfusion_jax.data.latents import LatentsSource, read_manifest
 from causalfusion_jax.data.moving_digits import SIDE, STRIDE, MovingDigitsSource
 from causalfusion_jax.data.sources import ArraysSource, CorruptRecord, ImageFolderSource, class_folders, digits
 from causalfusion_jax.data.tokenizers import TextConfig
-from causalfusion_jax.errors import InputError, require, require_number, require_one_of
 
 SOURCES = (
-    "digits", "digit_pairs", "moving_digits", "image_folder", "clip_folder", "caption_folder", "tfds", "tar", "latents",
+    "digits",
+    "digit_pairs",
+    "moving_digits",
+    "image_folder",
+    "clip_folder",
+    "caption_folder",
+    "tfds",
+    "tar",
+    "latents",
     "arrays",
 )
 ENCODED = ("image_folder", "clip_folder", "tfds", "tar")
@@ -106,7 +114,9 @@ class DataConfig:
         if self.latents:
             require_number("channels", self.channels, 1)
             require(
-                not (self.flip and self.source == "arrays"), "flip", self.flip,
+                not (self.flip and self.source == "arrays"),
+                "flip",
+                self.flip,
                 "must be False for arrays of latents: encode flipped images instead",
             )
         else:
@@ -114,8 +124,10 @@ class DataConfig:
         require_number("frames", self.frames, 1)
         require_number("frame_stride", self.frame_stride, 1)
         require(
-            self.frame_stride == 1 or (self.source in ("clip_folder", "tfds") and self.frames > 1), "frame_stride",
-            self.frame_stride, "is of videos of sources clip_folder and tfds alone",
+            self.frame_stride == 1 or (self.source in ("clip_folder", "tfds") and self.frames > 1),
+            "frame_stride",
+            self.frame_stride,
+            "is of videos of sources clip_folder and tfds alone",
         )
         require_number("num_classes", self.num_classes, 1)
         require_number("workers", self.workers, 0)
@@ -129,7 +141,12 @@ class DataConfig:
             "digits": {"image_size": 8, "image_width": 0, "num_classes": 10, **BUILT_IN},
             "digit_pairs": {"image_size": 8, "image_width": 16, "num_classes": 100, "flip": False, **BUILT_IN},
             "moving_digits": {
-                "channels": 1, "num_classes": 10, "path": "", "latents": False, "flip": False, "image_width": 0
+                "channels": 1,
+                "num_classes": 10,
+                "path": "",
+                "latents": False,
+                "flip": False,
+                "image_width": 0,
             },
             "image_folder": {"image_width": 0, "frames": 1},
             "clip_folder": {"image_width": 0},
@@ -184,7 +201,9 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
     """
     if config.latents and config.source in ENCODED:
         raise InputError(
-            "config.data.source", config.source, "gives pixels, and the model takes latents: encode them by"
+            "config.data.source",
+            config.source,
+            "gives pixels, and the model takes latents: encode them by"
             " causalfusion_jax.encode, then give source=latents and as path its --out",
         )
     if config.source in ("digits", "arrays", "image_folder", "clip_folder"):
@@ -205,11 +224,20 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
         return tar_shards.TarSource(config.path, config.image_size, config.channels, config.num_classes, captions)
     if config.source == "tfds":
         source = tfds_source.TfdsSource(
-            config.name, config.path, config.split, _keys(config), config.image_size, config.channels, config.frames,
-            captions, config.frame_stride,
+            config.name,
+            config.path,
+            config.split,
+            _keys(config),
+            config.image_size,
+            config.channels,
+            config.frames,
+            captions,
+            config.frame_stride,
         )
         require(
-            source.num_classes == config.num_classes, "num_classes", config.num_classes,
+            source.num_classes == config.num_classes,
+            "num_classes",
+            config.num_classes,
             f"{source.dataset} has {source.num_classes}",
         )
         return source
@@ -218,13 +246,13 @@ def make_source(config: DataConfig, captions: bool = False) -> Source:
         require(bool(config.path), "config.data.path", config.path, "source arrays needs the path of its folder")
         return ArraysSource(config.path, config.shape, config.latents, config.num_classes)
     if config.source == "clip_folder":
-        source = ClipFolderSource(
-            config.path, config.frames, config.frame_stride, config.image_size, config.channels
-        )
+        source = ClipFolderSource(config.path, config.frames, config.frame_stride, config.image_size, config.channels)
     else:
         source = ImageFolderSource(config.path, config.image_size, config.channels, config.verify)
     require(
-        source.num_classes == config.num_classes, "num_classes", config.num_classes,
+        source.num_classes == config.num_classes,
+        "num_classes",
+        config.num_classes,
         f"{config.path} has {source.num_classes} class folders",
     )
     return source
@@ -291,7 +319,9 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         require(root.is_dir(), "data.path", config.path, "must be a folder with one folder for each class")
         names = tuple(folder.name for folder in class_folders(root))
         require(
-            len(names) == config.num_classes, "data.path", config.path,
+            len(names) == config.num_classes,
+            "data.path",
+            config.path,
             f"has {len(names)} class folders, the config {config.num_classes} classes",
         )
     elif config.source == "tar" and config.path:
@@ -361,7 +391,11 @@ class _ReadRow:
 
 
 def host_batches(
-    source: Source, config: DataConfig, batch_size: int, seed: int, rows: np.ndarray | None = None,
+    source: Source,
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    rows: np.ndarray | None = None,
     text: TextConfig = TextConfig(),
 ) -> grain.MapDataset:
     """This host's share of an endless sequence of global batches.
@@ -474,6 +508,8 @@ def check_corrupt(corrupt: dict[str, str], limit: int) -> None:
     """Raises InputError where more than `limit` records, reason by name, are corrupt."""
     name = next(iter(corrupt), "")
     require(
-        len(corrupt) <= limit, "config.data.max_corrupt", limit,
+        len(corrupt) <= limit,
+        "config.data.max_corrupt",
+        limit,
         f"{len(corrupt)} corrupt records, the first {name} ({corrupt.get(name)}); mend them, or allow more",
     )

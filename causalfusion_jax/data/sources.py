@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from causalfusion_jax import files
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -123,16 +123,14 @@ class DigitsSource:
     """
 
     num_classes = 10
-    class_names = tuple("zero one two three four five six seven eight nine".split())
+    class_names = tuple(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
 
     def __init__(self, split: str = "train"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
         pixels, labels = load_digits(return_X_y=True)
-        train, held_out = train_test_split(
-            np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=0
-        )
+        train, held_out = train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=0)
         chosen = {"train": train, "held_out": held_out}[split]
         # 17 grey levels, 0..16.
         self.images = (pixels[chosen].reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
@@ -163,10 +161,7 @@ class ImageFolderSource:
         require(self.root.is_dir(), "path", root, "must be a folder with one folder of images for each class")
         folders = class_folders(self.root)
         found, self.skipped = files_of_classes(folders, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
-        require(
-            bool(found), "path", root,
-            f"holds no images: need {root}/CLASS/*{'|'.join(IMAGE_SUFFIXES)}",
-        )
+        require(bool(found), "path", root, f"holds no images: need {root}/CLASS/*{'|'.join(IMAGE_SUFFIXES)}")
         self.class_names = tuple(folder.name for folder in folders)
         self.num_classes = len(folders)
         self.paths = [path for path, _ in found]
@@ -245,7 +240,9 @@ class ArraysSource:
         self.images, self.labels = (self._open(pathlib.Path(root) / name) for name in ("image.npy", "label.npy"))
         path, kind = str(pathlib.Path(root) / "image.npy"), self.images.dtype
         require(
-            self.images.shape[1:] == shape and len(self.images) > 0, "data.path", path,
+            self.images.shape[1:] == shape and len(self.images) > 0,
+            "data.path",
+            path,
             f"must be [num, {', '.join(map(str, shape))}]; it is {list(self.images.shape)}",
         )
         allowed = "a float type" if latents else "uint8 or a float type"
@@ -253,12 +250,16 @@ class ArraysSource:
         require(fits, "data.path", path, f"must be {allowed}, not {kind}")
         path = str(pathlib.Path(root) / "label.npy")
         require(
-            self.labels.shape == self.images.shape[:1] and self.labels.dtype.kind in "iu", "data.path", path,
+            self.labels.shape == self.images.shape[:1] and self.labels.dtype.kind in "iu",
+            "data.path",
+            path,
             f"must be int [{len(self.images)}]; it is {self.labels.dtype} {list(self.labels.shape)}",
         )
         low, high = int(self.labels.min()), int(self.labels.max())
         require(
-            0 <= low and high < num_classes, "data.path", path,
+            low >= 0 and high < num_classes,
+            "data.path",
+            path,
             f"labels must be in 0..{num_classes - 1} (data.num_classes); they are {low}..{high}",
         )
 

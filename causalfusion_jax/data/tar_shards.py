@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, Listing, record_error
-from causalfusion_jax.errors import InputError, require
 
 INDEX = "index.npz"
 CLASSES = "classes.txt"
@@ -58,7 +58,9 @@ class TarSource:
         require(len(labels) > 0, "data.path", root, f"its shards hold no images ({', '.join(IMAGE_SUFFIXES)})")
         low, high = int(labels.min()), int(labels.max())
         require(
-            0 <= low and high < num_classes, "data.num_classes", num_classes,
+            low >= 0 and high < num_classes,
+            "data.num_classes",
+            num_classes,
             f"labels of {root} are {low}..{high}" if low >= 0 else f"{self.name(int(labels.argmin()))} has no label",
         )
         if captions:

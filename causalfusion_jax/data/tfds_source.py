@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, nearest, require
 from causalfusion_jax.data.array_records import read_record
 from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, Listing, record_error
-from causalfusion_jax.errors import InputError, nearest, require
 
 
 class Keys(NamedTuple):
@@ -116,8 +116,16 @@ class TfdsSource:
     """
 
     def __init__(
-        self, name: str, path: str, split: str, keys: Keys, image_size: int, channels: int, frames: int = 1,
-        captions: bool = False, stride: int = 1,
+        self,
+        name: str,
+        path: str,
+        split: str,
+        keys: Keys,
+        image_size: int,
+        channels: int,
+        frames: int = 1,
+        captions: bool = False,
+        stride: int = 1,
     ):
         import tensorflow_datasets as tfds
 
@@ -136,20 +144,26 @@ class TfdsSource:
         if keys.label:
             label = features.get(keys.label)
             require(
-                isinstance(label, tfds.features.ClassLabel), "data.label_key", keys.label,
+                isinstance(label, tfds.features.ClassLabel),
+                "data.label_key",
+                keys.label,
                 f"must be a class label; {info.name} has {', '.join(sorted(features))}",
             )
             self.num_classes, self.class_names = label.num_classes, class_names_of(info, keys)
         require(
-            not captions or keys.caption in features, "data.caption_key", keys.caption,
+            not captions or keys.caption in features,
+            "data.caption_key",
+            keys.caption,
             f"must be text for captions; {info.name} has {', '.join(sorted(features))}",
         )
         try:
             self._length = len(self._records)
         except NotImplementedError:
             raise InputError(
-                "data.path", path, f"{info.name} is prepared as {info.file_format.value}, which is not random access:"
-                f" {prepare(name, '')}, with another data_dir"
+                "data.path",
+                path,
+                f"{info.name} is prepared as {info.file_format.value}, which is not random access:"
+                f" {prepare(name, '')}, with another data_dir",
             ) from None
         except (ValueError, KeyError) as error:
             raise InputError("data.split", split, f"{info.name} has {', '.join(info.splits)} ({error})") from None

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from causalfusion_jax import files
-from causalfusion_jax.errors import InputError, nearest, require, require_number, require_one_of
-from causalfusion_jax.layouts import NO_TOKEN
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, nearest, require, require_number, require_one_of
+from causalfusion_jax.core.layouts import NO_TOKEN
 
 TOKENIZERS = ("none", "bytes", "words", "sentencepiece", "huggingface")
 
@@ -46,7 +46,9 @@ class TextConfig:
         require_number("max_tokens", self.max_tokens, NUM_SPECIAL)
         needs_file = self.tokenizer not in ("none", "bytes")
         require(
-            bool(self.path) == needs_file, "path", self.path,
+            bool(self.path) == needs_file,
+            "path",
+            self.path,
             f"tokenizer {self.tokenizer} {'needs its file' if needs_file else 'has no file; leave it out'}",
         )
         require(needs_file or not self.checksum, "checksum", self.checksum, f"tokenizer {self.tokenizer} has no file")
@@ -184,7 +186,9 @@ def make_tokenizer(config: TextConfig) -> Tokenizer:
     if config.checksum:
         found = with_checksum(config).checksum
         require(
-            found == config.checksum, "text.path", config.path,
+            found == config.checksum,
+            "text.path",
+            config.path,
             f"is another file than the run began with: its SHA-256 is {found[:12]}..., not {config.checksum[:12]}...",
         )
     kinds = {"words": WordTokenizer, "sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
@@ -208,7 +212,9 @@ def to_slots(config: TextConfig, text: str, *, cut: bool = False, ended: bool = 
         return slots
     ids = [BEGIN, *make_tokenizer(config).encode(text), *([END] if ended else [])]
     require(
-        cut or len(ids) <= config.max_tokens, "text", text,
+        cut or len(ids) <= config.max_tokens,
+        "text",
+        text,
         f"has {len(ids)} tokens, begin and end included; the model takes {config.max_tokens} (text.max_tokens)",
     )
     ids = ids[: config.max_tokens]

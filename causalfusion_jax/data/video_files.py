@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data.sources import IMAGE_SUFFIXES, CorruptRecord, read_file, record_error
-from causalfusion_jax.errors import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 """What PyAV decodes."""

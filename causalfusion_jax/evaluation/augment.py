@@ -68,7 +68,12 @@ def cut_box(key: jax.Array, height: int, width: int, weight: jax.Array) -> jax.A
 
 
 def mixed(
-    image: jax.Array, other: jax.Array, target: jax.Array, other_target: jax.Array, key: jax.Array, mixup: float,
+    image: jax.Array,
+    other: jax.Array,
+    target: jax.Array,
+    other_target: jax.Array,
+    key: jax.Array,
+    mixup: float,
     cutmix: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Two examples as one, by mixup or CutMix.

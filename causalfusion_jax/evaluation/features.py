@@ -13,17 +13,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from causalfusion_jax import diffusion as noise_axis
-from causalfusion_jax import distributed, sharding
+from causalfusion_jax.common import distributed, sharding
+from causalfusion_jax.common.errors import require, require_number
+from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.probe import ProbeConfig
+from causalfusion_jax.core import diffusion as noise_axis
+from causalfusion_jax.core.diffusion import DiffusionConfig
+from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan, num_visible_clean, training_layout
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, reading_threads
 from causalfusion_jax.data.sources import CorruptRecord
-from causalfusion_jax.diffusion import DiffusionConfig
-from causalfusion_jax.errors import require, require_number
-from causalfusion_jax.evaluation.probe_settings import ProbeConfig
-from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.factorization import FactorizationConfig, draw_plan, num_visible_clean, training_layout
+from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import patchify
-from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.training.state import place_abstract
 
 
@@ -76,19 +77,29 @@ def make_reading(config: ExperimentConfig, settings: ProbeConfig) -> Reading:
     trained = has_clean_tokens(config)
     tokens = settings.tokens if settings.tokens != "auto" else "clean" if trained else "noisy"
     require(
-        trained or tokens == "noisy", "config.probe.tokens", tokens,
+        trained or tokens == "noisy",
+        "config.probe.tokens",
+        tokens,
         "must be noisy: the network was trained without clean tokens",
     )
     require(
-        config.drops_classes or config.data.num_classes == 1, "config.model.class_dropout",
-        config.model.class_dropout, "the network was always told the class, and cannot read without",
+        config.drops_classes or config.data.num_classes == 1,
+        "config.model.class_dropout",
+        config.model.class_dropout,
+        "the network was always told the class, and cannot read without",
     )
     # The row after the last class is that of no class; without dropout it was never trained.
     label = config.data.num_classes if config.drops_classes else 0
     model = dataclasses.replace(config.transformer, text_vocab=0, text_tokens=0)
     return Reading(
-        model, config.factorization, config.diffusion, config.model.patch_size, label, tokens,
-        settings.noise_level if tokens == "noisy" else 0.0, settings.ar_steps if tokens == "clean" else "one",
+        model,
+        config.factorization,
+        config.diffusion,
+        config.model.patch_size,
+        label,
+        tokens,
+        settings.noise_level if tokens == "noisy" else 0.0,
+        settings.ar_steps if tokens == "clean" else "one",
     )
 
 
@@ -129,7 +140,13 @@ def hidden_states(
     ids = jnp.concatenate([jnp.full((batch, begin), -1, order.dtype), order], axis=1)
     h = jnp.concatenate([model.embed_condition(labels), tokens], axis=1)
     h, each = model.trunk(
-        h, role, step, ids, condition=condition, num_clean=begin, branch_scale=branch_scale,
+        h,
+        role,
+        step,
+        ids,
+        condition=condition,
+        num_clean=begin,
+        branch_scale=branch_scale,
         of_layer=lambda h: None if of_layer is None else of_layer(h[:, begin:]),
     )
     return h[:, begin:], each
@@ -159,9 +176,7 @@ def lower_pooled(
 
 def first_layers(reading: Reading, params: Params, layers: int) -> tuple[Reading, Params]:
     """The network cut off after its first so many layers."""
-    model = dataclasses.replace(
-        reading.model, layers=layers, scan_unroll=min(reading.model.scan_unroll, layers)
-    )
+    model = dataclasses.replace(reading.model, layers=layers, scan_unroll=min(reading.model.scan_unroll, layers))
     return dataclasses.replace(reading, model=model), {
         name: jax.tree.map(lambda stacked: stacked[:layers], value) if name == "blocks" else value
         for name, value in params.items()
@@ -292,8 +307,13 @@ def abstract_images(
 
 
 def over_images(
-    compute: Callable[[jax.Array, jax.Array], jax.Array], mesh: Mesh, images: Iterator[Images], batch_size: int,
-    seed: int, batch_axis: int = 0, progress: Callable[[int], None] = lambda done: None,
+    compute: Callable[[jax.Array, jax.Array], jax.Array],
+    mesh: Mesh,
+    images: Iterator[Images],
+    batch_size: int,
+    seed: int,
+    batch_axis: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`compute` of images, batch by batch, over the devices of a mesh; collective.
 

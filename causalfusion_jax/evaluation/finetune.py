@@ -15,9 +15,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from causalfusion_jax import distributed, files, sharding
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.common import distributed, files, sharding
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.config.probe import FinetuneConfig, ProbeConfig
+from causalfusion_jax.config.training import OptimizerConfig
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, host_batches, reading_threads
-from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.augment import cropped, mixed, shifted, smooth_one_hot
 from causalfusion_jax.evaluation.features import (
     Reading,
@@ -29,12 +32,11 @@ from causalfusion_jax.evaluation.features import (
     over_images,
 )
 from causalfusion_jax.evaluation.probe import top_accuracies
-from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
 from causalfusion_jax.models.layers import drop_path_scale, normalize
-from causalfusion_jax.models.transformer import Params, abstract_model
-from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from causalfusion_jax.models.params import Params
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.training.objective import example_keys
-from causalfusion_jax.training.optimizer import OptimizerConfig, make_optimizer
+from causalfusion_jax.training.optimizer import make_optimizer
 from causalfusion_jax.training.state import lower_step, place_abstract, update_ema
 from causalfusion_jax.training.stopping import Stopped, StopSignal, TrainingDiverged
 
@@ -89,6 +91,7 @@ def layer_scales(params: Params, layers: int, decay: float) -> Params:
     1 for the classifier, decay for the last layer, decay^layers for the first, decay^(layers + 1)
     for the embeddings. Layers are stacked: theirs is [layers, 1, ...].
     """
+
     def scale(path, leaf):
         part, *inner = (key.key for key in path)
         if part == "classifier":
@@ -104,10 +107,19 @@ def layer_scales(params: Params, layers: int, decay: float) -> Params:
 def make_finetune_optimizer(config: FinetuneStep) -> optax.GradientTransformation:
     """AdamW with warm-up and cosine, its steps made smaller from layer to layer towards the input."""
     s = config.settings
-    adamw = make_optimizer(OptimizerConfig(
-        learning_rate=s.learning_rate, schedule="cosine", warmup_steps=round(s.warmup_epochs * config.epoch_steps),
-        b1=s.b1, b2=s.b2, eps=1e-8, weight_decay=s.weight_decay, clip_norm=s.clip_norm,
-    ), config.total_steps)
+    adamw = make_optimizer(
+        OptimizerConfig(
+            learning_rate=s.learning_rate,
+            schedule="cosine",
+            warmup_steps=round(s.warmup_epochs * config.epoch_steps),
+            b1=s.b1,
+            b2=s.b2,
+            eps=1e-8,
+            weight_decay=s.weight_decay,
+            clip_norm=s.clip_norm,
+        ),
+        config.total_steps,
+    )
 
     def by_layer(updates, params):
         scales = layer_scales(params, config.reading.model.layers, s.layer_decay)
@@ -120,8 +132,10 @@ def init_finetune(config: FinetuneStep, network: Params) -> FinetuneState:
     """A classifier that knows nothing on top of a network."""
     hidden = config.reading.model.hidden
     classifier = {
-        "kernel": jnp.zeros((hidden, config.num_classes)), "bias": jnp.zeros(config.num_classes),
-        "scale": jnp.ones(hidden), "shift": jnp.zeros(hidden),
+        "kernel": jnp.zeros((hidden, config.num_classes)),
+        "bias": jnp.zeros(config.num_classes),
+        "scale": jnp.ones(hidden),
+        "shift": jnp.zeros(hidden),
     }
     params = {"network": network, "classifier": classifier}
     ema = jax.tree.map(jnp.copy, params) if config.settings.ema_decay else None
@@ -257,8 +271,14 @@ class Finetuning:
     """
 
     def __init__(
-        self, reading: Reading, settings: FinetuneConfig, data: DataConfig, source: Source, mesh: Mesh,
-        folder: pathlib.Path, progress: Callable[[str], None] = lambda line: None,
+        self,
+        reading: Reading,
+        settings: FinetuneConfig,
+        data: DataConfig,
+        source: Source,
+        mesh: Mesh,
+        folder: pathlib.Path,
+        progress: Callable[[str], None] = lambda line: None,
     ):
         size = settings.batch_size
         require(size <= len(source), BATCH_SIZE, size, f"must be <= {len(source)}, the training images")
@@ -304,7 +324,7 @@ class Finetuning:
           TrainingDiverged: the loss is not finite; the last checkpoint is intact.
         """
         with distributed.held_folder(self.folder, "--out") as lock:
-            checkpoints = Checkpoints(str(self.folder), CheckpointConfig(keep=1), lock=lock)
+            checkpoints = Checkpoints(str(self.folder), keep=1, lock=lock)
             state, position, losses = self._begin(network, checkpoints)
             batches = host_batches(
                 self.source, self.data, self.settings.batch_size, self.settings.seed, self.share.rows

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.common.npz import NpzReader
+from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.data.pipeline import Source
 from causalfusion_jax.data.sources import IMAGE_SUFFIXES
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, clip_indices, read_frames
-from causalfusion_jax.errors import InputError, require
-from causalfusion_jax.npz import NpzReader
-from causalfusion_jax.sampling.images import to_uint8
 
 
 class Images(NamedTuple):
@@ -48,7 +48,9 @@ def open_images(field: str, path: str) -> Images:
     reader = NpzReader(field, place)
     shape, dtype = reader.shape("arr_0")
     require(
-        dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3), field, str(place),
+        dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3),
+        field,
+        str(place),
         f"not images: arr_0 must be uint8 [num, height, width, 1 or 3]; it is {dtype} {list(shape)}"
         + (" (latents; sample with --vae=FOLDER)" if dtype.kind == "f" else ""),
     )
@@ -72,7 +74,9 @@ def open_videos(field: str, path: str, frames: int) -> Images:
     reader = NpzReader(field, place)
     shape, dtype = reader.shape("arr_0")
     require(
-        dtype == np.uint8 and len(shape) == 5 and shape[-1] in (1, 3) and shape[1] >= frames, field, str(place),
+        dtype == np.uint8 and len(shape) == 5 and shape[-1] in (1, 3) and shape[1] >= frames,
+        field,
+        str(place),
         f"not videos: arr_0 must be uint8 [num, frames >= {frames}, height, width, 1 or 3]; it is {dtype} {list(shape)}"
         + (" (latents; sample with --vae=FOLDER)" if dtype.kind == "f" else ""),
     )
@@ -148,12 +152,16 @@ def of_source(field: str, source: Source, frames: int = 1) -> Images:
     shape = np.shape(source[0]["image"])
     if frames == 1:
         require(
-            len(shape) == 3 and shape[-1] in (1, 3), field, shape,
+            len(shape) == 3 and shape[-1] in (1, 3),
+            field,
+            shape,
             "the data must be images of 1 or 3 channels, not latents",
         )
     else:
         require(
-            len(shape) == 4 and shape[-1] in (1, 3) and shape[0] >= frames, field, shape,
+            len(shape) == 4 and shape[-1] in (1, 3) and shape[0] >= frames,
+            field,
+            shape,
             f"the data must be videos of at least {frames} frames (data.frames) and 1 or 3 channels, not latents",
         )
         shape = (frames, *shape[1:])
@@ -169,7 +177,7 @@ def _loaded(load: Callable, items, size: int) -> Iterator[np.ndarray]:
     """`load` of every item in batches, decoded by several threads, one batch ahead."""
     items = iter(items)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        start = lambda: [pool.submit(load, item) for item in itertools.islice(items, size)]  # noqa: E731
+        start = lambda: [pool.submit(load, item) for item in itertools.islice(items, size)]
         ahead = start()
         while ahead:
             batch, ahead = ahead, start()

@@ -15,21 +15,21 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 
-from causalfusion_jax import distributed, sharding
-from causalfusion_jax.errors import InputError, require
-from causalfusion_jax.evaluation.distribution import (
+from causalfusion_jax.common import distributed, sharding
+from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.common.npz import NpzReader, NpzWriter
+from causalfusion_jax.data.scores import OF_REFERENCE_IMAGES, WITHOUT_REFERENCE
+from causalfusion_jax.evaluation.images import Images
+from causalfusion_jax.metrics.distribution import (
     FeatureStatistics,
     InceptionScore,
     frechet_from_statistics,
     kernel_inception_distance,
     precision_recall,
 )
-from causalfusion_jax.evaluation.images import Images
-from causalfusion_jax.evaluation.settings import OF_REFERENCE_IMAGES, WITHOUT_REFERENCE
 from causalfusion_jax.models import i3d
 from causalfusion_jax.models.inception import SPATIAL_CHANNELS, abstract_inception, inception_features
 from causalfusion_jax.models.store import open_converted
-from causalfusion_jax.npz import NpzReader, NpzWriter
 
 NUM_PUBLISHED = 50_000
 """Images that published values are of."""
@@ -99,12 +99,12 @@ class Network:
 
     def of(self, images: np.ndarray, names: Iterable[str]) -> Iterator[Features]:
         """Features of images in memory."""
-        return self.features(lambda n: (images[i:i + n] for i in range(0, len(images), n)), names)
+        return self.features(lambda n: (images[i : i + n] for i in range(0, len(images), n)), names)
 
     def _start(self, images: np.ndarray, names: Iterable[str]):
         # Filled up, so that one program serves all batches.
         filled = np.zeros((self._batch_size, *images.shape[1:-1], 3), np.uint8)
-        filled[:len(images)] = images
+        filled[: len(images)] = images
         found = self._devices.run(self._compute, filled)
         return [{name: part[name] for name in names} for part in found], len(images)
 
@@ -232,12 +232,16 @@ class Reference:
         if self.has_images:
             shape, dtype = self._reader.shape("arr_0")
             require(
-                dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and shape[0] >= 2, field, path,
+                dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and shape[0] >= 2,
+                field,
+                path,
                 f"arr_0 must be uint8 images [num, height, width, 3]; it is {dtype} {list(shape)}",
             )
         for name in (*STATISTICS[POOLED], *STATISTICS[SPATIAL]):
             require(
-                self.has_images or name in self._reader.names, field, path,
+                self.has_images or name in self._reader.names,
+                field,
+                path,
                 f"has neither {name} nor images (arr_0); make one with `evaluate --make_reference`",
             )
         self._statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -303,7 +307,9 @@ def read_statistics(reader: NpzReader, name: str) -> tuple[np.ndarray, np.ndarra
     dim = DIMS[name]
     for part, array, shape in zip(STATISTICS[name], (mean, cov), ((dim,), (dim, dim)), strict=True):
         require(
-            array.shape == shape and bool(np.isfinite(array).all()), reader.field, str(reader.path),
+            array.shape == shape and bool(np.isfinite(array).all()),
+            reader.field,
+            str(reader.path),
             f"{part} must be finite {list(shape)}; it is {list(array.shape)}",
         )
     return mean, cov
@@ -359,7 +365,11 @@ def bias_warning(metrics: Iterable[str], num: int) -> str | None:
 
 
 def make_reference(
-    images: Images, inception: Inception, path: pathlib.Path, num_images: int = NUM_REFERENCE_IMAGES, seed: int = 0,
+    images: Images,
+    inception: Inception,
+    path: pathlib.Path,
+    num_images: int = NUM_REFERENCE_IMAGES,
+    seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Writes reference statistics in ADM's layout, in one pass.
@@ -387,7 +397,7 @@ def make_reference(
             def kept(size):
                 start = 0
                 for batch in images.batches(size):
-                    part = batch[chosen[start:start + len(batch)]]
+                    part = batch[chosen[start : start + len(batch)]]
                     write(np.broadcast_to(part, (*part.shape[:3], 3)))
                     start += len(batch)
                     yield batch

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from causalfusion_jax.common.errors import require
 from causalfusion_jax.data.digit_pairs import DigitPairsSource
-from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.tracking import digit_reader
 
 
@@ -29,5 +29,8 @@ def score_pairs(pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       labels: int [num], ten times the left digit plus the right one.
     """
     right = read_pairs(pixels) == np.stack([labels // 10, labels % 10], axis=1)
-    return {"accuracy": float(right.all(axis=1).mean()), "left": float(right[:, 0].mean()),
-            "right": float(right[:, 1].mean())}
+    return {
+        "accuracy": float(right.all(axis=1).mean()),
+        "left": float(right[:, 0].mean()),
+        "right": float(right[:, 1].mean()),
+    }

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from causalfusion_jax import distributed
+from causalfusion_jax.common import distributed
+from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.pipeline import Source
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax.data.scores import INCEPTION_METRICS, OF_CLASSES, WITHOUT_REFERENCE, pixel_metrics
 from causalfusion_jax.evaluation import inception_metrics, scores
-from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, OF_CLASSES, WITHOUT_REFERENCE, pixel_metrics
-from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images, image_shares
 from causalfusion_jax.sampling.trained import make_autoencoder
@@ -23,18 +23,24 @@ def check_evaluation(config: ExperimentConfig) -> None:
     evaluation, data = config.evaluation, config.data
     require(data.frames == 1, "config.evaluation.eval_every", evaluation.eval_every, "must be 0 for videos")
     require(
-        bool(evaluation.vae) or not data.latents, "config.evaluation.vae", evaluation.vae,
+        bool(evaluation.vae) or not data.latents,
+        "config.evaluation.vae",
+        evaluation.vae,
         "a model of latents is evaluated on the images that an autoencoder makes of them",
     )
     if evaluation.metric in INCEPTION_METRICS:
         return
     require(
-        not data.latents, "config.evaluation.metric", evaluation.metric,
+        not data.latents,
+        "config.evaluation.metric",
+        evaluation.metric,
         f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
     )
     known = _pixel_metrics(config)
     require(
-        evaluation.metric in known, "config.evaluation.metric", evaluation.metric,
+        evaluation.metric in known,
+        "config.evaluation.metric",
+        evaluation.metric,
         f"cannot be measured of this model of source {data.source}; give"
         f" {' or '.join((*known, 'one that needs evaluation.inception'))}",
     )
@@ -80,7 +86,9 @@ class Evaluator:
         except InputError as error:
             raise error if error.field.startswith("config") else error.under("config.evaluation") from None
         self._inception = inception_metrics.Inception(
-            "config.evaluation.inception", evaluation.inception, self._mesh.devices.ravel(),
+            "config.evaluation.inception",
+            evaluation.inception,
+            self._mesh.devices.ravel(),
             min(inception_metrics.BATCH_SIZE, evaluation.num_images),
         )
         if self._reference is not None:

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from causalfusion_jax.errors import require
-from causalfusion_jax.evaluation.probe_settings import ProbeConfig
-from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.config.probe import ProbeConfig
+from causalfusion_jax.config.training import OptimizerConfig
+from causalfusion_jax.training.optimizer import learning_rate_schedule
 
 TOP = 5
 """Accuracy among the best so many classes is reported where there are more."""
@@ -92,9 +93,7 @@ def _linear_step(settings: ProbeConfig, epoch_steps: int, classifier, opt_state,
     return optax.apply_updates(classifier, updates), opt_state
 
 
-def lower_linear_step(
-    settings: ProbeConfig, dim: int, num_classes: int, device: jax.Device
-) -> jax.stages.Lowered:
+def lower_linear_step(settings: ProbeConfig, dim: int, num_classes: int, device: jax.Device) -> jax.stages.Lowered:
     """The step of `fit_linear` on features [num, dim], traced for a device; at most `batch_size` of them."""
     place = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     steps, batch = 1000, settings.batch_size
@@ -181,8 +180,12 @@ def lower_nearer(settings: ProbeConfig, dim: int, device: jax.Device) -> jax.sta
     place = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     found = (QUERY_CHUNK, settings.neighbours)
     return _nearer.lower(
-        settings.neighbours, place((QUERY_CHUNK, dim), jnp.float32), place((NEIGHBOUR_CHUNK, dim), jnp.float32),
-        place((NEIGHBOUR_CHUNK,), jnp.int32), place(found, jnp.float32), place(found, jnp.int32),
+        settings.neighbours,
+        place((QUERY_CHUNK, dim), jnp.float32),
+        place((NEIGHBOUR_CHUNK, dim), jnp.float32),
+        place((NEIGHBOUR_CHUNK,), jnp.int32),
+        place(found, jnp.float32),
+        place(found, jnp.int32),
     )
 
 

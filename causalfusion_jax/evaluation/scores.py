@@ -4,13 +4,13 @@ import functools
 
 import numpy as np
 
+from causalfusion_jax.common.errors import require
 from causalfusion_jax.data.pipeline import DataConfig, make_source
+from causalfusion_jax.data.scores import OF_CLASSES
 from causalfusion_jax.data.sources import digits
-from causalfusion_jax.errors import require
-from causalfusion_jax.evaluation.distribution import FeatureStatistics, frechet_from_statistics
 from causalfusion_jax.evaluation.pairs import score_pairs
-from causalfusion_jax.evaluation.settings import OF_CLASSES
 from causalfusion_jax.evaluation.tracking import digit_reader, score_moving_digits
+from causalfusion_jax.metrics.distribution import FeatureStatistics, frechet_from_statistics
 
 MAX_SIDE = 16
 """Images are averaged down to this side before their pixels are compared."""
@@ -40,7 +40,9 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
         to measure of images of no class.
     """
     require(
-        not data.latents and (data.frames == 1 or data.source == "moving_digits"), "--workdir", data.source,
+        not data.latents and (data.frames == 1 or data.source == "moving_digits"),
+        "--workdir",
+        data.source,
         "was not trained on images, which alone are compared pixel by pixel",
     )
     shape = data.shape[-3:]
@@ -52,7 +54,9 @@ def score(data: DataConfig, images: np.ndarray, labels: np.ndarray) -> dict[str,
     if np.any(labels == data.num_classes):
         found = {name: value for name, value in found.items() if name not in OF_CLASSES}
         require(
-            bool(found), "--samples", f"class {data.num_classes}",
+            bool(found),
+            "--samples",
+            f"class {data.num_classes}",
             f"images of source {data.source} are scored by their classes or prompts, and these have none",
         )
     return found

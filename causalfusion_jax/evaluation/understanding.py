@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from causalfusion_jax import sharding
+from causalfusion_jax.common import sharding
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.config.experiment import ExperimentConfig, check_model_mesh
+from causalfusion_jax.config.probe import ProbeConfig
 from causalfusion_jax.data.pipeline import DataConfig, make_held_out_source, make_source
-from causalfusion_jax.errors import require
 from causalfusion_jax.evaluation.features import (
     chosen,
     first_layers,
@@ -24,9 +26,8 @@ from causalfusion_jax.evaluation.features import (
     pooled,
 )
 from causalfusion_jax.evaluation.probe import Classified
-from causalfusion_jax.evaluation.probe_settings import ProbeConfig
-from causalfusion_jax.experiment import ExperimentConfig, check_model_mesh
-from causalfusion_jax.models.transformer import Params, init_params
+from causalfusion_jax.models.params import Params
+from causalfusion_jax.models.transformer import init_params
 
 SAME_WEIGHTS = ("attention", "dtype", "remat", "scan_unroll")
 """Of the model's settings, those that do not change what its weights are."""
@@ -45,12 +46,17 @@ def combined(model_of: ExperimentConfig, probing: ExperimentConfig) -> Experimen
     ours, theirs = probing.data, model_of.data
     for name in ("shape", "latents"):
         require(
-            getattr(ours, name) == getattr(theirs, name), "config.data", getattr(ours, name),
+            getattr(ours, name) == getattr(theirs, name),
+            "config.data",
+            getattr(ours, name),
             f"must be as the network's data are, {name} {getattr(theirs, name)}",
         )
     model = {name: getattr(probing.model, name) for name in SAME_WEIGHTS}
     return dataclasses.replace(
-        model_of, model=dataclasses.replace(model_of.model, **model), probe=probing.probe, finetune=probing.finetune,
+        model_of,
+        model=dataclasses.replace(model_of.model, **model),
+        probe=probing.probe,
+        finetune=probing.finetune,
         mesh=probing.mesh,
     )
 
@@ -99,9 +105,10 @@ class Study:
             parts.append(over_images(compute, self.mesh, images, s.read_batch_size, s.seed + i, 1, show))
         (features, labels), (held_out, held_out_labels) = parts
         classes = self.data.num_classes
-        return [Classified(*of_layer, classes) for of_layer in (
-            (a, labels, b, held_out_labels) for a, b in zip(features, held_out, strict=True)
-        )]
+        return [
+            Classified(*of_layer, classes)
+            for of_layer in ((a, labels, b, held_out_labels) for a, b in zip(features, held_out, strict=True))
+        ]
 
     @property
     def described(self) -> dict[str, Any]:
@@ -116,7 +123,8 @@ class Study:
         (features,) = self._features(params, self.reading, False, name)
         self.progress(f"{name}: classifying")
         return {
-            **getattr(features, kind)(self.probe), "num": len(features.held_out_labels),
+            **getattr(features, kind)(self.probe),
+            "num": len(features.held_out_labels),
             "trained_on": len(features.labels),
         }
 
@@ -126,7 +134,12 @@ class Study:
         from causalfusion_jax.evaluation.finetune import Finetuning
 
         return Finetuning(
-            self.reading, self.config.finetune, self.data, self.source, self.mesh, folder,
+            self.reading,
+            self.config.finetune,
+            self.data,
+            self.source,
+            self.mesh,
+            folder,
             lambda line: self.progress(f"{name}: {line}"),
         )
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from causalfusion_jax.errors import InputError, require, require_number, require_one_of
+from causalfusion_jax.common.errors import InputError, require, require_number, require_one_of
+from causalfusion_jax.common.npz import NpzReader, NpzWriter
 from causalfusion_jax.evaluation.images import Images, open_videos
 from causalfusion_jax.evaluation.inception_metrics import (
     DIMS,
@@ -25,7 +26,6 @@ from causalfusion_jax.evaluation.inception_metrics import (
     read_statistics,
 )
 from causalfusion_jax.models.i3d import MIN_FRAMES, RESIZES, abstract_i3d, i3d_logits
-from causalfusion_jax.npz import NpzReader, NpzWriter
 
 NUM_PUBLISHED = 2048
 """Videos that most published values are of."""
@@ -90,7 +90,9 @@ class VideoReference:
             if set(STATISTICS[I3D_LOGITS]) <= set(reader.names):
                 theirs = _read_protocol(reader)
                 require(
-                    theirs == protocol, field, path,
+                    theirs == protocol,
+                    field,
+                    path,
                     f"is of {theirs.frames} frames, resized by {theirs.resize}; --fvd_frames={protocol.frames}"
                     f" --fvd_resize={protocol.resize} need another",
                 )
@@ -115,7 +117,9 @@ def _read_protocol(reader: NpzReader) -> VideoProtocol:
     """How statistics were made."""
     for name in ("frames", "resize"):
         require(
-            name in reader.names, reader.field, str(reader.path),
+            name in reader.names,
+            reader.field,
+            str(reader.path),
             f"does not say its {name}; make one with `evaluate --make_reference --i3d=DIR`",
         )
     frames, resize = (reader.array(name) for name in ("frames", "resize"))
@@ -156,7 +160,10 @@ def bias_warning(num: int) -> str | None:
 
 
 def make_video_reference(
-    videos: Images, network: Network, protocol: VideoProtocol, path: pathlib.Path,
+    videos: Images,
+    network: Network,
+    protocol: VideoProtocol,
+    path: pathlib.Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Writes the statistics of real videos: `mu_i3d` [400], `sigma_i3d` [400, 400], how many and by what protocol.

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from causalfusion_jax.errors import require, require_number, require_one_of
-from causalfusion_jax.models.transformer import DTYPES, Params
+from causalfusion_jax.common.errors import require, require_number, require_one_of
+from causalfusion_jax.models.params import DTYPES, Params
 
 NORM_EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -62,17 +62,23 @@ class AutoencoderConfig:
         multipliers = self.channel_multipliers
         require(
             len(multipliers) > 0 and all(isinstance(m, int) and m >= 1 for m in multipliers),
-            "channel_multipliers", multipliers, "must be one or more whole numbers >= 1",
+            "channel_multipliers",
+            multipliers,
+            "must be one or more whole numbers >= 1",
         )
         require(
             all(width % self.norm_groups == 0 for width in (self.channels, *self.widths)),
-            "norm_groups", self.norm_groups, f"must divide the widths {self.channels}, {self.widths}",
+            "norm_groups",
+            self.norm_groups,
+            f"must divide the widths {self.channels}, {self.widths}",
         )
         for name in ("encoder_attention", "decoder_attention"):
             levels = getattr(self, name)
             require(
                 set(levels) <= set(range(len(multipliers))),
-                name, levels, f"must be levels, 0 to {len(multipliers) - 1}",
+                name,
+                levels,
+                f"must be levels, 0 to {len(multipliers) - 1}",
             )
         require_number("scaling_factor", self.scaling_factor, 0.0, open_low=True)
         require_one_of("dtype", self.dtype, DTYPES)
@@ -89,21 +95,22 @@ class AutoencoderConfig:
 
 
 MAR_VAE = AutoencoderConfig(
-    channels=128, channel_multipliers=(1, 1, 2, 2, 4), latent_channels=16, scaling_factor=0.2325,
-    encoder_attention=(4,),
+    channels=128, channel_multipliers=(1, 1, 2, 2, 4), latent_channels=16, scaling_factor=0.2325, encoder_attention=(4,)
 )
 """KL-16, which MAR and CausalFusion use: 256x256x3 to 16x16x16."""
 
-SD_VAE = AutoencoderConfig(
-    channels=128, channel_multipliers=(1, 2, 4, 4), latent_channels=4, scaling_factor=0.18215,
-)
+SD_VAE = AutoencoderConfig(channels=128, channel_multipliers=(1, 2, 4, 4), latent_channels=4, scaling_factor=0.18215)
 """KL-f8 of Stable Diffusion, which DiT and ACDiT use: 256x256x3 to 32x32x4."""
 
 
 def _norm(config, channels, rngs):
     # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
     return nnx.GroupNorm(
-        channels, num_groups=config.norm_groups, epsilon=NORM_EPS, dtype=config.dtype, use_fast_variance=False,
+        channels,
+        num_groups=config.norm_groups,
+        epsilon=NORM_EPS,
+        dtype=config.dtype,
+        use_fast_variance=False,
         rngs=rngs,
     )
 
@@ -111,16 +118,19 @@ def _norm(config, channels, rngs):
 def _conv(config, in_channels, out_channels, rngs, **settings):
     """3x3 convolution that keeps the size unless told otherwise."""
     return nnx.Conv(
-        in_channels, out_channels, (3, 3), **{"padding": 1, **settings}, dtype=config.dtype,
-        kernel_init=nnx.initializers.zeros, rngs=rngs,
+        in_channels,
+        out_channels,
+        (3, 3),
+        **{"padding": 1, **settings},
+        dtype=config.dtype,
+        kernel_init=nnx.initializers.zeros,
+        rngs=rngs,
     )
 
 
 def _linear(config, in_channels, out_channels, rngs):
     """1x1 convolution."""
-    return nnx.Linear(
-        in_channels, out_channels, dtype=config.dtype, kernel_init=nnx.initializers.zeros, rngs=rngs
-    )
+    return nnx.Linear(in_channels, out_channels, dtype=config.dtype, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
 
 class ResidualBlock(nnx.Module):
@@ -195,13 +205,13 @@ class Encoder(nnx.Module):
         c = config
         pairs = itertools.pairwise((c.channels, *c.widths))
         self.conv_in = _conv(c, c.image_channels, c.channels, rngs)
-        self.levels = nnx.List([
-            Level(c, *pair, c.residual_blocks, level in c.encoder_attention, rngs) for level, pair in enumerate(pairs)
-        ])
+        self.levels = nnx.List(
+            [Level(c, *pair, c.residual_blocks, level in c.encoder_attention, rngs) for level, pair in enumerate(pairs)]
+        )
         # Padded below and on the right only.
-        self.downsamples = nnx.List([
-            _conv(c, width, width, rngs, strides=2, padding=((0, 1), (0, 1))) for width in c.widths[:-1]
-        ])
+        self.downsamples = nnx.List(
+            [_conv(c, width, width, rngs, strides=2, padding=((0, 1), (0, 1))) for width in c.widths[:-1]]
+        )
         self.middle = Middle(c, rngs)
         self.norm_out = _norm(c, c.widths[-1], rngs)
         self.conv_out = _conv(c, c.widths[-1], 2 * c.latent_channels, rngs)
@@ -224,10 +234,12 @@ class Decoder(nnx.Module):
         pairs = itertools.pairwise((upward[0], *upward))
         self.conv_in = _conv(c, c.latent_channels, upward[0], rngs)
         self.middle = Middle(c, rngs)
-        self.levels = nnx.List([
-            Level(c, *pair, c.residual_blocks + 1, attends, rngs)
-            for pair, attends in zip(pairs, attention, strict=True)
-        ])
+        self.levels = nnx.List(
+            [
+                Level(c, *pair, c.residual_blocks + 1, attends, rngs)
+                for pair, attends in zip(pairs, attention, strict=True)
+            ]
+        )
         self.upsamples = nnx.List([_conv(c, width, width, rngs) for width in upward[:-1]])
         self.norm_out = _norm(c, upward[-1], rngs)
         self.conv_out = _conv(c, upward[-1], c.image_channels, rngs)
@@ -281,10 +293,13 @@ def init_autoencoder(config: AutoencoderConfig, key: jax.Array) -> Params:
     # One draw for all kernels: a hundred small ones take a minute to compile.
     sizes = [leaf.size if leaf.ndim > 1 else 0 for leaf in leaves]
     draws = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
-    return jax.tree.unflatten(tree, [
-        draw.reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else leaf
-        for leaf, draw in zip(leaves, draws, strict=True)
-    ])
+    return jax.tree.unflatten(
+        tree,
+        [
+            draw.reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else leaf
+            for leaf, draw in zip(leaves, draws, strict=True)
+        ],
+    )
 
 
 def _in_micro_batches(run: Callable, x: jax.Array, micro_batch: int):
@@ -303,12 +318,11 @@ def _in_micro_batches(run: Callable, x: jax.Array, micro_batch: int):
 
 def _check_batch(name, x, channels, multiple, micro_batch):
     """Raises InputError unless x is float [batch, n * multiple, m * multiple, channels]."""
+    require(x.ndim == 4 and x.shape[-1] == channels, name, x.shape, f"must be [batch, height, width, {channels}]")
     require(
-        x.ndim == 4 and x.shape[-1] == channels, name, x.shape,
-        f"must be [batch, height, width, {channels}]",
-    )
-    require(
-        min(x.shape[1:3]) > 0 and all(size % multiple == 0 for size in x.shape[1:3]), name, x.shape,
+        min(x.shape[1:3]) > 0 and all(size % multiple == 0 for size in x.shape[1:3]),
+        name,
+        x.shape,
         f"height and width must be multiples of {multiple}",
     )
     require(jnp.issubdtype(x.dtype, jnp.floating), name, str(x.dtype), "must be floating-point")
@@ -355,8 +369,7 @@ def _latents(config, mean, log_variance, key):
 
 
 def encode(
-    config: AutoencoderConfig, params: Params, images: jax.Array, key: jax.Array | None = None,
-    micro_batch: int = 16,
+    config: AutoencoderConfig, params: Params, images: jax.Array, key: jax.Array | None = None, micro_batch: int = 16
 ) -> jax.Array:
     """Images to latents.
 

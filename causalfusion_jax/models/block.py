@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from causalfusion_jax.models.attention import Visibility
+from causalfusion_jax.common.sharding import constrain, is_split
+from causalfusion_jax.models.attention.attention import Visibility
 from causalfusion_jax.models.layers import Norm, gelu
 from causalfusion_jax.models.positions import rotate
-from causalfusion_jax.sharding import constrain, is_split
 
 
 def with_axes(initializer, *axes):
@@ -20,7 +20,10 @@ def with_axes(initializer, *axes):
 def linear(in_features, out_features, axes, config, rngs, *, use_bias=True, kernel_init=None):
     """Xavier-uniform linear layer; `axes` are the logical axes of its kernel."""
     return nnx.Linear(
-        in_features, out_features, use_bias=use_bias, dtype=config.dtype,
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=config.dtype,
         kernel_init=with_axes(kernel_init or nnx.initializers.xavier_uniform(), *axes),
         bias_init=with_axes(nnx.initializers.zeros, axes[-1]),
         rngs=rngs,
@@ -63,7 +66,10 @@ class Block(nnx.Module):
         c, self.config = config, config
         self.attention_norm = Norm(c.norm, c.hidden, "embed")
         self.qkv = nnx.LinearGeneral(
-            c.hidden, (3, c.heads, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype,
+            c.hidden,
+            (3, c.heads, c.head_dim),
+            use_bias=c.qkv_bias,
+            dtype=c.dtype,
             kernel_init=with_axes(nnx.initializers.xavier_uniform(), "embed", None, "heads", "head_dim"),
             bias_init=with_axes(nnx.initializers.zeros, None, "heads", "head_dim"),
             rngs=rngs,

@@ -13,18 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from causalfusion_jax.errors import require, require_one_of
+from causalfusion_jax.common.errors import require, require_one_of
 from causalfusion_jax.models.inception import resize_bilinear
-from causalfusion_jax.models.inception_layers import (
-    PRECISION,
-    Block,
-    Conv,
-    Layers,
-    LayerStack,
-    Pool,
-    block_channels,
-)
-from causalfusion_jax.models.transformer import Params
+from causalfusion_jax.models.inception_layers import PRECISION, Block, Conv, Layers, LayerStack, Pool, block_channels
+from causalfusion_jax.models.params import Params
 
 SIDE = 224
 """Frames are resized to this side, whatever their aspect."""

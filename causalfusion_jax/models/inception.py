@@ -14,17 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from causalfusion_jax.errors import require
-from causalfusion_jax.models.inception_layers import (
-    PRECISION,
-    Block,
-    Branch,
-    Conv,
-    LayerStack,
-    Pool,
-    block_channels,
-)
-from causalfusion_jax.models.transformer import Params
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.models.inception_layers import PRECISION, Block, Branch, Conv, LayerStack, Pool, block_channels
+from causalfusion_jax.models.params import Params
 
 SIDE = 299
 """Images are resized to this side."""

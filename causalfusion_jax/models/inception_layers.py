@@ -104,8 +104,12 @@ class ConvUnit(nnx.Module):
         dims = len(self.conv.size)
         axes = "DHW"[-dims:]
         x = jax.lax.conv_general_dilated(
-            x, self.kernel[...], (self.conv.stride,) * dims, self.conv.padding,
-            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"), precision=PRECISION,
+            x,
+            self.kernel[...],
+            (self.conv.stride,) * dims,
+            self.conv.padding,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+            precision=PRECISION,
         )
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + BATCH_NORM_EPS)
         return jax.nn.relu((x - self.mean[...]) * scale + self.bias[...])

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from causalfusion_jax.factorization import EMPTY_STEP
+from causalfusion_jax.core.factorization import EMPTY_STEP
 
 
 @jax.tree_util.register_dataclass

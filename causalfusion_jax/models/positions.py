@@ -49,9 +49,7 @@ def rope_base(length: int) -> int:
     return (int(8 * length / np.pi) // 100 + 1) * 100
 
 
-def rope_table(
-    grid: tuple[int, ...], head_dim: int, base_grid: tuple[int, ...] = ()
-) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(grid: tuple[int, ...], head_dim: int, base_grid: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Rotary embedding over all axes of a grid, as released with ACDiT.
 
     Axis a has `rope_dims[a]` values, its d/2 frequencies twice. The k-th is

@@ -5,7 +5,7 @@ condition tokens, 1000 classes, learned positions), of ACDiT for images (1024 to
 values, 1000 classes).
 """
 
-from causalfusion_jax.errors import require_one_of
+from causalfusion_jax.common.errors import require_one_of
 
 PRESETS = {
     # name: hidden, heads, layers               parameters
@@ -28,9 +28,7 @@ ACDIT = dict(
 )
 """The network's switches as released with ACDiT; their defaults are CausalFusion's."""
 
-DIT = dict(
-    conditioning="adaln", num_condition_tokens=0, norm="plain", positions="sincos", qk_norm=False, qkv_bias=True
-)
+DIT = dict(conditioning="adaln", num_condition_tokens=0, norm="plain", positions="sincos", qk_norm=False, qkv_bias=True)
 """Those of the plain DiT, the baseline of both papers."""
 
 

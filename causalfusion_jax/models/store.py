@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from causalfusion_jax import files
-from causalfusion_jax.errors import InputError, require
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
 
 
 def write_params(folder: pathlib.Path, params: Any) -> None:
@@ -78,7 +78,11 @@ def describe_source(source: Mapping[str, Any]) -> str:
 
 
 def write_converted(
-    folder: pathlib.Path, kind: str, settings: Mapping[str, Any], source: Mapping[str, Any], params: Any,
+    folder: pathlib.Path,
+    kind: str,
+    settings: Mapping[str, Any],
+    source: Mapping[str, Any],
+    params: Any,
     class_names: Sequence[str] = (),
 ) -> None:
     """Writes a converted checkpoint (see `Converted`), whole or not at all.
@@ -90,7 +94,10 @@ def write_converted(
     def fill(part: pathlib.Path) -> None:
         write_params(part / "params", params)
         content = {
-            "kind": kind, "settings": settings, "source": source, "class_names": list(class_names),
+            "kind": kind,
+            "settings": settings,
+            "source": source,
+            "class_names": list(class_names),
             "files": files.describe(part / "params"),
         }
         files.write_json(part / "converted.json", content)

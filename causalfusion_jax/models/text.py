@@ -21,15 +21,16 @@ class TextTokens(nnx.Module):
         c, self.config = config, config
         normal = nnx.initializers.normal(0.02)
         self.table = nnx.Embed(
-            c.text_vocab, c.hidden, dtype=c.dtype,
-            embedding_init=with_axes(normal, "vocab", "embed"), rngs=rngs,
+            c.text_vocab, c.hidden, dtype=c.dtype, embedding_init=with_axes(normal, "vocab", "embed"), rngs=rngs
         )
-        self.positions = nnx.Param(
-            normal(rngs.params(), (c.text_tokens, c.hidden)), out_sharding=("tokens", "embed")
+        self.positions = nnx.Param(normal(rngs.params(), (c.text_tokens, c.hidden)), out_sharding=("tokens", "embed"))
+        self.head = (
+            linear(
+                c.hidden, c.text_vocab, ("embed", "vocab"), c, rngs, use_bias=False, kernel_init=nnx.initializers.zeros
+            )
+            if c.text_head == "separate"
+            else None
         )
-        self.head = linear(
-            c.hidden, c.text_vocab, ("embed", "vocab"), c, rngs, use_bias=False, kernel_init=nnx.initializers.zeros
-        ) if c.text_head == "separate" else None
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Token ids and their places in the text, int [batch, n], to [batch, n, hidden].

@@ -23,20 +23,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from causalfusion_jax.errors import require, require_number, require_one_of
-from causalfusion_jax.factorization import training_layout
-from causalfusion_jax.models.attention import Visibility
+from causalfusion_jax.common.errors import require, require_number, require_one_of
+from causalfusion_jax.common.sharding import constrain, platform
+from causalfusion_jax.core.factorization import training_layout
+from causalfusion_jax.models.attention.attention import Visibility
 from causalfusion_jax.models.block import Block, Context, linear, modulation_layer, on_noisy, with_axes
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.layers import NORMS, Norm
-from causalfusion_jax.models.positions import (
-    ROPE_SPLITS,
-    rope_table,
-    sincos_table,
-    timestep_features,
-)
+from causalfusion_jax.models.params import DTYPES, Params
+from causalfusion_jax.models.positions import ROPE_SPLITS, rope_table, sincos_table, timestep_features
 from causalfusion_jax.models.text import TEXT_HEADS, TextTokens
-from causalfusion_jax.sharding import constrain, platform
 
 CONDITIONINGS = ("in_context", "adaln")
 POSITIONS = ("learned", "sincos", "rope")
@@ -44,7 +40,6 @@ ATTENTIONS = ("auto", "dense", "flash")
 FLASH_FROM = 1024
 FLASH_FROM_IN_TPU_TRAINING = 512
 """Keys from which `auto` computes attention in tiles (launch/bench/RESULTS.md)."""
-DTYPES = ("float32", "bfloat16")
 REMATS = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -118,24 +113,27 @@ class TransformerConfig:
             require_number("num_condition_tokens", self.num_condition_tokens, 1)
         else:
             require(
-                self.num_condition_tokens == 0, "num_condition_tokens", self.num_condition_tokens,
+                self.num_condition_tokens == 0,
+                "num_condition_tokens",
+                self.num_condition_tokens,
                 "must be 0 for conditioning adaln, which has no condition tokens",
             )
         require_number("condition_repeats", self.condition_repeats, 1)
         require(
-            max(self.num_condition_tokens, 1) % self.condition_repeats == 0, "condition_repeats",
-            self.condition_repeats, f"must divide num_condition_tokens={self.num_condition_tokens}",
+            max(self.num_condition_tokens, 1) % self.condition_repeats == 0,
+            "condition_repeats",
+            self.condition_repeats,
+            f"must divide num_condition_tokens={self.num_condition_tokens}",
         )
-        require(
-            self.hidden % self.heads == 0, "heads", self.heads,
-            f"must divide hidden={self.hidden}",
-        )
+        require(self.hidden % self.heads == 0, "heads", self.heads, f"must divide hidden={self.hidden}")
         require_one_of("norm", self.norm, NORMS)
         require_one_of("positions", self.positions, POSITIONS)
         if self.positions == "rope":
             unit = 2 * sum(ROPE_SPLITS[len(self.grid)])
             require(
-                self.head_dim % unit == 0, "heads", self.heads,
+                self.head_dim % unit == 0,
+                "heads",
+                self.heads,
                 f"hidden / heads={self.head_dim} must be a multiple of {unit} for rope on {len(self.grid)} axes",
             )
         else:
@@ -178,7 +176,9 @@ class TransformerConfig:
         if grid == self.grid:
             return self
         require(
-            self.positions != "learned", "grid", grid,
+            self.positions != "learned",
+            "grid",
+            grid,
             f"must be {self.grid}: positions are learned for that grid alone (sincos and rope continue)",
         )
         return dataclasses.replace(self, grid=grid, rope_grid=self.rope_grid or self.grid)
@@ -196,17 +196,18 @@ class Transformer(nnx.Module):
         c, self.config = config, config
         normal = nnx.initializers.normal(0.02)
         self.label_table = nnx.Embed(
-            c.num_classes + 1, c.label_width, dtype=c.dtype,
-            embedding_init=with_axes(normal, "classes", "embed"), rngs=rngs,
+            c.num_classes + 1,
+            c.label_width,
+            dtype=c.dtype,
+            embedding_init=with_axes(normal, "classes", "embed"),
+            rngs=rngs,
         )
         if c.num_condition_tokens:
             self.condition_positions = nnx.Param(
                 normal(rngs.params(), (c.num_condition_tokens, c.hidden)), out_sharding=("tokens", "embed")
             )
         if c.positions == "learned":
-            self.positions = nnx.Param(
-                jnp.asarray(sincos_table(c.grid, c.hidden)), out_sharding=("tokens", "embed")
-            )
+            self.positions = nnx.Param(jnp.asarray(sincos_table(c.grid, c.hidden)), out_sharding=("tokens", "embed"))
         self.token_in = linear(c.token_dim, c.hidden, ("token_dim", "embed"), c, rngs, use_bias=c.token_bias)
         self.timestep_in = linear(TIMESTEP_FEATURES, c.hidden, ("timestep", "embed"), c, rngs)
         self.timestep_out = linear(c.hidden, c.hidden, (None, "embed"), c, rngs)
@@ -274,8 +275,17 @@ class Transformer(nnx.Module):
         return self.timestep_out(jax.nn.silu(self.timestep_in(features)))
 
     def trunk(
-        self, h, role, step, ids, cache: KVCache | None = None, condition=None, num_clean: int = 0, document=None,
-        branch_scale=None, of_layer: Callable[[jax.Array], Any] | None = None,
+        self,
+        h,
+        role,
+        step,
+        ids,
+        cache: KVCache | None = None,
+        condition=None,
+        num_clean: int = 0,
+        document=None,
+        branch_scale=None,
+        of_layer: Callable[[jax.Array], Any] | None = None,
     ):
         """Runs all layers on new tokens, which see the cache and each other by the rule.
 
@@ -371,18 +381,18 @@ class Transformer(nnx.Module):
         parts += [self.embed_tokens(clean, clean_ids), self.embed_tokens(noisy, noisy_ids, t)]
         off_grid = jnp.full((noisy.shape[0], begin + num_text), -1, noisy_ids.dtype)
         h, _ = self.trunk(
-            jnp.concatenate(parts, axis=1), role, step, jnp.concatenate([off_grid, clean_ids, noisy_ids], axis=1),
-            condition=condition, num_clean=begin + num_text + clean.shape[1],
+            jnp.concatenate(parts, axis=1),
+            role,
+            step,
+            jnp.concatenate([off_grid, clean_ids, noisy_ids], axis=1),
+            condition=condition,
+            num_clean=begin + num_text + clean.shape[1],
         )
         return self.head(h[:, -noisy.shape[1] :], condition), h[:, begin : begin + num_text]
 
     def text_logits(self, h: jax.Array) -> jax.Array:
         """Text tokens [batch, n, hidden] to logits of the token after each, float32 [batch, n, text_vocab]."""
         return self.text.logits(self.final_norm(h))
-
-
-Params = dict[str, Any]
-"""A nested dict of arrays: everything that is learned, and nothing else."""
 
 
 @functools.cache
@@ -395,7 +405,7 @@ def abstract_model(config: TransformerConfig) -> tuple[nnx.GraphDef, Params, Par
       axes: logical axes of every parameter, a tuple of names or None.
     """
     graph, state = nnx.split(jax.eval_shape(lambda: _build(config, jax.random.key(0))))
-    is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+    is_variable = lambda v: isinstance(v, nnx.Variable)
     axes = jax.tree.map(lambda v: tuple(v.get_metadata("out_sharding")), state, is_leaf=is_variable)
     return graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 

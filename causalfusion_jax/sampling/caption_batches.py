@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.data.tokenizers import from_slots, to_slots
-from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.layouts import NO_TOKEN
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.sampling.captioning import CaptionConfig, caption_tokens, score_tokens
 from causalfusion_jax.sampling.sampler import image_keys
@@ -33,8 +33,14 @@ def _given(config: ExperimentConfig, params, images, indices):
 
 
 def caption_images(
-    config: ExperimentConfig, how: CaptionConfig, params, images: np.ndarray, prompts: list[str], seed: int,
-    batch_size: int = 250, progress: Callable[[int], None] = lambda done: None,
+    config: ExperimentConfig,
+    how: CaptionConfig,
+    params,
+    images: np.ndarray,
+    prompts: list[str],
+    seed: int,
+    batch_size: int = 250,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[str], np.ndarray]:
     """Captions of images. Image i's depends on (seed, i, images[i], prompts[i]) alone.
 

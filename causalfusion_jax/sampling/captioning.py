@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from causalfusion_jax.common.errors import require, require_number
+from causalfusion_jax.core.factorization import Role
+from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.data.tokenizers import BEGIN, END
-from causalfusion_jax.errors import require, require_number
-from causalfusion_jax.factorization import Role
-from causalfusion_jax.layouts import NO_TOKEN
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.sampling.sampler import Prefix
@@ -142,9 +142,11 @@ def generate_texts(
     state = _State(
         KVCache(per_beam(cache.k, 1), per_beam(cache.v, 1), per_beam(cache.step), cache.length),
         per_beam(jnp.pad(prompts, ((0, 0), (0, T - longest)), constant_values=NO_TOKEN)),
-        per_beam(length), per_beam(length >= T),
+        per_beam(length),
+        per_beam(length >= T),
         # All beams begin alike: only the first one counts at first.
-        jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER), batch), per_beam(log_probs(last)),
+        jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER), batch),
+        per_beam(log_probs(last)),
     )
 
     def advance(state):

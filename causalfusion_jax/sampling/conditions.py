@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.captions import example_prompts
 from causalfusion_jax.data.pipeline import Source, make_source
-from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.sampling.images import balanced_labels
 
 

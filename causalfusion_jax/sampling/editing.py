@@ -12,14 +12,16 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from causalfusion_jax import distributed, factorization
-from causalfusion_jax.errors import InputError, require
-from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.factorization import FactorizationConfig
+from causalfusion_jax.common import distributed
+from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core import factorization
+from causalfusion_jax.core.factorization import FactorizationConfig
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.transformer import TransformerConfig
 from causalfusion_jax.sampling.generation import Known, generate_images
-from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys
+from causalfusion_jax.sampling.sampler import image_keys
 
 MASKS = ("center", "top", "bottom", "left", "right", "outer")
 
@@ -34,11 +36,15 @@ def named_mask(name: str, height: int, width: int) -> np.ndarray:
     """
     y, x = np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
     # In whole pixels, grown outward where a side is odd.
-    middle = lambda a, size: (a > size // 4) & (a < size - size // 4)  # noqa: E731
+    middle = lambda a, size: (a > size // 4) & (a < size - size // 4)
     center = middle(y, height) & middle(x, width)
     masks = {
-        "center": center, "outer": ~center, "top": y < (height + 1) // 2, "bottom": y > height // 2,
-        "left": x < (width + 1) // 2, "right": x > width // 2,
+        "center": center,
+        "outer": ~center,
+        "top": y < (height + 1) // 2,
+        "bottom": y > height // 2,
+        "left": x < (width + 1) // 2,
+        "right": x > width // 2,
     }
     if name not in masks:
         raise InputError("mask", name, f"must be one of {', '.join(MASKS)}, x0,y0,x1,y1, or an image file")
@@ -49,7 +55,9 @@ def rectangle_mask(box: tuple[int, int, int, int], height: int, width: int) -> n
     """The rectangle x0 <= x < x1, y0 <= y < y1; bool [height, width]. Raises InputError where it is not inside."""
     x0, y0, x1, y1 = box
     require(
-        0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, "mask", box,
+        0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height,
+        "mask",
+        box,
         f"must be x0,y0,x1,y1 with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}",
     )
     mask = np.zeros((height, width), bool)
@@ -106,7 +114,9 @@ def plan_edit(config: ExperimentConfig, hidden: np.ndarray) -> EditPlan:
     trained, grid = config.factorization, hidden.shape
     if grid != config.transformer.grid:
         require(
-            trained.steps != "fixed", "canvas", grid,
+            trained.steps != "fixed",
+            "canvas",
+            grid,
             f"must be {config.transformer.grid} tokens: the model was trained on {trained.num_steps} AR steps of these",
         )
     try:
@@ -118,7 +128,9 @@ def plan_edit(config: ExperimentConfig, hidden: np.ndarray) -> EditPlan:
     require(not hidden.all(), "mask", "everything", "leaves nothing to keep; that is sampling, not editing")
     steps = factorization.static_steps(trained, hidden.size)
     require(
-        steps is None or steps[-1] > 0, "mask", int(hidden.sum()),
+        steps is None or steps[-1] > 0,
+        "mask",
+        int(hidden.sum()),
         "the model was trained on a single AR step, so it has never seen a clean token and cannot edit",
     )
     if trained.order != "random":
@@ -128,7 +140,9 @@ def plan_edit(config: ExperimentConfig, hidden: np.ndarray) -> EditPlan:
         return EditPlan(model, hidden, np.zeros(num_known, np.int32), 0)
     starts = np.flatnonzero(np.diff(steps, prepend=-1))
     require(
-        num_known in starts, "mask", f"{num_known} of {hidden.size} tokens kept",
+        num_known in starts,
+        "mask",
+        f"{num_known} of {hidden.size} tokens kept",
         f"the model was trained on {len(starts)} AR steps, so it can keep {', '.join(map(str, starts[1:]))} tokens",
     )
     return EditPlan(model, hidden, steps[:num_known], int(steps[-1]) + 1 - int(steps[num_known]))
@@ -144,12 +158,16 @@ def _suffix(trained: FactorizationConfig, hidden: np.ndarray, steps: np.ndarray 
     if steps is not None:
         at_place = np.isin(steps, steps[at_place])
     require(
-        not at_place.all(), "mask", "everything",
+        not at_place.all(),
+        "mask",
+        "everything",
         "the model regenerates whole AR steps, and this mask touches all of them",
     )
     first = int(np.argmax(at_place))
     require(
-        bool(at_place[first:].all()), "mask", f"{int((~at_place[first:]).sum())} tokens kept after masked ones",
+        bool(at_place[first:].all()),
+        "mask",
+        f"{int((~at_place[first:]).sum())} tokens kept after masked ones",
         f"the model was trained in the order {trained.order} alone, so only the last tokens of that order "
         "can be regenerated; a model trained in random order takes any mask",
     )

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from causalfusion_jax import distributed, sharding
-from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.common import distributed, sharding
+from causalfusion_jax.common.pictures import to_uint8
+from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import unpatchify
-from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
-from causalfusion_jax.sampling.images import to_uint8
-from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens, sample_tokens_shared
+from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.sampling.sampler import image_keys, sample_tokens, sample_tokens_shared
 
 BATCH_SIZE = 250
 """Images in a batch where nothing else is said."""
@@ -152,13 +154,19 @@ def batches(
         indices = np.minimum(np.arange(start, start + computed), num - 1)
         shares = zip(copies, places, makers, strict=True)
         yield Batch(
-            indices, min(batch_size, num - start),
+            indices,
+            min(batch_size, num - start),
             tuple(Share(params, part, make_keys(seed, indices[part])) for params, part, make_keys in shares),
         )
 
 
 def generate_batch(
-    config: ExperimentConfig, sampler: SamplerConfig, params, keys: jax.Array, labels, known: Known | None = None,
+    config: ExperimentConfig,
+    sampler: SamplerConfig,
+    params,
+    keys: jax.Array,
+    labels,
+    known: Known | None = None,
     text: np.ndarray | None = None,
 ) -> jax.Array:
     """One batch of images or videos, as the model makes them.
@@ -192,16 +200,13 @@ def generate_batch(
     return unpatchify(tokens, model.grid, config.model.patch_size)
 
 
-def lower_sampler(
-    config: ExperimentConfig, sampler: SamplerConfig, devices, batch_size: int, text_tokens: int = 0
-) -> jax.stages.Lowered:
+def lower_sampler(config: ExperimentConfig, sampler: SamplerConfig, devices, batch_size: int) -> jax.stages.Lowered:
     """The program that `generate_batch` runs on parameters of a mesh of `devices`, traced.
 
     Args:
       config, sampler: as of `generate_batch`.
       devices: those that share a batch.
       batch_size: images in a batch; filled up to a multiple of the devices, as in `batches`.
-      text_tokens: slots of a prompt; 0: none are given.
     """
     mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
@@ -213,8 +218,8 @@ def lower_sampler(
     params = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype, whole), abstract_model(config.transformer)[1])
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(size)))
     of_images = {"keys": abstract(keys.shape, keys.dtype, split), "labels": abstract((size,), np.int32, split)}
-    if text_tokens:
-        of_images["text"] = abstract((size, text_tokens), np.int32, split)
+    if config.text.is_on:
+        of_images["text"] = abstract((size, config.text.max_tokens), np.int32, split)
     static = config.transformer, config.diffusion, config.factorization, sampler
     return sample_tokens_shared.lower(mesh, *static, params, of_images, {})
 

@@ -1,67 +1,19 @@
-"""Generated images as files."""
+"""Images and clips that samplers are given, and the classes they are sampled for."""
 
 import pathlib
 
 import numpy as np
 from PIL import Image
 
-from causalfusion_jax import files
+from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.data.sources import ImageFormat
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, read_frames
-from causalfusion_jax.errors import InputError, require
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0..255, rounded as ADM does: clip(127.5 x + 128), truncated."""
-    return np.clip(127.5 * np.asarray(images, np.float32) + 128.0, 0, 255).astype(np.uint8)
 
 
 def balanced_labels(num: int, num_classes: int) -> np.ndarray:
     """`num` labels, every class equally often (the first ones once more); int32 [num]."""
     return (np.arange(num) % num_classes).astype(np.int32)
-
-
-def frames_in_rows(images: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
-    """What `make_grid` shows of images or videos: a video is a row of its frames.
-
-    Args:
-      images: [num, (frames,) height, width, channels]; uint8, or float latents, of which up
-        to three channels are shown, stretched to their own range.
-      columns: images in a row.
-
-    Returns:
-      uint8 [num * frames, height, width, 1 or 3], and the columns of the grid.
-    """
-    if images.ndim == 5:
-        images, columns = images.reshape(-1, *images.shape[2:]), images.shape[1]
-    if images.dtype != np.uint8:
-        shown = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
-        low, high = np.quantile(shown, (0.01, 0.99))
-        images = to_uint8((shown - low) / max(high - low, 1e-6) * 2.0 - 1.0)
-    return images, columns
-
-
-def make_grid(images: np.ndarray, columns: int, min_cell: int = 32, margin: int = 2) -> np.ndarray:
-    """Images side by side.
-
-    Args:
-      images: uint8 [num, height, width, channels].
-      columns: images in a row.
-      min_cell: small images are enlarged by a whole factor to at least this height.
-      margin: white pixels around each.
-
-    Returns:
-      uint8 [height, width, channels].
-    """
-    num, height, width, channels = images.shape
-    factor = max(1, -(-min_cell // height))
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    cells = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), constant_values=255)
-    columns = min(columns, num)
-    rows = -(-num // columns)
-    blank = np.full((rows * columns - num, *cells.shape[1:]), 255, np.uint8)
-    cells = np.concatenate([cells, blank]).reshape(rows, columns, *cells.shape[1:])
-    return cells.swapaxes(1, 2).reshape(rows * cells.shape[2], columns * cells.shape[3], channels)
 
 
 def read_images(field: str, path: pathlib.Path, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -88,13 +40,13 @@ def read_images(field: str, path: pathlib.Path, channels: int) -> tuple[np.ndarr
         with np.load(path) as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else None
     except Exception as error:
-        raise InputError(
-            field, str(path), f"neither an image nor an npz with arr_0 ({type(error).__name__})"
-        ) from None
+        raise InputError(field, str(path), f"neither an image nor an npz with arr_0 ({type(error).__name__})") from None
     fits = images.ndim >= 4 and (images.dtype == np.uint8 or images.dtype.kind == "f")
     require(fits, field, str(path), f"arr_0 must be uint8 or float images; it is {images.dtype} {images.shape}")
     require(
-        labels is None or (labels.shape == images.shape[:1] and labels.dtype.kind in "iu"), field, str(path),
+        labels is None or (labels.shape == images.shape[:1] and labels.dtype.kind in "iu"),
+        field,
+        str(path),
         f"arr_1 must be int [{len(images)}], the labels",
     )
     return images, labels
@@ -105,9 +57,7 @@ def is_clip(path: pathlib.Path) -> bool:
     return path.is_dir() or path.suffix.lower() in CLIP_SUFFIXES
 
 
-def read_clip(
-    field: str, path: pathlib.Path, size: int, channels: int, max_frames: int, stride: int = 1
-) -> np.ndarray:
+def read_clip(field: str, path: pathlib.Path, size: int, channels: int, max_frames: int, stride: int = 1) -> np.ndarray:
     """The first frames of a video, a GIF or a folder of images, scaled and cropped as in training.
 
     Args:
@@ -132,54 +82,3 @@ def read_clip(
     require(bool(frames), field, str(path), "holds no frames")
     fit = ImageFormat(size, channels).fit
     return np.stack([to_uint8(fit(frame)) for frame in frames])[None]
-
-
-MASKED = (228, 87, 86)
-"""Colour (red) of what is regenerated."""
-
-
-def edit_strip(before: np.ndarray, mask: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Edited images in rows: the image, the same with the mask in red, the results.
-
-    Args:
-      before: [num, height, width, channels], as of `frames_in_rows`.
-      mask: bool [height, width], what was regenerated.
-      after: [num * results, height, width, channels], the results of each image in turn.
-
-    Returns:
-      uint8 [height, width, 3].
-    """
-    num, shape = len(before), before.shape[1:]
-    rows = np.concatenate([before[:, None], before[:, None], after.reshape(num, -1, *shape)], axis=1)
-    columns = rows.shape[1]
-    cells, _ = frames_in_rows(rows.reshape(-1, *shape), columns)
-    cells = np.repeat(cells, 3 // cells.shape[-1], axis=-1)
-    cells[1::columns] = np.where(mask[:, :, None], np.uint8(MASKED), cells[1::columns])
-    return make_grid(cells, columns)
-
-
-def save_gif(path: pathlib.Path, clips: np.ndarray, columns: int, frames_per_second: float = 8.0) -> None:
-    """Writes clips side by side as an animation that repeats for ever.
-
-    Args:
-      path: the file.
-      clips: [num, frames, height, width, channels]; uint8, or float latents, as of `frames_in_rows`.
-      columns: clips in a row.
-      frames_per_second: of the animation; GIFs count in hundredths of a second.
-    """
-    num, frames = clips.shape[:2]
-    cells, _ = frames_in_rows(clips, frames)
-    cells = cells.reshape(num, frames, *cells.shape[1:])
-    grids = [make_grid(cells[:, frame], columns) for frame in range(frames)]
-    pictures = [Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid) for grid in grids]
-    duration = round(100.0 / frames_per_second) * 10
-    with files.replacing(path) as part:
-        pictures[0].save(
-            part, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=False
-        )
-
-
-def save_png(path: pathlib.Path, image: np.ndarray) -> None:
-    """Writes uint8 [height, width, 1 or 3], whole or not at all."""
-    with files.replacing(path) as part:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(part, "PNG")

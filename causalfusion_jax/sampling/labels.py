@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from causalfusion_jax.errors import InputError, nearest, require
+from causalfusion_jax.common.errors import InputError, nearest, require
 
 
 def parse_labels(
@@ -43,7 +43,8 @@ def _read(names, num_classes: int, field: str, text: str) -> Sequence[str]:
         return names()
     except InputError as error:
         raise InputError(
-            field, text,
+            field,
+            text,
             f"the run keeps no class names, and its data do not tell them ({error.value!r} {error.allowed});"
             f" give class numbers in 0..{num_classes - 1}",
         ) from None
@@ -62,7 +63,9 @@ def _class_of(word: str, num_classes: int, known: dict[str, set[int]], field: st
     if len(numbers) == 1:
         (number,) = numbers
         require(
-            number < num_classes, field, word,
+            number < num_classes,
+            field,
+            word,
             f"is class {number} of the data, which the model was not trained on: its classes are 0..{num_classes - 1}",
         )
         return number

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.caption_folder import CAPTIONS, load_image, read_captions
 from causalfusion_jax.data.digit_pairs import digit_pairs, held_out_prompts
 from causalfusion_jax.data.sources import IMAGE_SUFFIXES
 from causalfusion_jax.data.tokenizers import to_slots
-from causalfusion_jax.errors import InputError, require
-from causalfusion_jax.experiment import ExperimentConfig
 
 HELD_OUT = ("held_out", "held_out_digits")
 """Parts of digit_pairs that can be named in place of a file."""
@@ -80,7 +80,9 @@ def read_images(config: ExperimentConfig, path: str, num: int | None) -> Images:
     if file.suffix == ".npz":
         return _of_arrays(config, file, num)
     require(
-        not config.data.latents, field, path,
+        not config.data.latents,
+        field,
+        path,
         "the model reads latents: give an .npz with arr_0, latents as it was trained on",
     )
     require(file.exists(), field, path, "no such file or folder")
@@ -118,12 +120,16 @@ def _of_arrays(config, file, num) -> Images:
         raise InputError("--images", str(file), f"not an .npz with arr_0 ({type(error).__name__})") from None
     shape, kind = config.data.shape, "f" if config.data.latents else "u"
     require(
-        images.shape[1:] == shape and images.dtype.kind == kind and len(images) > 0, "--images", str(file),
+        images.shape[1:] == shape and images.dtype.kind == kind and len(images) > 0,
+        "--images",
+        str(file),
         f"arr_0 must be {'float' if config.data.latents else 'uint8'} [num, {', '.join(map(str, shape))}];"
         f" it is {images.dtype} {list(images.shape)}",
     )
     require(
-        captions is None or len(captions) == len(images), "--images", str(file),
+        captions is None or len(captions) == len(images),
+        "--images",
+        str(file),
         f"captions must be {len(images)}, as arr_0",
     )
     images = images[:num]

@@ -14,20 +14,21 @@ have seen frames that are no longer there. The pass over the kept frames costs n
 of the many noise levels of the new ones.
 """
 
-import dataclasses
 import concurrent.futures
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 
-from causalfusion_jax import distributed, factorization, sharding
-from causalfusion_jax.errors import InputError, require, require_number
-from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.common import distributed, sharding
+from causalfusion_jax.common.errors import InputError, require, require_number
+from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core import factorization
 from causalfusion_jax.sampling.editing import EditPlan, edit_sampler, known_tokens, plan_edit
 from causalfusion_jax.sampling.generation import Share, batches, collect, finish, for_sampling, generate_batch
-from causalfusion_jax.sampling.sampler import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,8 @@ def make_window(
     except InputError as error:
         raise InputError(*given, f"leaves {kept} of {frames} frames known: {error.allowed}") from None
     require(
-        bool((plan.hidden == hidden).all()), *given,
+        bool((plan.hidden == hidden).all()),
+        *given,
         f"leaves {kept} of {frames} frames known, but the model generates whole AR steps of "
         f"{config.factorization.block_size} tokens, {hidden[0].size} to a frame",
     )
@@ -140,7 +142,9 @@ def make_windows(
         return first, None
     stride = rolling.stride or least_stride(config)
     require(
-        rolling.stride > 0 or stride < frames, "frames", rolling.frames,
+        rolling.stride > 0 or stride < frames,
+        "frames",
+        rolling.frames,
         f"must be {frames}: the model was trained on AR steps of no whole number of frames but all {frames}",
     )
     require_number("window_stride", stride, 1, frames - 1)
@@ -242,6 +246,7 @@ def video_batches(
     Yields:
       uint8 [batch, frames, height, width, channels]; float32 for latents not decoded.
     """
+
     def videos_of(share: Share, indices: np.ndarray) -> np.ndarray:
         begin = None if clips is None else clips[indices]
         made = roll(config, windows, rolling, share.params, share.keys, labels[indices], begin)

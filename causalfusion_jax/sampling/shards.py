@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from causalfusion_jax import files
-from causalfusion_jax.errors import require
-from causalfusion_jax.npz import NpzWriter
-from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_gif, save_png
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.common.npz import NpzWriter
+from causalfusion_jax.common.pictures import frames_in_rows, make_grid, save_gif, save_png
 
 GRID_IMAGES = 100
 GIF_COLUMNS = 10
@@ -110,7 +110,7 @@ class SampleFolder:
                 for index in range(self.num_parts):
                     part = np.load(self._part(index))
                     write(part)
-                    shown += list(part[:GRID_IMAGES - len(shown)])
+                    shown += list(part[: GRID_IMAGES - len(shown)])
             writer.array("arr_1", labels)
             if "prompts" in self._request:
                 writer.array("prompts", np.array(self._request["prompts"]))

@@ -7,17 +7,19 @@ from typing import Any, NamedTuple, TextIO
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from causalfusion_jax import distributed, experiment
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.common import distributed
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.common.sharding import partition, place, replicated
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.class_names import stored_class_names
 from causalfusion_jax.data.pipeline import class_names
-from causalfusion_jax.errors import require
-from causalfusion_jax.experiment import ExperimentConfig
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
+from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.store import Converted, open_converted
-from causalfusion_jax.models.transformer import Params, abstract_model
-from causalfusion_jax.released.exported import TRANSFORMERS
-from causalfusion_jax.sharding import partition, place, replicated
-from causalfusion_jax.training.checkpoint import Checkpoints
+from causalfusion_jax.models.transformer import abstract_model
+from causalfusion_jax.prepare.exported import TRANSFORMERS
 
 AUTOENCODERS = ("mar_vae", "sd_vae")
 DECODED_AT_A_TIME = 4
@@ -67,7 +69,7 @@ def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) 
       InputError: no run, no intact checkpoint, or none that was evaluated.
     """
     config = experiment.load(workdir)
-    checkpoints = Checkpoints(workdir, config.checkpoint, read_only=True)
+    checkpoints = Checkpoints(workdir, read_only=True)
     if step == BEST:
         best = checkpoints.best()
         require(best is not None, "step", step, "the run was not evaluated; see config.evaluation.eval_every")
@@ -76,8 +78,11 @@ def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) 
     require(step is not None, "--workdir", workdir, "holds no checkpoint yet; train first")
     origin = {"step": step, "checkpoint": checkpoints.fingerprint(step), "weights": weights}
     return Trained(
-        config, origin, lambda: checkpoints.restore_params(step, config.step, weights),
-        f"{weights} of step {step} of {workdir}", stored_class_names(workdir),
+        config,
+        origin,
+        lambda: checkpoints.restore_params(step, abstract_model(config.transformer)[1], weights),
+        f"{weights} of step {step} of {workdir}",
+        stored_class_names(workdir),
     )
 
 
@@ -87,8 +92,11 @@ def from_converted(folder: str) -> Trained:
     config = experiment.from_dict(converted.settings)
     shapes = abstract_model(config.transformer)[1]
     return Trained(
-        config, {"checkpoint": converted.fingerprint}, lambda: converted.params(shapes),
-        converted.description, converted.class_names,
+        config,
+        {"checkpoint": converted.fingerprint},
+        lambda: converted.params(shapes),
+        converted.description,
+        converted.class_names,
     )
 
 
@@ -103,7 +111,9 @@ def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, fie
     """Raises InputError where a model's data are not the autoencoder's latents."""
     require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
     require(
-        config.data.channels == settings.latent_channels, field, folder,
+        config.data.channels == settings.latent_channels,
+        field,
+        folder,
         f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
     )
 
@@ -153,8 +163,10 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
         return decode_each(settings, beside(where), latents)
 
     return Autoencoder(
-        converted.fingerprint, settings.downsampling,
-        lambda pixels: encode(settings, beside(SingleDeviceSharding(jax.local_devices()[0])), pixels), decode_latents,
+        converted.fingerprint,
+        settings.downsampling,
+        lambda pixels: encode(settings, beside(SingleDeviceSharding(jax.local_devices()[0])), pixels),
+        decode_latents,
     )
 
 
@@ -169,7 +181,10 @@ def decode_shared(mesh: Mesh, settings: AutoencoderConfig, params: Params, laten
     """`decode_each` on a mesh whose devices share the latents and have all parameters; none waits for another."""
     split = partition(("batch",))
     run = jax.shard_map(
-        functools.partial(decode_each, settings), mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split,
+        functools.partial(decode_each, settings),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), split),
+        out_specs=split,
         check_vma=False,
     )
     return run(params, latents)

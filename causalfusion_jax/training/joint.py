@@ -4,17 +4,13 @@ Diffusion of the images that are generated, next-token cross-entropy of the text
 (CausalFusion section 5; Transfusion, arXiv 2408.11039, is `image_tokens=noisy`).
 """
 
-import dataclasses
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from causalfusion_jax import diffusion as noise_axis
-from causalfusion_jax.data.tokenizers import BEGIN, END
-from causalfusion_jax.errors import require, require_number, require_one_of
-from causalfusion_jax.layouts import (
+from causalfusion_jax.config.training import JointConfig
+from causalfusion_jax.core import diffusion as noise_axis
+from causalfusion_jax.core.layouts import (
     LAYOUTS,
     NO_TOKEN,
     WITH_NEW_IMAGE,
@@ -24,73 +20,7 @@ from causalfusion_jax.layouts import (
     pair_layout,
     single_image_layout,
 )
-
-IMAGE_TOKENS = ("clean_and_noisy", "noisy")
-
-
-@dataclasses.dataclass(frozen=True)
-class JointConfig:
-    """What is learned of texts and images together; without a tokenizer nothing here counts.
-
-    Attributes:
-      text_to_image, image_to_text, text, image: parts of the examples in which the image is
-        generated given the text, the text given the image, and either alone; sum to 1.
-      text_weight: of the cross-entropy (nats a token, averaged over each text) beside the
-        diffusion loss.
-      prompt_dropout: probability that text_to_image does without the text, for guidance.
-      word_dropout: probability that a token of a text that is generated is blanked where the
-        next ones look at it (Bowman et al. 2016, arXiv 1511.06349), so that they look at the
-        image more and at phrases that were learned by heart less.
-      class_dropout: probability that an example with a text goes without its class (1: a text
-        is never accompanied by one); `model.class_dropout` is that of an image alone.
-      image_tokens: `clean_and_noisy`, as CausalFusion; or `noisy` alone, as Transfusion, whose
-        images are one AR step.
-      read_in_one_step: an image that a text is generated from is one AR step, all tokens of
-        which see each other; False: it has drawn AR steps too.
-      read_noise: such an image has noise of a level drawn from 0..read_noise of the whole
-        schedule (Transfusion: 0.5); 0: none.
-    """
-
-    text_to_image: float = 0.5
-    image_to_text: float = 0.4
-    text: float = 0.05
-    image: float = 0.05
-    text_weight: float = 1.0
-    prompt_dropout: float = 0.1
-    word_dropout: float = 0.0
-    class_dropout: float = 1.0
-    image_tokens: str = "clean_and_noisy"
-    read_in_one_step: bool = True
-    read_noise: float = 0.0
-
-    def __post_init__(self):
-        for name in LAYOUTS:
-            require_number(name, getattr(self, name), 0.0, 1.0)
-        total = sum(self.mixture)
-        require(
-            math.isclose(total, 1.0, abs_tol=1e-6), "text_to_image", self.text_to_image,
-            f"{', '.join(LAYOUTS)} must sum to 1; they sum to {total:g}",
-        )
-        require_number("text_weight", self.text_weight, 0.0)
-        require_number("prompt_dropout", self.prompt_dropout, 0.0, 1.0)
-        require_number("word_dropout", self.word_dropout, 0.0, 1.0)
-        require_number("class_dropout", self.class_dropout, 0.0, 1.0)
-        require_one_of("image_tokens", self.image_tokens, IMAGE_TOKENS)
-        require_number("read_noise", self.read_noise, 0.0, 1.0)
-
-    @property
-    def mixture(self) -> tuple[float, ...]:
-        """Part of each layout, in the order of `layouts.Layout`."""
-        return tuple(getattr(self, name) for name in LAYOUTS)
-
-    def part(self, which: tuple[Layout, ...]) -> float:
-        """Part of the examples whose layout is one of `which`."""
-        return sum(self.mixture[layout] for layout in which)
-
-    @property
-    def drops_text(self) -> bool:
-        """Whether images are also generated without text, which guidance needs."""
-        return self.image > 0 or self.text_to_image * self.prompt_dropout > 0
+from causalfusion_jax.data.tokenizers import BEGIN, END
 
 
 def draw_layouts(config: JointConfig, keys) -> tuple[jax.Array, jax.Array]:
@@ -104,6 +34,7 @@ def draw_layouts(config: JointConfig, keys) -> tuple[jax.Array, jax.Array]:
       layout: int32 [batch]; a text_to_image whose text is dropped is an image alone.
       drop_class: bool [batch], whether an example with a text, dropped or not, goes without its class.
     """
+
     def draw(key):
         layout_key, prompt_key, class_key = jax.random.split(key, 3)
         layout = jax.random.categorical(layout_key, jnp.log(jnp.asarray(config.mixture)))
@@ -127,6 +58,7 @@ def noise_to_read(config: JointConfig, axes: noise_axis.DiffusionConfig, x_0, ke
     Returns:
       x_t [batch, L, token_dim] and its noise level t [batch, 1].
     """
+
     def draw(key, x_0):
         t_key, eps_key = jax.random.split(key)
         t = config.read_noise * axes.num_timesteps * jax.random.uniform(t_key, (1,))

@@ -1,43 +1,63 @@
-"""The training loop: compile once, step, watch, save, stop when asked."""
+"""The training loop: compile once, step, log, save, stop when asked.
+
+What judges the weights is given to the loop as callables: an evaluator that scores samples, and a
+preview that draws a grid of them.
+"""
 
 import contextlib
 import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from causalfusion_jax import distributed, experiment, sharding
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.common import distributed, sharding
+from causalfusion_jax.common.pictures import save_png
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.captions import check_captions
 from causalfusion_jax.data.class_names import check_class_names, store_class_names
-from causalfusion_jax.data.pipeline import (
-    BatchIterator,
-    Source,
-    describe,
-    host_batches,
-    make_source,
-    reading_threads,
-)
-from causalfusion_jax.evaluation.periodic import Evaluator
-from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.data.pipeline import BatchIterator, Source, describe, host_batches, make_source, reading_threads
 from causalfusion_jax.models.transformer import count_params
-from causalfusion_jax.sampling.conditions import make_conditions
-from causalfusion_jax.sampling.generation import generate_images
-from causalfusion_jax.sampling.images import frames_in_rows, make_grid, save_png
-from causalfusion_jax.training import metrics as metrics_lib
-from causalfusion_jax.training.checkpoint import Checkpoints
+from causalfusion_jax.training import metric_log as metrics_lib
 from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
 from causalfusion_jax.training.stopping import Interrupted, Stopped, StopSignal, TrainingDiverged
 from causalfusion_jax.training.trimming import LengthOfStep, with_length
 
-
 Watch = Callable[[int, dict[str, float]], None]
 
 
-def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) -> TrainState:
+class Evaluator(Protocol):
+    """Scores the averaged weights; `evaluation.periodic.Evaluator` is one.
+
+    Attributes:
+      settings: what makes scores comparable, as plain values.
+    """
+
+    settings: dict[str, Any]
+
+    def __call__(self, ema, between_batches: Callable[[], None]) -> dict[str, float]: ...
+
+
+class Preview(Protocol):
+    """Draws samples of the averaged weights, uint8 [height, width, channels]; `sampling.preview.Preview` is one."""
+
+    def __call__(self, ema, between_batches: Callable[[], None]) -> np.ndarray: ...
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: str,
+    watch: Watch | None = None,
+    *,
+    make_evaluator: Callable[[ExperimentConfig, Mesh, Source], Evaluator] | None = None,
+    make_preview: Callable[[ExperimentConfig, Mesh, Source], Preview] | None = None,
+) -> TrainState:
     """Trains, or continues training, until `config.train.steps`.
 
     Args:
@@ -45,6 +65,9 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
       workdir: the run's folder: config, checkpoints, metrics, sample grids.
       watch: called with (step, metrics) whenever metrics are written, and once more after
         each sample grid with (step, {}).
+      make_evaluator: makes the evaluator of the run from its settings, mesh and training data; needed
+        where config.evaluation.eval_every is set.
+      make_preview: likewise the preview; needed where config.logging.sample_every is set.
 
     Returns:
       The state at the end.
@@ -60,11 +83,12 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         check_captions(source, config.text)
     mesh = sharding.make_mesh(config.mesh)
     experiment.check_mesh(config, mesh)
-    evaluate = Evaluator(config, mesh, source) if config.evaluation.eval_every else None
+    evaluate = _make("evaluation.eval_every", config.evaluation.eval_every, make_evaluator, (config, mesh, source))
+    preview = _make("logging.sample_every", config.logging.sample_every, make_preview, (config, mesh, source))
     with distributed.held_folder(workdir, "workdir") as lock:
         changes: experiment.Changes = {}
         distributed.on_primary(lambda: changes.update(_claim(workdir, config, tuple(source.class_names))), None)
-        checkpoints = Checkpoints(workdir, config.checkpoint, lock=lock)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every, lock=lock)
         # Made by one program on all processes, where they are to lie.
         make_keys = jax.jit(
             lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=sharding.replicated(mesh)
@@ -79,7 +103,9 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
         start = start or 0
         distributed.on_primary(lambda: _continue_from(checkpoints, config, workdir, changes, start), None)
         with StopSignal() as stop:
-            run = _Run(config, pathlib.Path(workdir), mesh, source, checkpoints, stop, step_key, evaluate, watch)
+            run = _Run(
+                config, pathlib.Path(workdir), mesh, source, checkpoints, stop, step_key, evaluate, preview, watch
+            )
             try:
                 state = run.to_the_end(state, start, position)
                 checkpoints.wait()
@@ -88,6 +114,15 @@ def train(config: ExperimentConfig, workdir: str, watch: Watch | None = None) ->
             finally:
                 run.close()
     return state
+
+
+def _make(name: str, every: int, make: Callable | None, args: tuple):
+    """What `make` makes of `args`; None where it is not needed. Raises ValueError where it is needed and not given."""
+    if not every:
+        return None
+    if make is None:
+        raise ValueError(f"config.{name}={every} needs a callable that the caller of train() gives")
+    return make(*args)
 
 
 def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> experiment.Changes:
@@ -135,6 +170,7 @@ class _Run:
     stop: StopSignal
     step_key: jax.Array
     evaluate: Evaluator | None
+    preview: Preview | None
     watch: Watch | None
 
     def __post_init__(self):
@@ -145,7 +181,7 @@ class _Run:
         # One program, or one for each length, compiled when a step first needs it.
         self.programs = {}
         self.share = sharding.BatchShare(self.mesh, config.train.batch_size)
-        self.conditions = self.log = self.iterator = None
+        self.log = self.iterator = None
 
     def to_the_end(self, state: TrainState, start: int, position: int) -> TrainState:
         """Continues from a step. Raises Stopped where a signal ends it before all is done."""
@@ -157,7 +193,6 @@ class _Run:
         _say(describe(self.source, config.data))
         _describe(config, self.mesh, self.workdir, start)
         self.log = metrics_lib.MetricsLog(str(self.workdir), total)
-        self.conditions = make_conditions(config, config.logging.num_samples, self.source)
         try:
             self._review(start, state, *pending)
             if start < total:
@@ -304,6 +339,7 @@ class _Run:
 
     def _pending(self, step: int) -> tuple[bool, bool]:
         """Whether the evaluation, and the grid, of a saved step are due and were not made; collective."""
+
         def unscored() -> int:
             return int(not self.checkpoints.is_evaluated(step, self.evaluate.settings))
 
@@ -332,14 +368,8 @@ class _Run:
             self.checkpoints.record_evaluation(step, value, self.evaluate.settings)
 
     def _sample(self, step: int, state: TrainState) -> None:
-        """A grid of samples from the averaged weights, by the sampler that users call."""
-        config = self.config
-        with jax.transfer_guard("allow"):
-            images = generate_images(
-                config, config.sampling, state.ema, self.conditions.labels, config.train.seed,
-                progress=lambda done: self.stop.interrupt(), text=self.conditions.text,
-            )
-        grid = make_grid(*frames_in_rows(images, config.data.num_classes if config.data.num_classes <= 20 else 8))
+        """Draws a grid of samples from the averaged weights."""
+        grid = self.preview(state.ema, self.stop.interrupt)
         if distributed.is_primary():
             path = self._grid_path(step)
             path.parent.mkdir(exist_ok=True)

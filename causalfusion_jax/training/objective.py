@@ -1,6 +1,5 @@
 """The training loss: both factorizations drawn afresh for every image."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -9,76 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from causalfusion_jax import diffusion as noise_axis
-from causalfusion_jax.diffusion import DiffusionConfig
-from causalfusion_jax.factorization import (
-    FactorizationConfig,
-    Plan,
-    draw_plan,
-    num_visible_clean,
-    places_per_t,
-    step_start,
-)
-from causalfusion_jax.layouts import WITH_NEW_IMAGE, WITH_NEW_TEXT, generates
-from causalfusion_jax.models.flops import training_flops
+from causalfusion_jax.config.training import ObjectiveConfig
+from causalfusion_jax.core import diffusion as noise_axis
+from causalfusion_jax.core.factorization import Plan, draw_plan, step_start
+from causalfusion_jax.core.layouts import WITH_NEW_IMAGE, WITH_NEW_TEXT, generates
+from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import patchify
-from causalfusion_jax.models.transformer import Params, TransformerConfig, abstract_model
-from causalfusion_jax.training.joint import (
-    JointConfig,
-    blank_words,
-    by_layout,
-    draw_layouts,
-    noise_to_read,
-    predict,
-    text_metrics,
-)
+from causalfusion_jax.models.transformer import abstract_model
+from causalfusion_jax.training.joint import blank_words, by_layout, draw_layouts, noise_to_read, predict, text_metrics
 
 NUM_BINS = 4
 """Quarters of the noise schedule, and of the image known when an AR step begins, in which
 the error is reported."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is learned, statically.
-
-    Attributes:
-      model, factorization, diffusion: the network and the two axes.
-      patch_size: side of a token in pixels (or latents).
-      class_dropout: probability that an image is trained without its class.
-      most_clean: the batch is known to look at no more than so many clean tokens, the
-        first; 0: it is not.
-      joint: what is learned of texts, where the model knows text; else None.
-    """
-
-    model: TransformerConfig
-    factorization: FactorizationConfig
-    diffusion: DiffusionConfig
-    patch_size: int
-    class_dropout: float
-    most_clean: int = 0
-    joint: JointConfig | None = None
-
-    @property
-    def num_clean(self) -> int:
-        """Places with a clean token in the training sequence."""
-        if self.joint is not None:
-            # Texts look at whole images.
-            return self.model.num_tokens if self.joint.image_tokens == "clean_and_noisy" else 0
-        return self.most_clean or num_visible_clean(self.factorization, self.model.num_tokens)
-
-    @property
-    def places_per_t(self) -> int:
-        """Consecutive places for which one t is drawn, where AR steps or tokens have their own."""
-        shared = self.diffusion.t_shared_by == "step"
-        return places_per_t(self.factorization, self.model.num_tokens) if shared else 1
-
-    @property
-    def flops(self) -> int:
-        """Model FLOPs of one image in a training step."""
-        own_t = self.diffusion.t_shared_by != "image"
-        levels = self.model.num_tokens // self.places_per_t if own_t else 1
-        return training_flops(self.model, self.num_clean, levels)
 
 
 def example_keys(key: jax.Array, batch: int) -> jax.Array:

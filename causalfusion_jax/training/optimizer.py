@@ -1,54 +1,9 @@
 """AdamW with warm-up, as the papers train."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import optax
 
-from causalfusion_jax.errors import require, require_number, require_one_of
-
-SCHEDULES = ("constant", "cosine", "wsd")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its learning rate.
-
-    Attributes:
-      learning_rate: peak.
-      schedule: after the warm-up `constant` (CausalFusion), `cosine` to
-        `final_ratio`, or `wsd` (ACDiT): constant, then over the last
-        `decay_fraction` of training a fall by 0.5^(6 r), r in 0..1.
-      warmup_steps: linear warm-up from 0.
-      decay_fraction: part of training in which wsd decays.
-      final_ratio: last learning rate of cosine, as a part of the peak.
-      b1, b2, eps, weight_decay: AdamW.
-      clip_norm: bound on the global norm of the gradient; 0 is none.
-    """
-
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.15
-    final_ratio: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-15
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-
-    def __post_init__(self):
-        require_number("learning_rate", self.learning_rate, 0.0, open_low=True)
-        require_one_of("schedule", self.schedule, SCHEDULES)
-        require_number("warmup_steps", self.warmup_steps, 0)
-        require_number("decay_fraction", self.decay_fraction, 0.0, 1.0, open_low=True)
-        require_number("final_ratio", self.final_ratio, 0.0, 1.0)
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            require(0.0 <= value < 1.0, name, value, "must be >= 0 and < 1")
-        require_number("eps", self.eps, 0.0, open_low=True)
-        require_number("weight_decay", self.weight_decay, 0.0)
-        require_number("clip_norm", self.clip_norm, 0.0)
+from causalfusion_jax.config.training import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -84,7 +39,11 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
     adamw = optax.adamw(
         learning_rate_schedule(config, total_steps),
-        b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=is_matrix,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=is_matrix,
     )
     return optax.chain(clip, adamw)
 

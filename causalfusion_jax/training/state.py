@@ -1,6 +1,5 @@
 """The training state, and the one function that advances it."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -9,34 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from causalfusion_jax import sharding
-from causalfusion_jax.models.transformer import Params, abstract_model, init_params
-from causalfusion_jax.training.objective import ObjectiveConfig, batch_key, example_keys, training_loss
-from causalfusion_jax.training.optimizer import (
-    OptimizerConfig,
-    learning_rate_schedule,
-    make_optimizer,
-    updates_applied,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """Static settings of the training step.
-
-    Attributes:
-      objective, optimizer: what is learned, and how.
-      total_steps: length of training, for the learning rate.
-      grad_accum_steps: parts in which a batch is computed, one after the other.
-      ema_decay: of the weights' exponential moving average; warmed up as
-        min(ema_decay, (1 + step) / (10 + step)) so that short runs are usable.
-    """
-
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
-    total_steps: int
-    grad_accum_steps: int
-    ema_decay: float
+from causalfusion_jax.common import sharding
+from causalfusion_jax.config.training import StepConfig
+from causalfusion_jax.models.params import Params
+from causalfusion_jax.models.transformer import abstract_model, init_params
+from causalfusion_jax.training.objective import batch_key, example_keys, training_loss
+from causalfusion_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_applied
 
 
 class TrainState(NamedTuple):
@@ -83,6 +60,7 @@ def place_abstract(shapes, axes, mesh: Mesh):
     Returns:
       jax.ShapeDtypeStruct with sharding for each array.
     """
+
     def place(leaf, axes):
         where = sharding.sharding(mesh, axes, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -93,7 +71,7 @@ def place_abstract(shapes, axes, mesh: Mesh):
     def place_scalar(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
 
-    is_params = lambda tree: isinstance(tree, dict)  # noqa: E731
+    is_params = lambda tree: isinstance(tree, dict)
     return jax.tree.map(
         lambda tree: place_params(tree) if is_params(tree) else place_scalar(tree), shapes, is_leaf=is_params
     )
@@ -225,9 +203,7 @@ def lower_step(step, state, mesh: Mesh, batch_shapes, key: jax.Array) -> jax.sta
       key: PRNG key (its shape and type).
     """
     where = sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in batch_shapes.items()
-    }
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in batch_shapes.items()}
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     in_shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, key))
     jitted = jax.jit(

@@ -4,7 +4,7 @@ import signal
 
 import jax
 
-from causalfusion_jax import distributed
+from causalfusion_jax.common import distributed
 
 
 class TrainingDiverged(RuntimeError):

@@ -11,11 +11,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from causalfusion_jax import sharding
-from causalfusion_jax.factorization import num_visible_clean_of_batch
-from causalfusion_jax.training.objective import ObjectiveConfig, batch_key
-from causalfusion_jax.training.state import StepConfig
+from causalfusion_jax.common import sharding
+from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.training import ObjectiveConfig, StepConfig
+from causalfusion_jax.core.factorization import num_visible_clean_of_batch
+from causalfusion_jax.training.objective import batch_key
+from causalfusion_jax.training.state import abstract_key, lower_train_step
 
 CHUNK = 1024
 """Steps whose lengths are drawn at once."""
@@ -37,6 +40,18 @@ def with_length(config: StepConfig, length: int) -> StepConfig:
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, most_clean=length))
 
 
+def lower_training_step(config: ExperimentConfig, mesh: Mesh, length: int | None = None) -> jax.stages.Lowered:
+    """The training step of a run, traced for a mesh.
+
+    Args:
+      config: all settings.
+      mesh: where it runs.
+      length: of the step's program in clean tokens; default: of the longest.
+    """
+    length = length or program_lengths(config.step.objective, config.train.length_buckets)[-1]
+    return lower_train_step(with_length(config.step, length), mesh, config.batch_shapes, abstract_key(mesh))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def visible_lengths(config: ObjectiveConfig, key: jax.Array, first_step) -> jax.Array:
     """Clean tokens that the batches of CHUNK steps look at; int32 [CHUNK].
@@ -46,6 +61,7 @@ def visible_lengths(config: ObjectiveConfig, key: jax.Array, first_step) -> jax.
       key: the run's base key.
       first_step: number of steps taken before the first of them.
     """
+
     def one(step):
         shared = batch_key(jax.random.fold_in(key, step))
         return num_visible_clean_of_batch(config.factorization, config.model.num_tokens, shared)

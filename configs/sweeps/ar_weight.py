@@ -5,8 +5,8 @@ The paper chose 2 (FID-10k 12.13, 15.15 and 18.09 at 1, 2 and 4 AR steps).
     python launch/sweep.py --sweep=configs/sweeps/ar_weight.py:digits --workdir=sweeps/ar_weight
 """
 
-from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, chain, grid
+from causalfusion_jax.config.experiment import choose
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 

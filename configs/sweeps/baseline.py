@@ -9,9 +9,9 @@ for as many epochs; digits have one recipe.
     python launch/sweep.py --sweep=configs/sweeps/baseline.py:digits --workdir=sweeps/baseline
 """
 
-from causalfusion_jax.experiment import choose
+from causalfusion_jax.config.experiment import choose
 from causalfusion_jax.models.presets import DIT
-from causalfusion_jax.sweeps import Sweep
+from causalfusion_jax.sweeps.sweep import Sweep
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 OLD_RECIPE = {
@@ -28,11 +28,11 @@ def get_sweep(arg: str = "digits"):
     without_adaln = ({**old, **no_norm, **no_warmup},) if old else ()
     return Sweep(
         config=CONFIGS[data],
-        overrides=(
-            {**dit, **old, **no_warmup}, *without_adaln, {**no_norm, **no_warmup}, no_warmup, no_norm, {},
-        ),
+        overrides=({**dit, **old, **no_warmup}, *without_adaln, {**no_norm, **no_warmup}, no_warmup, no_norm, {}),
         fixed={
-            "factorization.steps": "fixed", "factorization.num_steps": 1, "factorization.weight": "none",
+            "factorization.steps": "fixed",
+            "factorization.num_steps": 1,
+            "factorization.weight": "none",
             "logging.sample_every": 0,
         },
         ar_steps=(1,),

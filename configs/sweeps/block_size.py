@@ -6,8 +6,8 @@ size, but perplexities on text: blocks of 256 at most 22.98, 128 22.82, 8 21.59.
     python launch/sweep.py --sweep=configs/sweeps/block_size.py:digits --workdir=sweeps/block_size
 """
 
-from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, together
+from causalfusion_jax.config.experiment import choose
+from causalfusion_jax.sweeps.sweep import Sweep, together
 
 CONFIGS = {"digits": "configs/digits.py:acdit", "imagenet": "configs/imagenet_acdit.py:L"}
 TOKENS = {"digits": 16, "imagenet": 1024}

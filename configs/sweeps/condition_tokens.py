@@ -6,8 +6,8 @@ of which 1 is learned and repeated 12.29, of which 4 are 11.75.
     python launch/sweep.py --sweep=configs/sweeps/condition_tokens.py:digits --workdir=sweeps/condition_tokens
 """
 
-from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, chain, grid
+from causalfusion_jax.config.experiment import choose
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 

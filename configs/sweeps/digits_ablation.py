@@ -6,8 +6,8 @@ condition tokens, one at a time.
     python launch/sweep.py --sweep=configs/sweeps/digits_ablation.py --workdir=sweeps/digits_ablation
 """
 
-from causalfusion_jax.errors import require
-from causalfusion_jax.sweeps import Sweep, chain, grid, together
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid, together
 
 
 def get_sweep(arg: str = ""):
@@ -22,9 +22,7 @@ def get_sweep(arg: str = ""):
             grid({"model.num_condition_tokens": [16]}),
         ),
         # A fifth of the recipe: enough to tell the runs apart.
-        fixed={
-            "train.steps": 450, "optimizer.warmup_steps": 50, "checkpoint.every": 150, "logging.sample_every": 0,
-        },
+        fixed={"train.steps": 450, "optimizer.warmup_steps": 50, "checkpoint.every": 150, "logging.sample_every": 0},
         ar_steps=(1, 4, 16),
         num_samples=500,
     )

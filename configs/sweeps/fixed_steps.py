@@ -6,8 +6,8 @@ never the best and never bad.
     python launch/sweep.py --sweep=configs/sweeps/fixed_steps.py:digits --workdir=sweeps/fixed_steps
 """
 
-from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, chain, grid, product
+from causalfusion_jax.config.experiment import choose
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid, product
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 TOKENS = {"digits": 16, "imagenet": 256}
@@ -20,8 +20,7 @@ def get_sweep(arg: str = "digits"):
         config=CONFIGS[data],
         overrides=chain(
             product(
-                grid({"factorization.steps": ["fixed"]}),
-                grid({"factorization.num_steps": [1, 2, 4, 8, TOKENS[data]]}),
+                grid({"factorization.steps": ["fixed"]}), grid({"factorization.num_steps": [1, 2, 4, 8, TOKENS[data]]})
             ),
             # Drawn uniformly from 1..L.
             grid({"factorization.gamma": [1.0]}),

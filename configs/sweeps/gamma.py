@@ -5,8 +5,8 @@ The paper chose 0.9 (FID-10k 12.89, 15.57, 18.83 and 22.72 at 1, 2, 4 and 8 AR s
     python launch/sweep.py --sweep=configs/sweeps/gamma.py:digits --workdir=sweeps/gamma
 """
 
-from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, grid
+from causalfusion_jax.config.experiment import choose
+from causalfusion_jax.sweeps.sweep import Sweep, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 

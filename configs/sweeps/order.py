@@ -7,8 +7,8 @@ have blocks of one size, 2x2: larger or smaller ones are raster.
     python launch/sweep.py --sweep=configs/sweeps/order.py:digits --workdir=sweeps/order
 """
 
-from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, chain, grid, together
+from causalfusion_jax.config.experiment import choose
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid, together
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 BLOCKS = {"digits": [2], "imagenet": [8, 4]}

@@ -6,8 +6,8 @@ The paper finds it immaterial (FID-10k: shared 12.13, independent 12.27; with 4 
     python launch/sweep.py --sweep=configs/sweeps/t_sharing.py:digits --workdir=sweeps/t_sharing
 """
 
-from causalfusion_jax.experiment import choose
-from causalfusion_jax.sweeps import Sweep, chain, grid
+from causalfusion_jax.config.experiment import choose
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 

@@ -131,8 +131,14 @@ class Bench:
         log = self.log(name)
         try:
             done = subprocess.run(
-                [sys.executable, *map(str, args)], cwd=ROOT, env=self.env(**env), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS,
+                [sys.executable, *map(str, args)],
+                cwd=ROOT,
+                env=self.env(**env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=LIMIT_SECONDS,
             )
         except subprocess.TimeoutExpired:
             raise Failed(f"{name}: took longer than {LIMIT_SECONDS:.0f} s") from None
@@ -179,14 +185,20 @@ def digits(bench: Bench) -> list[dict]:
     """Training with saves, grids and evaluations: in one go, and killed and resumed."""
     steps, every = (30, 6) if bench.rehearse else (2300, 250)
     flags = [
-        "--config=configs/digits.py", f"--config.train.steps={steps}", f"--config.checkpoint.every={every}",
-        f"--config.logging.sample_every={2 * every}", f"--config.evaluation.eval_every={2 * every}",
+        "--config=configs/digits.py",
+        f"--config.train.steps={steps}",
+        f"--config.checkpoint.every={every}",
+        f"--config.logging.sample_every={2 * every}",
+        f"--config.evaluation.eval_every={2 * every}",
         f"--config.logging.every={every // 6 or 1}",
     ]
     if bench.rehearse:
         flags += [
-            "--config.model.hidden=32", "--config.model.heads=2", "--config.train.batch_size=8",
-            "--config.optimizer.warmup_steps=3", "--config.evaluation.num_images=20",
+            "--config.model.hidden=32",
+            "--config.model.heads=2",
+            "--config.train.batch_size=8",
+            "--config.optimizer.warmup_steps=3",
+            "--config.evaluation.num_images=20",
             "--config.sampling.solver_steps=4",
         ]
     num = 20 if bench.rehearse else 500
@@ -233,8 +245,12 @@ def kill_training(bench: Bench, name: str, flags: list[str], workdir: pathlib.Pa
     """Trains until `step` is logged, then kills it."""
     with bench.log(name).open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "causalfusion_jax.train", *flags, f"--workdir={workdir}"], cwd=ROOT,
-            env=bench.env(**deterministic(bench)), stdout=subprocess.PIPE, stderr=log, text=True,
+            [sys.executable, "-m", "causalfusion_jax.train", *flags, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=bench.env(**deterministic(bench)),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
         reached = 0
         for line in process.stdout:
@@ -303,8 +319,13 @@ def step(bench: Bench) -> list[dict]:
             batch *= bench.device["devices"]
             name = f"step_{way}_{batch}"
             flags = [
-                f"--config={XL}", *small_network(bench), f"--attention={way}", f"--config.train.batch_size={batch}",
-                "--config.train.grad_accum_steps=1", "--steps=2", f"--rounds={1 if bench.rehearse else 3}",
+                f"--config={XL}",
+                *small_network(bench),
+                f"--attention={way}",
+                f"--config.train.batch_size={batch}",
+                "--config.train.grad_accum_steps=1",
+                "--steps=2",
+                f"--rounds={1 if bench.rehearse else 3}",
             ]
             found = fitting(bench, name, "train_step.py", flags)
             if not found:
@@ -316,6 +337,7 @@ def step(bench: Bench) -> list[dict]:
 
 def fitting(bench: Bench, name: str, script: str, flags: list[str]) -> list[dict]:
     """The rows of a benchmark; none where its program does not fit into the device's memory."""
+
     def measure() -> dict:
         try:
             return {"rows": bench.rows(name, script, *flags)}
@@ -331,8 +353,12 @@ def sampler(bench: Bench) -> list[dict]:
     for num in (2, 4) if bench.rehearse else (16, 64, 256):
         num *= bench.device["devices"]
         flags = [
-            f"--config={XL}", *small_network(bench), f"--num={num}", "--ar_steps=1,8",
-            "--config.sampling.cfg_scale=1.5", f"--config.sampling.solver_steps={2 if bench.rehearse else 25}",
+            f"--config={XL}",
+            *small_network(bench),
+            f"--num={num}",
+            "--ar_steps=1,8",
+            "--config.sampling.cfg_scale=1.5",
+            f"--config.sampling.solver_steps={2 if bench.rehearse else 25}",
             "--rounds=1",
         ]
         found = fitting(bench, f"sampler_{num}", "sampler.py", flags)

@@ -16,9 +16,9 @@ import numpy as np
 from absl import app, flags
 from common import interleaved, machine_rates, report, seconds, shares
 
-from causalfusion_jax.factorization import FactorizationConfig, attends, draw_plan, training_layout
-from causalfusion_jax.models.attention import Keys, attend, visibility_bias
-from causalfusion_jax.models.flash_attention import (
+from causalfusion_jax.core.factorization import FactorizationConfig, attends, draw_plan, training_layout
+from causalfusion_jax.models.attention.attention import Keys, attend, visibility_bias
+from causalfusion_jax.models.attention.flash import (
     blockwise_attention,
     flash_attention,
     tiles_computed,
@@ -67,6 +67,7 @@ def layout():
 
 def compile_gradient(attention, q, k, v, d_out, places):
     """Forward and gradient of traced roles and steps, compiled."""
+
     def run(q, k, v, d_out, places):
         out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, *places), q, k, v)
         return out, vjp(d_out)
@@ -81,6 +82,7 @@ def errors(found: dict, args) -> dict[str, dict]:
       found: implementations by name.
       args: of the programs that `compile_gradient` makes.
     """
+
     def values(attention, arrays):
         with jax.default_matmul_precision("highest" if arrays[0].dtype == np.float32 else None):
             out, gradients = compile_gradient(attention, *arrays)(*arrays)
@@ -115,22 +117,24 @@ def main(argv):
     computed = {"pallas": float(tiles_computed(*places, *tiles)), "dense": 1.0}
     # Two products forward, four backward, each of head_dim multiply-adds a visible pair and head.
     flops = 12 * visible * shape[0] * shape[1] ** 2 * shape[2] * shape[3]
-    report([
-        {
-            "attention": name,
-            "layout": _LAYOUT.value,
-            "shape": "x".join(map(str, shape)),
-            "dtype": _DTYPE.value,
-            "visible": round(visible, 4),
-            "computed": round(computed[name], 4) if name in computed else "",
-            "model GFLOPs": round(flops / 1e9, 2),
-            "ms": round(found[name] * 1e3, 2),
-            **shares(found, found[name], flops, run),
-            "temporaries MB": round(run.memory_analysis().temp_size_in_bytes / 1e6, 1),
-            **compared.get(name, {}),
-        }
-        for name, run in compiled.items()
-    ])
+    report(
+        [
+            {
+                "attention": name,
+                "layout": _LAYOUT.value,
+                "shape": "x".join(map(str, shape)),
+                "dtype": _DTYPE.value,
+                "visible": round(visible, 4),
+                "computed": round(computed[name], 4) if name in computed else "",
+                "model GFLOPs": round(flops / 1e9, 2),
+                "ms": round(found[name] * 1e3, 2),
+                **shares(found, found[name], flops, run),
+                "temporaries MB": round(run.memory_analysis().temp_size_in_bytes / 1e6, 1),
+                **compared.get(name, {}),
+            }
+            for name, run in compiled.items()
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import time
 import jax
 import jax.numpy as jnp
 
+from causalfusion_jax.common.hardware import Topology, by_device_kind
 from causalfusion_jax.compile_ahead import costs, hlo
 from causalfusion_jax.compile_ahead.report import roofline
-from causalfusion_jax.hardware import Topology, by_device_kind
 
 RATE_SECONDS = 0.5
 """A rate is measured for so long at a time, as what is set beside it is not over in a moment either."""

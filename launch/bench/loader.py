@@ -30,7 +30,8 @@ from common import report
 from ml_collections import config_flags
 from PIL import Image
 
-from causalfusion_jax import experiment, files
+from causalfusion_jax.common import files
+from causalfusion_jax.config import experiment
 from causalfusion_jax.data import latents
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source, reading_threads
 from causalfusion_jax.data.sources import center_crop
@@ -74,10 +75,15 @@ def of_config() -> list[dict]:
     for workers in map(int, _WORKERS.value):
         data = dataclasses.replace(config.data, workers=workers)
         rate = pipeline(data, workers, batch, _BATCHES.value, config.train.seed)
-        rows.append({
-            "source": data.source, "workers": workers, "batch": batch, "ms a batch": round(1e3 * batch / rate, 2),
-            "examples/s": round(rate),
-        })
+        rows.append(
+            {
+                "source": data.source,
+                "workers": workers,
+                "batch": batch,
+                "ms a batch": round(1e3 * batch / rate, 2),
+                "examples/s": round(rate),
+            }
+        )
     return rows
 
 
@@ -115,10 +121,18 @@ def write_latents(folder: pathlib.Path, num: int) -> DataConfig:
         writer.write(latents.pack(record))
     writer.close()
     shard = {"file": path.name, "first_index": 0, "records": num, **files.describe_file(path)}
-    files.write_json(folder / latents.MANIFEST, {
-        "version": latents.VERSION, "shape": [32, 32, 4], "num_classes": 1, "class_names": [], "captions": False,
-        "scaling_factor": 0.18215, "shards": [shard],
-    })
+    files.write_json(
+        folder / latents.MANIFEST,
+        {
+            "version": latents.VERSION,
+            "shape": [32, 32, 4],
+            "num_classes": 1,
+            "class_names": [],
+            "captions": False,
+            "scaling_factor": 0.18215,
+            "shards": [shard],
+        },
+    )
     return DataConfig(
         source="latents", latents=True, path=str(folder), image_size=32, channels=4, num_classes=1, flip=True
     )
@@ -172,10 +186,14 @@ def compared(folder: pathlib.Path) -> list[dict]:
         for workers in map(int, _WORKERS.value):
             batches = 4 * _READ_AHEAD * max(workers, 1) * (8 if config.latents else 1)
             rate = pipeline(dataclasses.replace(config, workers=workers), workers, _BATCH, batches)
-            rows.append({
-                "source": config.source, "way": f"pipeline, {workers} workers", "records/s": round(rate),
-                "of the plain loop": f"{rate / plain[config.source]:.2f}",
-            })
+            rows.append(
+                {
+                    "source": config.source,
+                    "way": f"pipeline, {workers} workers",
+                    "records/s": round(rate),
+                    "of the plain loop": f"{rate / plain[config.source]:.2f}",
+                }
+            )
     return rows
 
 
@@ -195,10 +213,14 @@ def trained(folder: pathlib.Path) -> list[dict]:
             seen = []
             workdir = folder / f"{data.source}_{workers}"
             train(experiment.from_dict(config.to_dict()), str(workdir), lambda _, metrics: seen.append(metrics))
-            rows.append({
-                "source": data.source, "workers": workers, "images/s": round(seen[-1]["images_per_second"], 1),
-                "waited for data": f"{seen[-1]['data_wait_fraction']:.1%}",
-            })
+            rows.append(
+                {
+                    "source": data.source,
+                    "workers": workers,
+                    "images/s": round(seen[-1]["images_per_second"], 1),
+                    "waited for data": f"{seen[-1]['data_wait_fraction']:.1%}",
+                }
+            )
     return rows
 
 

@@ -45,10 +45,10 @@ from absl import app, flags
 from common import interleaved, report, seconds
 from flax import nnx
 
-from causalfusion_jax import cli
+from causalfusion_jax.cli import command as cli
 from causalfusion_jax.compile_ahead import costs, hlo
-from causalfusion_jax.diffusion import DiffusionConfig
-from causalfusion_jax.factorization import Role
+from causalfusion_jax.core.diffusion import DiffusionConfig
+from causalfusion_jax.core.factorization import Role
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model, init_params
@@ -95,8 +95,14 @@ class Setting:
     def model(self, frames: int) -> TransformerConfig:
         """ACDiT for clips of so many frames; attention is dense, so that all of it can be counted."""
         return TransformerConfig(
-            hidden=self.hidden, heads=self.heads, layers=self.layers, grid=(frames, *self.frame), token_dim=4,
-            num_classes=10, attention="dense", **ACDIT,
+            hidden=self.hidden,
+            heads=self.heads,
+            layers=self.layers,
+            grid=(frames, *self.frame),
+            token_dim=4,
+            num_classes=10,
+            attention="dense",
+            **ACDIT,
         )
 
 
@@ -161,8 +167,15 @@ def denoise(setting: Setting, frames: int, cached: int, tokens: int):
 
     def run(params, cache, x):
         network = _Denoiser(
-            nnx.merge(abstract_model(model)[0], params), DiffusionConfig(), cache, jnp.zeros(setting.batch, jnp.int32),
-            ids, jnp.ones(tokens, bool), jnp.int32(1), guided=False, unguided=True,
+            nnx.merge(abstract_model(model)[0], params),
+            DiffusionConfig(),
+            cache,
+            jnp.zeros(setting.batch, jnp.int32),
+            ids,
+            jnp.ones(tokens, bool),
+            jnp.int32(1),
+            guided=False,
+            unguided=True,
         )
         return network(x, 500, 1.0)
 
@@ -297,9 +310,7 @@ def against_formula(setting: Setting, found, frames: int) -> tuple[float, float]
 
 def break_even_frames(found, lengths, quantity: str) -> int | None:
     """The first of `lengths` from which on ACDiT with cache costs less than full-sequence diffusion."""
-    cheaper = [
-        getattr(found["cache"][n], quantity) < getattr(found["full sequence"][n], quantity) for n in lengths
-    ]
+    cheaper = [getattr(found["cache"][n], quantity) < getattr(found["full sequence"][n], quantity) for n in lengths]
     return next((n for i, n in enumerate(lengths) if all(cheaper[i:])), None)
 
 
@@ -360,8 +371,13 @@ def main(argv):
     del argv
     cli.keep_freed_memory()
     setting = Setting(
-        tuple(int(side) for side in _GRID.value), _HIDDEN.value, _HIDDEN.value // 64, _LAYERS.value, _BATCH.value,
-        _WINDOW.value, _SOLVER_STEPS.value,
+        tuple(int(side) for side in _GRID.value),
+        _HIDDEN.value,
+        _HIDDEN.value // 64,
+        _LAYERS.value,
+        _BATCH.value,
+        _WINDOW.value,
+        _SOLVER_STEPS.value,
     )
     lengths = tuple(n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= _FRAMES.value)
     found = measure(setting, lengths, _ROUNDS.value)

@@ -21,7 +21,9 @@ from absl import app, flags
 from common import interleaved, machine_rates, print_profile, report, seconds, shares, utilization
 from ml_collections import config_flags
 
-from causalfusion_jax import cli, experiment, sharding
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common import sharding
+from causalfusion_jax.config import experiment
 from causalfusion_jax.models.transformer import init_params
 from causalfusion_jax.sampling.sampler import image_keys, sample_tokens_shared, sampling_flops
 
@@ -56,17 +58,19 @@ def main(argv):
     rows = []
     for steps, sampler in samplers.items():
         flops = sampling_flops(model, config.diffusion, sampler)
-        rows.append({
-            "AR steps": steps,
-            "images": num,
-            "cfg_scale": sampler.cfg_scale,
-            "solver steps": sampler.solver_steps,
-            "model GFLOPs an image": round(flops / 1e9, 2),
-            "seconds": round(found[steps], 3),
-            "images/s": round(num / found[steps], 2),
-            **shares(found, found[steps], num * flops / mesh.size, compiled[steps]),
-            **utilization(found[steps], num * flops / mesh.size, compiled[steps]),
-        })
+        rows.append(
+            {
+                "AR steps": steps,
+                "images": num,
+                "cfg_scale": sampler.cfg_scale,
+                "solver steps": sampler.solver_steps,
+                "model GFLOPs an image": round(flops / 1e9, 2),
+                "seconds": round(found[steps], 3),
+                "images/s": round(num / found[steps], 2),
+                **shares(found, found[steps], num * flops / mesh.size, compiled[steps]),
+                **utilization(found[steps], num * flops / mesh.size, compiled[steps]),
+            }
+        )
     report(rows)
     for steps in runs if _PROFILE.value else ():
         print_profile(f"S={steps}", compiled[steps], runs[steps])

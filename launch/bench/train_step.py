@@ -21,8 +21,10 @@ from absl import app, flags
 from common import interleaved, machine_rates, print_profile, report, seconds, shares, utilization
 from ml_collections import config_flags
 
-from causalfusion_jax import cli, experiment, sharding
-from causalfusion_jax.experiment import ExperimentConfig
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common import sharding
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.training.state import compile_train_step, create_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")

@@ -37,7 +37,7 @@ def flip_bit(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: 
 
 def truncate(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: random.Random) -> None:
     """Cuts it at a random byte."""
-    path.write_bytes(path.read_bytes()[:rng.randrange(path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
 
 
 def delete(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: random.Random) -> None:
@@ -114,8 +114,10 @@ def damaged_run(workdir: pathlib.Path, step: int, expected: dict[str, Any]) -> d
     process.wait()
     resumed = drill.started_at(process.output)
     outcome = {
-        "detected": resumed != step and f"checkpoint {step} " in process.output, "survived": process.returncode == 0,
-        "lost": None if resumed is None else step - resumed, "error": process.output[-2000:],
+        "detected": resumed != step and f"checkpoint {step} " in process.output,
+        "survived": process.returncode == 0,
+        "lost": None if resumed is None else step - resumed,
+        "error": process.output[-2000:],
     }
     differs = drill.differences(expected, drill.read_end(workdir)) if outcome["survived"] else ["it did not end"]
     return outcome | {"differs": differs, "identical": not differs}
@@ -128,12 +130,16 @@ def rows_of(records: list[dict], flips: int, missed: list[str]) -> list[dict]:
         for name in DAMAGES:
             group = [r for r in records if r["damage"] == name and r["file"].startswith("manifests") == ("man" in what)]
             if group:
-                rows.append({
-                    "damage": f"{what}: {name}", "tried": len(group), "detected": sum(r["detected"] for r in group),
-                    "survived": sum(r["survived"] for r in group),
-                    "most steps lost": max((r["lost"] for r in group if r["lost"] is not None), default=""),
-                    "byte-identical at the end": f"{sum(r['identical'] for r in group)} of {len(group)}",
-                })
+                rows.append(
+                    {
+                        "damage": f"{what}: {name}",
+                        "tried": len(group),
+                        "detected": sum(r["detected"] for r in group),
+                        "survived": sum(r["survived"] for r in group),
+                        "most steps lost": max((r["lost"] for r in group if r["lost"] is not None), default=""),
+                        "byte-identical at the end": f"{sum(r['identical'] for r in group)} of {len(group)}",
+                    }
+                )
     return rows + [{"damage": "its manifest: bits, not restarted", "tried": flips, "detected": flips - len(missed)}]
 
 

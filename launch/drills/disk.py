@@ -69,12 +69,20 @@ def command(name: str, out: pathlib.Path, folder: pathlib.Path) -> tuple[str, ..
         return ("causalfusion_jax.train", *drill.TINY, f"--workdir={folder}")
     if name == "sample":
         return (
-            "causalfusion_jax.sample", f"--workdir={out / 'reference'}", f"--out={folder}", "--num=20",
-            "--batch_size=8", "--ar_steps=2", "--solver_steps=3",
+            "causalfusion_jax.sample",
+            f"--workdir={out / 'reference'}",
+            f"--out={folder}",
+            "--num=20",
+            "--batch_size=8",
+            "--ar_steps=2",
+            "--solver_steps=3",
         )
     return (
-        "causalfusion_jax.encode", f"--config={drill.ROOT / 'configs' / 'digits.py'}", f"--vae={out / 'vae'}",
-        f"--out={folder}", "--records_per_shard=300",
+        "causalfusion_jax.encode",
+        f"--config={drill.ROOT / 'configs' / 'digits.py'}",
+        f"--vae={out / 'vae'}",
+        f"--out={folder}",
+        "--records_per_shard=300",
     )
 
 
@@ -93,8 +101,14 @@ def write_vae(folder: pathlib.Path) -> None:
     from causalfusion_jax.models.store import write_converted
 
     config = AutoencoderConfig(
-        channels=8, channel_multipliers=(1, 1), latent_channels=4, scaling_factor=0.5, residual_blocks=1,
-        norm_groups=4, mid_attention=False, image_channels=1,
+        channels=8,
+        channel_multipliers=(1, 1),
+        latent_channels=4,
+        scaling_factor=0.5,
+        residual_blocks=1,
+        norm_groups=4,
+        mid_attention=False,
+        image_channels=1,
     )
     params = jax.device_get(init_autoencoder(config, jax.random.key(0)))
     write_converted(folder, "sd_vae", dataclasses.asdict(config), {"file": "none"}, params)
@@ -148,15 +162,19 @@ def tried(case: Case, error: str, out: pathlib.Path, disk: pathlib.Path, expecte
     (disk / "ballast").unlink(missing_ok=True)
     reached = drill.reached(folder) if case.command == "train" else 0
     outcome = {
-        "came": came, "status": process.returncode, "wrong": judged(process.output, error, folder),
+        "came": came,
+        "status": process.returncode,
+        "wrong": judged(process.output, error, folder),
         "output": process.output[-4000:],
     }
     again = drill.Process(module, args)
     again.wait()
     resumed = drill.started_at(again.output) or 0
     outcome |= {
-        "survived": again.returncode == 0, "repeated": reached - resumed,
-        "lost": drill.lost_steps(reached, resumed), "error": again.output[-2000:],
+        "survived": again.returncode == 0,
+        "repeated": reached - resumed,
+        "lost": drill.lost_steps(reached, resumed),
+        "error": again.output[-2000:],
     }
     differs = drill.differences(expected, end_of(case.command, folder)) if outcome["survived"] else ["it did not end"]
     return outcome | {"differs": differs, "identical": not differs}
@@ -165,12 +183,19 @@ def tried(case: Case, error: str, out: pathlib.Path, disk: pathlib.Path, expecte
 def rows_of(records: list[dict]) -> list[dict]:
     """The table: a row for each case."""
     yes = {True: "yes", False: "no"}
-    return [{
-        "command": r["command"], "writing": r["writing"], "error": r["disk error"], "status": r["status"],
-        "one line, with file and reason": r["wrong"] or "yes", "survived": yes[r["survived"]],
-        "steps lost": r["lost"] if r["command"] == "train" else "",
-        "byte-identical at the end": yes[r["identical"]],
-    } for r in records]
+    return [
+        {
+            "command": r["command"],
+            "writing": r["writing"],
+            "error": r["disk error"],
+            "status": r["status"],
+            "one line, with file and reason": r["wrong"] or "yes",
+            "survived": yes[r["survived"]],
+            "steps lost": r["lost"] if r["command"] == "train" else "",
+            "byte-identical at the end": yes[r["identical"]],
+        }
+        for r in records
+    ]
 
 
 def failures_of(records: list[dict]) -> list[str]:

@@ -46,7 +46,8 @@ def prepare(out: pathlib.Path) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {
-        "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2",
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(out / "compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -208,11 +209,11 @@ def steps_of(workdir: pathlib.Path) -> list[int]:
 
 def is_intact(workdir: pathlib.Path, step: int) -> bool:
     """Whether a step is given where it is asked for, rather than refused as damaged."""
-    from causalfusion_jax.errors import InputError
-    from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+    from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+    from causalfusion_jax.common.errors import InputError
 
     try:
-        return Checkpoints(workdir, CheckpointConfig(), read_only=True).good_step(step) == step
+        return Checkpoints(workdir, read_only=True).good_step(step) == step
     except InputError:
         return False
 
@@ -226,7 +227,7 @@ def end_of(workdir: pathlib.Path) -> dict[str, Any]:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+    from causalfusion_jax.checkpoints.checkpoint import Checkpoints
 
     steps = steps_of(workdir)
     folder = workdir / "checkpoints" / str(steps[0])
@@ -238,10 +239,13 @@ def end_of(workdir: pathlib.Path) -> dict[str, Any]:
     left = [path.name for path in workdir.rglob("*") if re.search(r"orbax-checkpoint-tmp|\.part$|\.half$", path.name)]
     grids = {f"grid {path.name}": _digest(path.read_bytes()) for path in sorted((workdir / "samples").glob("*.png"))}
     return {
-        "step": steps[0], "data position": json.loads((folder / "data" / "metadata").read_text())["position"],
-        "best": Checkpoints(workdir, CheckpointConfig(), read_only=True).best(steps[0]),
+        "step": steps[0],
+        "data position": json.loads((folder / "data" / "metadata").read_text())["position"],
+        "best": Checkpoints(workdir, read_only=True).best(steps[0]),
         "checkpoints that are not whole": [step for step in steps if not is_intact(workdir, step)],
-        "files left behind": left, **arrays, **grids,
+        "files left behind": left,
+        **arrays,
+        **grids,
         **metrics_of(_text(workdir / "metrics.jsonl").splitlines()),
     }
 
@@ -350,6 +354,10 @@ def report(drill: str, rows: Sequence[dict[str, Any]], failures: Sequence[str], 
     print("\n" + table(rows) + "\n")
     for failure in failures:
         print(f"missed: {failure}")
-    print(json.dumps({"drill": drill, "met": not failures, "commit": commit(), "machine": machine(), **values,
-                      "rows": rows}), flush=True)
+    print(
+        json.dumps(
+            {"drill": drill, "met": not failures, "commit": commit(), "machine": machine(), **values, "rows": rows}
+        ),
+        flush=True,
+    )
     return 1 if failures else 0

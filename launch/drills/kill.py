@@ -126,7 +126,9 @@ def _row(group: list[dict]) -> dict:
     survived = [outcome for outcome in group if outcome["survived"]]
     signals = [sum(outcome["signal"] == name for outcome in group) for name in SIGNALS]
     return {
-        "tried": len(group), "SIGKILL, SIGTERM": f"{signals[0]}, {signals[1]}", "survived": len(survived),
+        "tried": len(group),
+        "SIGKILL, SIGTERM": f"{signals[0]}, {signals[1]}",
+        "survived": len(survived),
         "most steps lost": max((outcome["lost"] for outcome in survived), default=""),
         "most steps repeated": max((outcome["repeated"] for outcome in survived), default=""),
         "byte-identical at the end": f"{sum(outcome['identical'] for outcome in group)} of {len(group)}",

@@ -44,7 +44,7 @@ DELETION = Moment("shutil.rmtree", r"/checkpoints/\d+", files_removed=4)
 GRID = Moment("call", "causalfusion_jax.training.loop:_Run._sample")
 GRID_FILE = Moment("open", r"/samples/\.?\d+\.png\S*")
 EVALUATION = Moment("call", "causalfusion_jax.evaluation.periodic:Evaluator.__call__")
-METRICS = Moment("call", "causalfusion_jax.training.metrics:MetricsLog.write")
+METRICS = Moment("call", "causalfusion_jax.training.metric_log:MetricsLog.write")
 CONFIG = Moment("open", r"/\.?config\.json\S*")
 
 

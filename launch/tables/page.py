@@ -11,7 +11,7 @@ import scipy.stats
 import tables
 from tables import Claim, Place, Table
 
-from causalfusion_jax import sweeps
+from causalfusion_jax.sweeps import sweep as sweeps
 
 METRICS = {"digits": "fd", "imagenet": "fid"}
 CONFIDENCE = 0.95
@@ -64,7 +64,11 @@ def verdict(claim: Claim, better: Sequence[float], worse: Sequence[float]) -> Ve
 
 
 def collect(
-    workdir: pathlib.Path, names: Sequence[str], on: str, seeds: int, num: int,
+    workdir: pathlib.Path,
+    names: Sequence[str],
+    on: str,
+    seeds: int,
+    num: int,
     overrides: sweeps.Overrides | None = None,
 ) -> dict[str, Scores]:
     """The scores of each table that are in `workdir`.
@@ -165,20 +169,28 @@ def render(
         for found, _ in claims:
             counts[found.word] = counts.get(found.word, 0) + 1
         command = f"python launch/tables/run.py --table={name} --on={on} --seeds={seeds}"
-        parts.append("\n".join([
-            f"## {table.title}\n",
-            f"`{command} --workdir=DIR -- {passed}`: {tables.describe([name], on, seeds, num)}\n",
-            *table_lines(table, of_table, metric), "", *(line for _, line in claims),
-            *(["", table.note] if table.note else []),
-        ]))
+        parts.append(
+            "\n".join(
+                [
+                    f"## {table.title}\n",
+                    f"`{command} --workdir=DIR -- {passed}`: {tables.describe([name], on, seeds, num)}\n",
+                    *table_lines(table, of_table, metric),
+                    "",
+                    *(line for _, line in claims),
+                    *(["", table.note] if table.note else []),
+                ]
+            )
+        )
     sweep = tables.joined(tables.groups(list(scores), on).popitem()[1], on, seeds, num)
     score = f"{metric} of {sweep.num_samples} images, mean ± standard deviation over {seeds} seeds"
     score += " (mean accuracy)" if on == "digits" else ""
     total = ", ".join(f"{word}: {count}" for word, count in sorted(counts.items()))
     lines = [
-        "# The papers' ablations beside ours\n", *([f"{header}\n"] if header else []),
+        "# The papers' ablations beside ours\n",
+        *([f"{header}\n"] if header else []),
         f"Ours: {on}, {score}; less is better but for accuracy. Papers: FID-10k on ImageNet at 256x256, so numbers do "
         "not compare, only what is said of them. S_eval is the number of AR steps in sampling; — is not run.\n",
-        f"{RULE}\n", f"Of all claims, {total}.\n",
+        f"{RULE}\n",
+        f"Of all claims, {total}.\n",
     ]
     return "\n".join(lines) + "\n" + "\n\n".join(parts) + "\n"

@@ -13,8 +13,9 @@ import page
 import tables
 from absl import flags
 
-from causalfusion_jax import cli, sweeps
-from causalfusion_jax.errors import require
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.sweeps import sweep as sweeps
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that run.py was given.")
 _ON = flags.DEFINE_enum("on", "digits", tables.DATA, "What was trained on.")

@@ -22,8 +22,8 @@ import sys
 import tables
 from absl import flags
 
-from causalfusion_jax import cli
-from causalfusion_jax.errors import require
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common.errors import require
 
 _TABLE = flags.DEFINE_list("table", [], f"Some of {', '.join(tables.TABLES)} [all].")
 _ON = flags.DEFINE_enum("on", "digits", tables.DATA, "What is trained on.")
@@ -59,10 +59,18 @@ def main(argv, passed: list[str]):
         arg = f"{_ON.value},{','.join(names)},seeds={_SEEDS.value},num={_NUM.value}"
         if not _DRY_RUN.value:
             print(tables.describe(names, _ON.value, _SEEDS.value, _NUM.value), flush=True)
-        statuses.append(run([
-            sys.executable, str(tables.ROOT / "launch" / "sweep.py"), f"--sweep={tables.__file__}:{arg}",
-            f"--workdir={pathlib.Path(_WORKDIR.value) / folder}", *passed, *(["--dry_run"] if _DRY_RUN.value else []),
-        ]))
+        statuses.append(
+            run(
+                [
+                    sys.executable,
+                    str(tables.ROOT / "launch" / "sweep.py"),
+                    f"--sweep={tables.__file__}:{arg}",
+                    f"--workdir={pathlib.Path(_WORKDIR.value) / folder}",
+                    *passed,
+                    *(["--dry_run"] if _DRY_RUN.value else []),
+                ]
+            )
+        )
         if statuses[-1] == cli.INTERRUPTED or statuses[-1] < 0:
             break
     sys.exit(next((status for status in statuses if status), 0))

@@ -14,16 +14,15 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from causalfusion_jax import experiment, sweeps
-from causalfusion_jax.errors import InputError, require, require_number, require_one_of
-from causalfusion_jax.experiment import ExperimentConfig
-from causalfusion_jax.sweeps import Sweep
+from causalfusion_jax.common.errors import InputError, require, require_number, require_one_of
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.sweeps import sweep as sweeps
+from causalfusion_jax.sweeps.sweep import Sweep
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DATA = ("digits", "imagenet")
-SHORT = {
-    "configs/digits.py": "configs/digits.py:short", "configs/digits.py:acdit": "configs/digits.py:acdit,short",
-}
+SHORT = {"configs/digits.py": "configs/digits.py:short", "configs/digits.py:acdit": "configs/digits.py:acdit,short"}
 """What stands for a sweep's config: with so many runs, each is short."""
 
 FIXED = {"logging.sample_every": 0}
@@ -104,7 +103,9 @@ def baseline_row(config: ExperimentConfig) -> str:
         return "without adaLN"
     warmup, norm = config.optimizer.warmup_steps > 0, config.model.qk_norm
     return {
-        (False, False): "timestep added to the tokens", (False, True): "qk-norm", (True, False): "warm-up",
+        (False, False): "timestep added to the tokens",
+        (False, True): "qk-norm",
+        (True, False): "warm-up",
         (True, True): "all",
     }[warmup, norm]
 
@@ -162,16 +163,25 @@ _EVAL = (1, 2, 4, 8)
 _SCALED = "L is 256 tokens in the paper and 16 on digits."
 
 BASELINE = Table(
-    "baseline", "From DiT to the in-context baseline (one AR step)", baseline_row,
+    "baseline",
+    "From DiT to the in-context baseline (one AR step)",
+    baseline_row,
     {
-        "DiT (adaLN)": {1: 18.24}, "without adaLN": {1: 26.71}, "new recipe": {1: 21.94},
-        "timestep added to the tokens": {1: 20.68}, "qk-norm": {1: 18.66}, "warm-up": {1: 17.11}, "all": {1: 13.78},
+        "DiT (adaLN)": {1: 18.24},
+        "without adaLN": {1: 26.71},
+        "new recipe": {1: 21.94},
+        "timestep added to the tokens": {1: 20.68},
+        "qk-norm": {1: 18.66},
+        "warm-up": {1: 17.11},
+        "all": {1: 13.78},
     },
     (
         *beats("DiT (adaLN)", "timestep added to the tokens", (1,)),
         *beats("qk-norm", "timestep added to the tokens", (1,)),
-        *beats("warm-up", "timestep added to the tokens", (1,)), *beats("all", "qk-norm", (1,)),
-        *beats("all", "warm-up", (1,)), *beats("all", "DiT (adaLN)", (1,)),
+        *beats("warm-up", "timestep added to the tokens", (1,)),
+        *beats("all", "qk-norm", (1,)),
+        *beats("all", "warm-up", (1,)),
+        *beats("all", "DiT (adaLN)", (1,)),
     ),
     "Conditioning in context always adds the timestep to the tokens here, so `new recipe` alone cannot be trained, "
     "and `qk-norm` and `warm-up` are each that one on top of `timestep added to the tokens`. On digits there is one "
@@ -180,11 +190,16 @@ BASELINE = Table(
 )
 
 FIXED_STEPS = Table(
-    "fixed_steps", "Fixed S in training against S in sampling", fixed_steps_row,
+    "fixed_steps",
+    "Fixed S in training against S in sampling",
+    fixed_steps_row,
     {
-        "S = 1": at(_EVAL, 13.78, 356.7, 404.7, 390.2), "S = 2": at(_EVAL, 16.69, 14.77, 47.49, 136.0),
-        "S = 4": at(_EVAL, 24.14, 15.37, 18.13, 33.14), "S = 8": at(_EVAL, 54.08, 24.49, 22.66, 20.01),
-        "S = L": at(_EVAL, 313, 322, 261, 192), "random": at(_EVAL, 21.31, 22.17, 23.54, 25.05),
+        "S = 1": at(_EVAL, 13.78, 356.7, 404.7, 390.2),
+        "S = 2": at(_EVAL, 16.69, 14.77, 47.49, 136.0),
+        "S = 4": at(_EVAL, 24.14, 15.37, 18.13, 33.14),
+        "S = 8": at(_EVAL, 54.08, 24.49, 22.66, 20.01),
+        "S = L": at(_EVAL, 313, 322, 261, 192),
+        "random": at(_EVAL, 21.31, 22.17, 23.54, 25.05),
     },
     (
         *(Claim(f"S = 1 collapses at S_eval = {s}", Place("S = 1", 1), Place("S = 1", s)) for s in _EVAL[1:]),
@@ -197,14 +212,20 @@ FIXED_STEPS = Table(
 )
 
 GAMMA = Table(
-    "gamma", "Decay γ of the number of AR steps in training", gamma_row,
+    "gamma",
+    "Decay γ of the number of AR steps in training",
+    gamma_row,
     {
-        "γ = 1": at(_EVAL, 21.31, 22.17, 23.54, 25.05), "γ = 0.95": at(_EVAL, 14.49, 17.78, 19.79, 23.93),
-        "γ = 0.9": at(_EVAL, 12.89, 15.57, 18.83, 22.72), "γ = 0.85": at(_EVAL, 12.94, 15.54, 19.12, 23.46),
+        "γ = 1": at(_EVAL, 21.31, 22.17, 23.54, 25.05),
+        "γ = 0.95": at(_EVAL, 14.49, 17.78, 19.79, 23.93),
+        "γ = 0.9": at(_EVAL, 12.89, 15.57, 18.83, 22.72),
+        "γ = 0.85": at(_EVAL, 12.94, 15.54, 19.12, 23.46),
         "γ = 0.8": at(_EVAL, 12.78, 15.42, 19.38, 23.78),
     },
     (
-        *beats("γ = 0.9", "γ = 1", _EVAL), *beats("γ = 0.9", "γ = 0.95", (1,)), *beats("γ = 0.9", "γ = 0.8", (4, 8)),
+        *beats("γ = 0.9", "γ = 1", _EVAL),
+        *beats("γ = 0.9", "γ = 0.95", (1,)),
+        *beats("γ = 0.9", "γ = 0.8", (4, 8)),
         Claim("γ = 0.9 is better at S_eval = 1 than at 8", Place("γ = 0.9", 1), Place("γ = 0.9", 8)),
     ),
     f"{_SCALED} Mean S in training at γ = 1, 0.95, 0.9, 0.85, 0.8 and L = 16: 8.5, 7.4, 6.4, 5.4, 4.5; at 256: 128, "
@@ -212,14 +233,21 @@ GAMMA = Table(
 )
 
 ORDER = Table(
-    "order", "Token order", order_row,
+    "order",
+    "Token order",
+    order_row,
     {
-        "raster": {1: 14.46}, "block-raster, 2x2 blocks": {1: 14.76}, "block-raster, 4x4 blocks": {1: 14.62},
-        "dilated": {1: 15.54}, "random": {1: 12.89},
+        "raster": {1: 14.46},
+        "block-raster, 2x2 blocks": {1: 14.76},
+        "block-raster, 4x4 blocks": {1: 14.62},
+        "dilated": {1: 15.54},
+        "random": {1: 12.89},
     },
     (
-        *beats("random", "raster", (1,)), *beats("random", "block-raster, 2x2 blocks", (1,)),
-        *beats("random", "block-raster, 4x4 blocks", (1,)), *beats("random", "dilated", (1,)),
+        *beats("random", "raster", (1,)),
+        *beats("random", "block-raster, 2x2 blocks", (1,)),
+        *beats("random", "block-raster, 4x4 blocks", (1,)),
+        *beats("random", "dilated", (1,)),
         *beats("raster", "dilated", (1,)),
     ),
     "The paper's blocks of 8x8 and 4x4 tokens tile its 16x16 grid 2x2 and 4x4 times; on the 4x4 grid of digits the "
@@ -227,54 +255,79 @@ ORDER = Table(
 )
 
 AR_WEIGHT = Table(
-    "ar_weight", "AR loss weight, from the first place to the last", ar_weight_row,
+    "ar_weight",
+    "AR loss weight, from the first place to the last",
+    ar_weight_row,
     {
-        "1 → 1": at((1, 2, 4), 12.89, 15.57, 18.83), "1.5 → 1": at((1, 2, 4), 12.61, 15.49, 18.32),
-        "2 → 1": at((1, 2, 4), 12.13, 15.15, 18.09), "2.5 → 1": at((1, 2, 4), 12.32, 15.22, 17.99),
+        "1 → 1": at((1, 2, 4), 12.89, 15.57, 18.83),
+        "1.5 → 1": at((1, 2, 4), 12.61, 15.49, 18.32),
+        "2 → 1": at((1, 2, 4), 12.13, 15.15, 18.09),
+        "2.5 → 1": at((1, 2, 4), 12.32, 15.22, 17.99),
         "3 → 1": at((1, 2, 4), 12.50, 15.28, 17.92),
     },
     (*beats("2 → 1", "1 → 1", (1, 2, 4)), *beats("1.5 → 1", "1 → 1", (1,)), *beats("2 → 1", "3 → 1", (1,))),
 )
 
 CONDITION_TOKENS = Table(
-    "condition_tokens", "Condition tokens of a class", condition_tokens_row,
+    "condition_tokens",
+    "Condition tokens of a class",
+    condition_tokens_row,
     {
-        "4": {1: 12.13}, "16": {1: 12.04}, "64": {1: 11.84}, "1 repeated 64 times": {1: 12.29},
+        "4": {1: 12.13},
+        "16": {1: 12.04},
+        "64": {1: 11.84},
+        "1 repeated 64 times": {1: 12.29},
         "4 repeated 16 times": {1: 11.75},
     },
     (
-        *beats("16", "4", (1,)), *beats("64", "4", (1,)), *beats("64", "16", (1,)),
-        *beats("64", "1 repeated 64 times", (1,)), *beats("4 repeated 16 times", "1 repeated 64 times", (1,)),
+        *beats("16", "4", (1,)),
+        *beats("64", "4", (1,)),
+        *beats("64", "16", (1,)),
+        *beats("64", "1 repeated 64 times", (1,)),
+        *beats("4 repeated 16 times", "1 repeated 64 times", (1,)),
         *beats("4 repeated 16 times", "4", (1,)),
     ),
 )
 
 T_SHARING = Table(
-    "t_sharing", "Draws of the timestep t in an image", t_sharing_row,
+    "t_sharing",
+    "Draws of the timestep t in an image",
+    t_sharing_row,
     {"shared": {1: 12.13}, "independent": {1: 12.27}, "4 draws": {1: 12.19}, "8 draws": {1: 12.23}},
     tuple(
         Claim(f"one t for an image or {other} is immaterial", Place("shared", 1), Place(row, 1), immaterial=True)
         for row, other in {
-            "independent": "one for each AR step", "4 draws": "4 draws of it", "8 draws": "8 draws of it",
+            "independent": "one for each AR step",
+            "4 draws": "4 draws of it",
+            "8 draws": "8 draws of it",
         }.items()
     ),
     "AR steps take the draws in turn; the paper does not say how they share them.",
 )
 
 BLOCK_SIZE = Table(
-    "block_size", "Block size of ACDiT", block_size_row, {},
+    "block_size",
+    "Block size of ACDiT",
+    block_size_row,
+    {},
     (
         Claim(
-            "smaller blocks model better (single tokens against a quarter of the image)", Place("B = 1", 16),
-            Place("B = L/4", 4), figures=(21.59, 22.98),
+            "smaller blocks model better (single tokens against a quarter of the image)",
+            Place("B = 1", 16),
+            Place("B = L/4", 4),
+            figures=(21.59, 22.98),
         ),
         Claim(
-            "smaller blocks model better (a sixteenth against a quarter of the image)", Place("B = L/16", 16),
-            Place("B = L/4", 4), figures=(21.59, 22.98),
+            "smaller blocks model better (a sixteenth against a quarter of the image)",
+            Place("B = L/16", 16),
+            Place("B = L/4", 4),
+            figures=(21.59, 22.98),
         ),
         Claim(
             "smaller blocks model better (a quarter of the image against full-sequence diffusion)",
-            Place("B = L/4", 4), Place("B = L", 1), figures=(22.82, 22.98),
+            Place("B = L/4", 4),
+            Place("B = L", 1),
+            figures=(22.82, 22.98),
         ),
     ),
     "Each model is sampled in the blocks it was trained on. The paper gives no FID by block size; its figures in the "

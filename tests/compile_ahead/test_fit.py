@@ -10,14 +10,15 @@ import jax
 import pytest
 from helpers import tiny_config
 
-from causalfusion_jax import experiment, hardware
-from causalfusion_jax.compile_ahead import compiler, fit, program, report
+from causalfusion_jax.common import hardware
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.hardware import GIB
+from causalfusion_jax.compile_ahead import compiler, fit, report
+from causalfusion_jax.compile_ahead.compiler import Compiled, Memory
 from causalfusion_jax.compile_ahead.costs import Costs
 from causalfusion_jax.compile_ahead.fit import Clock, changes, estimated_bytes, find_change, find_largest_batch
-from causalfusion_jax.compile_ahead.program import Spec
-from causalfusion_jax.compile_ahead.compiler import Compiled, Memory
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.hardware import GIB
+from causalfusion_jax.config import experiment, slices
+from causalfusion_jax.config.slices import Spec
 
 LIMIT = 16 * GIB
 
@@ -25,7 +26,7 @@ LIMIT = 16 * GIB
 @pytest.fixture(autouse=True)
 def no_tpu(monkeypatch):
     """Slices of the devices there are."""
-    monkeypatch.setattr(program, "devices", lambda topology: jax.devices()[: topology.devices])
+    monkeypatch.setattr(slices, "devices", lambda topology: jax.devices()[: topology.devices])
 
 
 def spec_of(batch=16, job="train", **sections):
@@ -88,7 +89,7 @@ def test_no_time_says_at_least():
     spec = spec_of(16)
     largest = find_largest_batch(spec, compiler(spec), compiler, Clock(2.6, now=lambda: next(ticks)))
     assert (largest.batch, largest.exact, largest.predicted) == (16, False, 48)
-    assert "at least 16 (4/device), predicted 48" == report.largest_batch_words(largest)
+    assert report.largest_batch_words(largest) == "at least 16 (4/device), predicted 48"
     none = find_largest_batch(spec, Compiler(99.0, 1.0)(spec), compiler, Clock(-1.0))
     assert (none.batch, none.exact) == (0, False) and report.largest_batch_words(none) == "unknown"
 
@@ -215,7 +216,7 @@ def test_the_record_holds_what_the_table_shows():
 )  # fmt: skip
 def test_what_does_not_split_is_refused(spec, words):
     with pytest.raises(InputError) as error:
-        program.check(spec)
+        slices.check(spec)
     assert words in str(error.value)
 
 

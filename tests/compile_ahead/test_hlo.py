@@ -173,7 +173,8 @@ def test_an_all_reduce_of_which_a_slice_stays_is_a_reduce_scatter():
 """
     costs = costs_of(
         "%x = bf16[64,32] parameter(0)",
-        "ROOT %f = bf16[16,32] fusion(%x), kind=kCustom, calls=%all-reduce-scatter", extra=scatter,
+        "ROOT %f = bf16[16,32] fusion(%x), kind=kCustom, calls=%all-reduce-scatter",
+        extra=scatter,
     )
     assert costs.count == {"reduce-scatter": 1} and costs.sent == {"reduce-scatter": 3 / 4 * 4096}
 
@@ -186,8 +187,10 @@ def test_of_a_conditional_the_branch_that_costs_most():
         for i in range(2)
     )  # fmt: skip
     costs = costs_of(
-        "%i = s32[] parameter(0)", "%x = f32[16,16] parameter(1)",
-        "ROOT %c = f32[16,16] conditional(%i, %x, %x), branch_computations={%branch0, %branch1}", extra=branches,
+        "%i = s32[] parameter(0)",
+        "%x = f32[16,16] parameter(1)",
+        "ROOT %c = f32[16,16] conditional(%i, %x, %x), branch_computations={%branch0, %branch1}",
+        extra=branches,
     )
     assert costs.flops == 2 * 16**3
 
@@ -230,7 +233,8 @@ rhs_contracting_dims={1}
 }
 """
     costs = costs_of(
-        "%a = f32[4,8,16] parameter(0)", "%b = f32[4,16,32] parameter(1)",
+        "%a = f32[4,8,16] parameter(0)",
+        "%b = f32[4,16,32] parameter(1)",
         "%f = f32[4,8,32] fusion(%a, %b), kind=kOutput, calls=%product",
         '%k = f32[4] custom-call(%a), custom_call_target="tpu_custom_call", '
         'backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"1000","bytes_accessed":"8"}}}',
@@ -259,8 +263,10 @@ def test_bytes_of_slices_updates_and_on_chip_arrays():
 }
 """
     costs = costs_of(
-        "%w = f32[32,64] parameter(0)", "%i = s32[]{:T(128)S(6)} parameter(1)",
-        "%c = f32[64]{0:T(128)S(1)} parameter(2)", "%big = f32[32,64] parameter(3)",
+        "%w = f32[32,64] parameter(0)",
+        "%i = s32[]{:T(128)S(6)} parameter(1)",
+        "%c = f32[64]{0:T(128)S(1)} parameter(2)",
+        "%big = f32[32,64] parameter(3)",
         "%f = (f32[32,64], f32[64]{0:T(128)S(1)}) fusion(%w, %i, %c, %big), kind=kLoop, calls=%layer",
         "%s = (f32[32,64], f32[32,64]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%w)",
         "%d = f32[32,64]{1,0:S(1)} copy-done(%s)",
@@ -311,8 +317,10 @@ def test_slices_of_a_nested_fusion_are_what_is_read():
 }
 """
     costs = costs_of(
-        "%x = f32[28,1024]{1,0} parameter(0)", "%i = s32[]{:S(2)} parameter(1)",
-        "ROOT %r = f32[28,1024]{1,0} fusion(%x, %i), kind=kLoop, calls=%outer", extra=nested,
+        "%x = f32[28,1024]{1,0} parameter(0)",
+        "%i = s32[]{:S(2)} parameter(1)",
+        "ROOT %r = f32[28,1024]{1,0} fusion(%x, %i), kind=kLoop, calls=%outer",
+        extra=nested,
     )
     assert costs.hbm_bytes == 2 * 4096
 

@@ -9,21 +9,22 @@ from types import SimpleNamespace
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from helpers import command, tiny_config  # noqa: E402
-from jax.experimental import pallas as pl  # noqa: E402
-from jax.sharding import PartitionSpec  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import command, tiny_config
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
 
-from causalfusion_jax import experiment, hardware, sharding  # noqa: E402
-from causalfusion_jax.compile_ahead import compiler, hlo, program  # noqa: E402
-from causalfusion_jax.compile_ahead.costs import program_costs  # noqa: E402
-from causalfusion_jax.errors import InputError  # noqa: E402
-from causalfusion_jax.hardware import GIB  # noqa: E402
-from causalfusion_jax.models.transformer import abstract_model  # noqa: E402
-from causalfusion_jax.sharding import MeshConfig  # noqa: E402
+from causalfusion_jax.common import hardware, sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.hardware import GIB
+from causalfusion_jax.common.sharding import MeshConfig
+from causalfusion_jax.compile_ahead import compiler, hlo, program
+from causalfusion_jax.compile_ahead.costs import program_costs
+from causalfusion_jax.config import experiment, slices
+from causalfusion_jax.models.transformer import abstract_model
 
 pytest.importorskip("libtpu")
 V5E = hardware.topology("v5e:2x2")
@@ -33,14 +34,14 @@ LAYERS, WIDTH, ROWS = 6, 512, 1024
 def small_spec(batch=16, job="train", **model):
     config = tiny_config(model=dict(hidden=256, heads=4, layers=3, dtype="bfloat16") | model, mesh=dict(preset="fsdp"))
     config["train"]["batch_size"] = batch
-    return program.Spec(experiment.from_dict(config), V5E, job, batch if job == "sample" else 0)
+    return slices.Spec(experiment.from_dict(config), V5E, job, batch if job == "sample" else 0)
 
 
 @pytest.fixture(scope="module")
 def scanned():
     """Costs of a stack of square layers, its weights split over four chips, and of its gradient."""
-    mesh = sharding.make_mesh(MeshConfig("fsdp"), program.devices(V5E))
-    place = lambda *spec: jax.sharding.NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+    mesh = sharding.make_mesh(MeshConfig("fsdp"), slices.devices(V5E))
+    place = lambda *spec: jax.sharding.NamedSharding(mesh, PartitionSpec(*spec))
     weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16, sharding=place(None, "fsdp"))
     rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16, sharding=place("fsdp"))
 
@@ -75,7 +76,7 @@ def test_collectives_of_split_parameters(scanned):
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4"])
 def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
     """Whatever the order in which the hosts are listed."""
-    by_host = np.array(program.devices(hardware.topology(name))).reshape(-1, 4)
+    by_host = np.array(slices.devices(hardware.topology(name))).reshape(-1, 4)
     for parts in (2, 4):
         mesh = sharding.make_mesh(MeshConfig("fsdp+tp", tensor=parts), by_host[::-1].ravel())
         for group in mesh.devices.reshape(-1, parts):
@@ -88,7 +89,7 @@ def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
 def test_a_host_of_a_slice_has_programs_of_its_own(name, meshes):
     """Some compilers refuse a program of several devices of a slice, but not all."""
     topology = hardware.topology(name)
-    own = [device for device in program.devices(topology) if device.process_index == 0]
+    own = [device for device in slices.devices(topology) if device.process_index == 0]
     found = sharding.own_meshes(own, topology.devices)
     assert len(found) == meshes and sum(mesh.size for mesh in found) == len(own) == 4
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(found[0]))
@@ -98,13 +99,13 @@ def test_a_host_of_a_slice_has_programs_of_its_own(name, meshes):
 def test_what_the_chip_has_is_asked_of_the_compiler():
     assert 15 * GIB < compiler.hbm_limit(V5E) < 16 * GIB
     assert compiler.hbm_limit(hardware.topology("v4:2x2x1")) > 30 * GIB, "both cores of a chip are one device"
-    assert len(program.devices(hardware.topology("v5p:2x2x2"))) == 8
+    assert len(slices.devices(hardware.topology("v5p:2x2x2"))) == 8
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v5e:32x32"])
 def test_slices_that_cannot_be_are_refused(name):
     with pytest.raises(InputError, match="topology"):
-        program.devices(hardware.topology(name))
+        slices.devices(hardware.topology(name))
 
 
 def test_a_program_that_is_too_big_tells_its_need():
@@ -139,7 +140,7 @@ def test_the_sampler_is_the_one_that_a_run_starts():
     text = program.lower(spec).as_text()
     assert "tpu_custom_call" in text and "manual_computation" in text
     with pytest.raises(InputError, match="give 4 or 8"):
-        program.check(dataclasses.replace(spec, num=6))
+        slices.check(dataclasses.replace(spec, num=6))
 
 
 def test_a_program_that_cannot_be_partitioned_is_reported(tmp_path):

@@ -7,38 +7,50 @@ import jax
 import numpy as np
 import pytest
 from compiled_programs import compiled_modules, content, listed_modules, name_of
-from helpers import tiny_config
+from helpers import tiny_config, train_run
 from tiny_data import write_inception, write_vae
 
-from causalfusion_jax import encoding, experiment, hardware, sharding
-from causalfusion_jax.compile_ahead import program, programs, run_report
+from causalfusion_jax.common import hardware, sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.hardware import GIB
+from causalfusion_jax.compile_ahead import run_report
 from causalfusion_jax.compile_ahead.compiler import Compiled, CompilerError, Memory
 from causalfusion_jax.compile_ahead.costs import Costs
-from causalfusion_jax.compile_ahead.program import Spec
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.evaluation import understanding
+from causalfusion_jax.config import experiment, slices
+from causalfusion_jax.config.slices import Spec
+from causalfusion_jax.evaluation import programs, understanding
 from causalfusion_jax.evaluation.periodic import Evaluator
-from causalfusion_jax.hardware import GIB
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE
+from causalfusion_jax.prepare import encoding
 from causalfusion_jax.sampling.trained import from_run
-from causalfusion_jax.training import loop
 
 V5E = hardware.topology("v5e:2x2")
 LATENTS = dict(source="latents", path="x", latents=True, channels=4, image_size=8, num_classes=10)
 EVALUATED = dict(
-    eval_every=4, metric="fid", inception="no/inception", reference="no.npz", vae="no/vae", num_images=64,
+    eval_every=4,
+    metric="fid",
+    inception="no/inception",
+    reference="no.npz",
+    vae="no/vae",
+    num_images=64,
     sample_batch_size=8,
 )
 PROBES = [
-    "probe, features", "probe, map of clean tokens", "probe, map of noisy tokens", "probe, linear step",
-    "probe, nearest neighbours", "fine-tuning, initial state", "fine-tuning step", "fine-tuning, test",
+    "probe, features",
+    "probe, map of clean tokens",
+    "probe, map of noisy tokens",
+    "probe, linear step",
+    "probe, nearest neighbours",
+    "fine-tuning, initial state",
+    "fine-tuning step",
+    "fine-tuning, test",
 ]
 
 
 @pytest.fixture(autouse=True)
 def no_tpu(monkeypatch):
     """Slices of the devices there are."""
-    for module in (program, programs):
+    for module in (slices, programs):
         monkeypatch.setattr(module, "devices", lambda topology: jax.devices()[: topology.devices])
 
 
@@ -54,13 +66,23 @@ def test_every_program_of_a_run_is_named():
     shared = dict(steps="decay", steps_shared_by="batch")
     spec = spec_of(train=dict(length_buckets=2), factorization=shared, logging=dict(sample_every=4))
     assert names(programs.run_programs(spec)) == [
-        "initial state", "training step, 8 clean tokens", "training step, 16 clean tokens", "weights for sampling",
-        "grid sampler", *PROBES,
+        "initial state",
+        "training step, 8 clean tokens",
+        "training step, 16 clean tokens",
+        "weights for sampling",
+        "grid sampler",
+        *PROBES,
     ]
     spec = spec_of(data=LATENTS, evaluation=EVALUATED)
     assert names(programs.run_programs(spec)) == [
-        "initial state", "training step", "weights for sampling", "evaluation sampler", "decoder",
-        "Inception, resizing", "Inception", *PROBES,
+        "initial state",
+        "training step",
+        "weights for sampling",
+        "evaluation sampler",
+        "decoder",
+        "Inception, resizing",
+        "Inception",
+        *PROBES,
     ]
     precision = spec_of(data=LATENTS, evaluation=dict(EVALUATED, metric="precision"))
     listed = {program.name: program for program in programs.run_programs(precision).programs}
@@ -147,9 +169,10 @@ def compiled_of(size):
 
 def outcomes(compiler):
     spec = spec_of(data=LATENTS, evaluation=EVALUATED)
-    listing = programs.Listing(
-        (programs.Program("training step", None, {}), programs.Program("decoder", None, {"training state": 8 * GIB})),
-        {"probe": "refused"}, ("assumed",),
+    listing = slices.Listing(
+        (slices.Program("training step", None, {}), slices.Program("decoder", None, {"training state": 8 * GIB})),
+        {"probe": "refused"},
+        ("assumed",),
     )
     lines = []
     by_name = iter(listing.programs)
@@ -225,12 +248,16 @@ def test_a_run_with_everything_starts_the_programs_that_are_listed(tmp_path, mon
     )  # fmt: skip
     (tmp_path / "training").mkdir()
     with compiled_modules(tmp_path / "training") as started:
-        loop.train(spec.config, str(tmp_path / "run"))
+        train_run(spec.config, str(tmp_path / "run"))
     of_training = ("initial", "training", "weights", "grid", "evaluation", "decoder", "Inception")
     listed = listed_modules(spec, monkeypatch, two_devices, *of_training)
     assert set(listed) == {
-        "training step, 8 clean tokens", "training step, 16 clean tokens", "grid sampler", "evaluation sampler",
-        "decoder", "Inception",
+        "training step, 8 clean tokens",
+        "training step, 16 clean tokens",
+        "grid sampler",
+        "evaluation sampler",
+        "decoder",
+        "Inception",
     }
     assert set(map(content, started)) == set(map(content, listed.values()))
 

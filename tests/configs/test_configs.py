@@ -7,8 +7,8 @@ import jax
 import pytest
 from helpers import ROOT
 
-from causalfusion_jax import experiment
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
 from causalfusion_jax.models.transformer import count_params
 from causalfusion_jax.training.state import init_state, train_step
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import tar_shards
 from causalfusion_jax.data.caption_folder import read_captions
 from causalfusion_jax.data.captions import check_captions, example_prompts
@@ -14,7 +15,6 @@ from causalfusion_jax.data.digit_pairs import HELD_OUT_PAIRS, DigitPairsSource, 
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
 from causalfusion_jax.data.sources import CorruptRecord, digits
 from causalfusion_jax.data.tokenizers import TextConfig, from_slots
-from causalfusion_jax.errors import InputError
 
 TEXT = TextConfig("bytes", max_tokens=13)
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data.class_names import check_class_names, names_difference, store_class_names, stored_class_names
-from causalfusion_jax.errors import InputError
 
 
 def test_names_are_kept_and_compared(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from tiny_data import write_clip
 
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import video_files
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, class_names, host_batches, make_source
 from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
-from causalfusion_jax.errors import InputError
 
 KINDS = ("gif", "mp4", "webm", "avi", "mov", "mkv", "folder")
 
@@ -38,10 +38,17 @@ def of_example(example) -> list[int]:
 
 
 def clip_config(path, **changes):
-    return DataConfig(**{
-        "source": "clip_folder", "path": str(path), "image_size": 16, "channels": 3, "num_classes": 2, "frames": 4,
-        **changes,
-    })
+    return DataConfig(
+        **{
+            "source": "clip_folder",
+            "path": str(path),
+            "image_size": 16,
+            "channels": 3,
+            "num_classes": 2,
+            "frames": 4,
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +71,7 @@ def test_a_file_that_tells_more_frames_than_it_has(clips, monkeypatch):
     real = video_files._decode
     monkeypatch.setattr(video_files, "_decode_times", lambda *args: {})
     monkeypatch.setattr(video_files, "_decode", lambda path: (frame for frame, _ in zip(real(path), range(20))))
-    last = lambda count: video_files.clip_indices("x", count, 2, 1, lambda first: first - 1)  # noqa: E731
+    last = lambda count: video_files.clip_indices("x", count, 2, 1, lambda first: first - 1)
     frames = video_files.read_frames(clips[1]["mp4"], last)
     assert numbers(frames) == [18, 19]
 
@@ -166,9 +173,9 @@ def test_clips_too_short_or_broken_are_corrupt_records(clips, tmp_path, capsys):
     with pytest.raises(CorruptRecord, match="short'.*has 9 frames; 4 frames 3 apart need 10"):
         source[2]
     _, corrupt = batches(config, 3)
-    assert set(corrupt) == {str(path) for path in (
-        short, broken, tmp_path / "b" / "empty", tmp_path / "b" / "text.avi"
-    )}
+    assert set(corrupt) == {
+        str(path) for path in (short, broken, tmp_path / "b" / "empty", tmp_path / "b" / "text.avi")
+    }
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 4 and all("corrupt record skipped" in line for line in printed)
     with pytest.raises(InputError, match="3 corrupt records, the first"):
@@ -177,13 +184,15 @@ def test_clips_too_short_or_broken_are_corrupt_records(clips, tmp_path, capsys):
 
 def test_what_is_no_folder_of_clips(clips, tmp_path, monkeypatch):
     for path, changes, words in (
-        (tmp_path / "none", {}, "must be a folder"), (tmp_path, {}, "holds no clips"),
+        (tmp_path / "none", {}, "must be a folder"),
+        (tmp_path, {}, "holds no clips"),
         (clips[0], dict(num_classes=3), "has 2 class folders"),
     ):
         with pytest.raises(InputError, match=words):
             make_source(clip_config(path, **changes))
     for changes, words in (
-        (dict(frames=1), "frames=1: must be >= 2"), (dict(frame_stride=0), "frame_stride=0"),
+        (dict(frames=1), "frames=1: must be >= 2"),
+        (dict(frame_stride=0), "frame_stride=0"),
         (dict(source="image_folder", frames=1, frame_stride=2), "is of videos of sources clip_folder and tfds"),
         (dict(path=""), "needs the folder's path"),
     ):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data.moving_digits import MovingDigitsSource, bounce
 from causalfusion_jax.data.pipeline import DataConfig, host_batches, make_source
 from causalfusion_jax.data.sources import digits
-from causalfusion_jax.errors import InputError
 
 
 def test_bounce_by_hand():

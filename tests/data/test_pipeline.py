@@ -4,11 +4,12 @@ import time
 
 import numpy as np
 import pytest
+from helpers import train_run
 from PIL import Image
 
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, describe, host_batches, make_source
 from causalfusion_jax.data.sources import DigitsSource, ImageFolderSource, center_crop, digits
-from causalfusion_jax.errors import InputError
 
 
 @pytest.fixture
@@ -221,9 +222,10 @@ def test_every_epoch_holds_every_example_once_in_a_new_order(folder):
     for epoch in images:
         assert {image.tobytes() for image in epoch} == all_images
     assert (images[0] != images[1]).any()
-    assert any((a["label"] != b["label"]).any() for a, b in zip(
-        labels_of(source, config, 4, 3), labels_of(source, config, 4, 3, seed=4), strict=True
-    ))
+    assert any(
+        (a["label"] != b["label"]).any()
+        for a, b in zip(labels_of(source, config, 4, 3), labels_of(source, config, 4, 3, seed=4), strict=True)
+    )
 
 
 def test_flips_are_drawn_anew_each_epoch(folder):
@@ -266,9 +268,7 @@ def test_resume_mid_epoch_under_other_hosts_and_workers(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("hosts", "workers"), [(h, w) for h in (1, 2, 4) for w in (0, 2, 8) if (h, w) != (1, 0)]
-)
+@pytest.mark.parametrize(("hosts", "workers"), [(h, w) for h in (1, 2, 4) for w in (0, 2, 8) if (h, w) != (1, 0)])
 def test_hosts_times_workers(folder, hosts, workers):
     config = folder_config(folder, flip=True)
     source = make_source(config)
@@ -311,15 +311,15 @@ def test_flip_is_of_seed_index_and_epoch_alone():
 def test_a_slow_source_shows_in_the_metrics(tmp_path, monkeypatch):
     from helpers import tiny_config
 
-    from causalfusion_jax import experiment
+    from causalfusion_jax.config import experiment
     from causalfusion_jax.training import loop
 
-    config = experiment.from_dict(tiny_config(
-        train=dict(steps=4, batch_size=8), model=dict(layers=1), logging=dict(every=4),
-    ))
+    config = experiment.from_dict(
+        tiny_config(train=dict(steps=4, batch_size=8), model=dict(layers=1), logging=dict(every=4))
+    )
     written = []
     monkeypatch.setattr(loop, "make_source", lambda data: DigitsOfANote(64, seconds=0.1))
-    loop.train(config, str(tmp_path / "run"), lambda _, metrics: written.append(metrics))
+    train_run(config, str(tmp_path / "run"), lambda _, metrics: written.append(metrics))
     # Four steps of eight examples, each of which sleeps a tenth of a second, one after the other.
     seconds = 4 / written[0]["steps_per_second"]
     assert written[0]["data_wait_fraction"] * seconds > 3

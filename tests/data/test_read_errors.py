@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tiny_data import write_clip, write_tars
 
-from causalfusion_jax import files
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import latents, tar_shards, video_files
 from causalfusion_jax.data.pipeline import DataConfig, make_source
 from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
-from causalfusion_jax.errors import InputError
 
 
 @pytest.fixture
@@ -44,10 +44,18 @@ def write_latents(folder, num):
         writer.write(latents.pack({"mean": values.astype("bfloat16"), "std": values.astype("bfloat16"), **label}))
         writer.close()
         shards.append({"file": path.name, "first_index": i, "records": 1, **files.describe_file(path)})
-    files.write_json(folder / "manifest.json", {
-        "version": 1, "shape": [4, 4, 4], "num_classes": 10, "class_names": [], "captions": False,
-        "scaling_factor": 0.5, "shards": shards,
-    })
+    files.write_json(
+        folder / "manifest.json",
+        {
+            "version": 1,
+            "shape": [4, 4, 4],
+            "num_classes": 10,
+            "class_names": [],
+            "captions": False,
+            "scaling_factor": 0.5,
+            "shards": shards,
+        },
+    )
 
 
 def open_source(kind, folder):

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from tiny_data import NAMES, digit_file, write_tars, write_tfds
 
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data.fingerprint import fingerprint
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, class_names, host_batches, make_source
 from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, center_crop, digits
-from causalfusion_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def test_crop_is_adms_to_the_bit(shape):
 
 
 def tfds_config(folder, **changes):
-    return DataConfig(**{
-        "source": "tfds", "path": folder, "name": "tiny_digits", "image_size": 16, "channels": 3, **changes
-    })
+    return DataConfig(
+        **{"source": "tfds", "path": folder, "name": "tiny_digits", "image_size": 16, "channels": 3, **changes}
+    )
 
 
 def test_tfds_reads_what_the_builder_wrote(tfds_folder):
@@ -88,7 +88,7 @@ def test_tfds_video_feature_with_a_stride(tfds_folder):
     """Encoded frames, as of ucf101: every second one, around the middle, or from a drawn first one."""
     config = tfds_config(tfds_folder, image_key="video", frames=4, frame_stride=2)
     source = make_source(config)
-    numbers = lambda clip: tuple(np.round((clip.mean(axis=(1, 2, 3)) + 1) * 12.75).astype(int) - 1)  # noqa: E731
+    numbers = lambda clip: tuple(np.round((clip.mean(axis=(1, 2, 3)) + 1) * 12.75).astype(int) - 1)
     assert {numbers(source[i]["image"]) for i in range(24)} == {(2, 4, 6, 8)}
     rng = np.random.default_rng(0)
     assert {numbers(source.draw(0, rng)["image"]) for _ in range(60)} == {tuple(range(i, i + 8, 2)) for i in range(6)}
@@ -203,10 +203,12 @@ def test_corrupt_records_are_skipped_by_name_and_nothing_else_moves(tmp_path, ca
     assert corrupt == {f"{config.path}/digits-{n}" for n in ("000.tar/part/0002.png", "001.tar/part/0009.png")}
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 2 and all("warning: corrupt record skipped: " in line for line in printed)
-    changed = np.array([
-        (a != b).any(axis=(1, 2, 3)) for a, b in zip(
-            (batch["image"] for batch in whole), (batch["image"] for batch in batches), strict=True)
-    ])
+    changed = np.array(
+        [
+            (a != b).any(axis=(1, 2, 3))
+            for a, b in zip((batch["image"] for batch in whole), (batch["image"] for batch in batches), strict=True)
+        ]
+    )
     assert changed.reshape(2, 12).sum(1).tolist() == [2, 2]  # in each epoch, their two places alone
     for hosts, workers in ((2, 0), (4, 0), (1, 2)):
         other, found = batches_of(config, 6, hosts, workers)

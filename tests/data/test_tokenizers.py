@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.data.captions import check_captions, tokenize
 from causalfusion_jax.data.tokenizers import (
     BEGIN,
@@ -16,8 +18,6 @@ from causalfusion_jax.data.tokenizers import (
     to_slots,
     with_checksum,
 )
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.layouts import NO_TOKEN
 
 BYTES = TextConfig("bytes", max_tokens=40)
 

@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.evaluation.captions import bits_per_token, cider, exact_match, score_captions, words
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.metrics.captions import bits_per_token, cider, exact_match, score_captions, words
 
 
 def brute_force_cider(captions, references):
     """CIDEr-D by its equations, n-grams as strings, vectors over the whole vocabulary."""
+
     def grams(text, n):
         tokens = text.lower().split()
         return [" ".join(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
@@ -19,8 +20,10 @@ def brute_force_cider(captions, references):
     images = len(captions)
     scores = np.zeros(images)
     for n in (1, 2, 3, 4):
-        vocabulary = sorted({g for refs in references for ref in refs for g in grams(ref, n)}
-                            | {g for caption in captions for g in grams(caption, n)})
+        vocabulary = sorted(
+            {g for refs in references for ref in refs for g in grams(ref, n)}
+            | {g for caption in captions for g in grams(caption, n)}
+        )
         if not vocabulary:
             continue
         containing = [sum(any(g in grams(ref, n) for ref in refs) for refs in references) for g in vocabulary]
@@ -42,7 +45,7 @@ def brute_force_cider(captions, references):
 
 def test_cider_is_its_equations():
     rng = np.random.default_rng(0)
-    vocabulary = "a the cat dog sits runs on under mat tree red blue".split()
+    vocabulary = ["a", "the", "cat", "dog", "sits", "runs", "on", "under", "mat", "tree", "red", "blue"]
 
     def sentence():
         return " ".join(rng.choice(vocabulary, rng.integers(1, 9)))

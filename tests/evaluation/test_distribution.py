@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.evaluation.distribution import (
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.metrics.distribution import (
     FeatureStatistics,
     InceptionScore,
     frechet_from_statistics,
@@ -124,7 +124,7 @@ def test_precision_recall_of_extremes():
 
 
 def plain_squared_mmd(x, y):
-    kernel = lambda u, v: (np.dot(u, v) / len(u) + 1) ** 3  # noqa: E731
+    kernel = lambda u, v: (np.dot(u, v) / len(u) + 1) ** 3
     n = len(x)
     pairs = [(i, j) for i in range(n) for j in range(n)]
     within = sum(kernel(z[i], z[j]) for z in (x, y) for i, j in pairs if i != j)

@@ -11,13 +11,14 @@ import pytest
 from flax import nnx
 from helpers import random_params, tiny_config
 
-from causalfusion_jax import experiment, sharding
-from causalfusion_jax import diffusion as noise_axis
+from causalfusion_jax.common import sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.probe import ProbeConfig
+from causalfusion_jax.core import diffusion as noise_axis
 from causalfusion_jax.data.pipeline import DataConfig, make_held_out_source
 from causalfusion_jax.data.sources import CorruptRecord, digits
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import features
-from causalfusion_jax.evaluation.probe_settings import ProbeConfig
 from causalfusion_jax.models.layers import drop_path_scale
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.presets import ACDIT, DIT
@@ -120,10 +121,14 @@ def test_noisy_pass_is_that_of_training(config):
 
 def pairs(image_tokens, **joint):
     """A model of digit pairs and their captions, its images one AR step."""
-    return experiment.from_dict(tiny_config(
-        data=dict(source="digit_pairs", image_width=16, num_classes=100), text=dict(tokenizer="bytes", max_tokens=13),
-        joint=dict(image_tokens=image_tokens) | joint, factorization=ONE_STEP,
-    ))
+    return experiment.from_dict(
+        tiny_config(
+            data=dict(source="digit_pairs", image_width=16, num_classes=100),
+            text=dict(tokenizer="bytes", max_tokens=13),
+            joint=dict(image_tokens=image_tokens) | joint,
+            factorization=ONE_STEP,
+        )
+    )
 
 
 def test_clean_tokens_of_a_text_model_are_read_only_where_they_were_trained():
@@ -141,9 +146,9 @@ def test_clean_tokens_of_a_text_model_are_read_only_where_they_were_trained():
 
 @pytest.mark.parametrize(("class_dropout", "label"), [(0.1, 1), (1.0, 1), (0.0, 0)])
 def test_a_model_of_one_class_is_read_by_the_row_that_was_trained_without_it(class_dropout, label):
-    single = experiment.from_dict(tiny_config(
-        data=dict(source="arrays", path="x", num_classes=1), model=dict(class_dropout=class_dropout),
-    ))
+    single = experiment.from_dict(
+        tiny_config(data=dict(source="arrays", path="x", num_classes=1), model=dict(class_dropout=class_dropout))
+    )
     reading, params = features.make_reading(single, ProbeConfig()), params_of(single)
     assert reading.label == label
     table = params["label_table"]["embedding"]

@@ -11,14 +11,15 @@ import pytest
 from helpers import random_params, tiny_config
 from host_reads import no_implicit_reads
 
-from causalfusion_jax import distributed, experiment, sharding
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.common import distributed, sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.lock import FolderLock
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.probe import FinetuneConfig, ProbeConfig
 from causalfusion_jax.data.sources import digits
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import augment, finetune
 from causalfusion_jax.evaluation.features import make_reading, place_params
-from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
-from causalfusion_jax.lock import FolderLock
-from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from causalfusion_jax.training.stopping import Stopped, TrainingDiverged
 
 CONFIG = experiment.from_dict(tiny_config())
@@ -245,13 +246,12 @@ def test_a_state_that_is_not_finite_is_not_saved_over_the_only_checkpoint(tmp_pa
     monkeypatch.setattr(distributed, "should_stop", lambda poll, received: poll == 6)
     with pytest.raises(TrainingDiverged, match="epoch 2 .* not finite"):
         run(tmp_path / "run")
-    assert Checkpoints(tmp_path / "run", CheckpointConfig(), read_only=True).good_step() == 4
+    assert Checkpoints(tmp_path / "run", read_only=True).good_step() == 4
 
 
 def test_a_second_fine_tuning_in_a_folder_is_refused(tmp_path):
-    with FolderLock(tmp_path, "--out"):
-        with pytest.raises(InputError, match="--out=.*is in use by process"):
-            run(tmp_path)
+    with FolderLock(tmp_path, "--out"), pytest.raises(InputError, match="--out=.*is in use by process"):
+        run(tmp_path)
 
 
 def test_devices_share_a_step(tmp_path, compiled_once):

@@ -12,9 +12,10 @@ from helpers import GOLDENS
 from PIL import Image
 from tiny_data import write_inception
 
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config.evaluation import EvaluationConfig
 from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.evaluation import distribution
+from causalfusion_jax.data.scores import INCEPTION_METRICS, METRICS, is_better
 from causalfusion_jax.evaluation.images import of_source, open_images
 from causalfusion_jax.evaluation.inception_metrics import (
     Collected,
@@ -25,7 +26,7 @@ from causalfusion_jax.evaluation.inception_metrics import (
     compute,
     make_reference,
 )
-from causalfusion_jax.evaluation.settings import INCEPTION_METRICS, METRICS, EvaluationConfig, is_better
+from causalfusion_jax.metrics import distribution
 
 GOLDEN = np.load(GOLDENS / "inception_fid.npz")
 
@@ -151,9 +152,7 @@ def test_images_of_folders_and_data(tmp_path):
     in_order = pixels[[0, 2, 4, 1, 3]]
     for size in (1, 2, 9):
         np.testing.assert_array_equal(np.concatenate(list(folder.batches(size))), in_order)
-    data = DataConfig(
-        source="image_folder", path=str(tmp_path / "images"), image_size=6, channels=3, num_classes=2
-    )
+    data = DataConfig(source="image_folder", path=str(tmp_path / "images"), image_size=6, channels=3, num_classes=2)
     source = of_source("config.data", make_source(data))
     np.testing.assert_array_equal(np.concatenate(list(source.batches(3))), in_order)
     Image.fromarray(pixels[0, :3]).save(tmp_path / "images" / "class0" / "other.png")

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.heat_map import Panel, color, heat_map
+from causalfusion_jax.config.probe import FinetuneConfig, ProbeConfig
 from causalfusion_jax.evaluation import probe
-from causalfusion_jax.evaluation.heat_map import Panel, color, heat_map
-from causalfusion_jax.evaluation.probe_settings import FinetuneConfig, ProbeConfig
 
 
 def clusters(num, seed, dim=12, classes=7, noise=1.0):
@@ -37,10 +37,10 @@ def test_linear_probe_learns(optimizer):
 
 def test_weight_decay_makes_weights_smaller_and_seeds_repeat():
     features, labels = clusters(300, 0)
-    fit = lambda **changes: probe.fit_linear(  # noqa: E731
+    fit = lambda **changes: probe.fit_linear(
         ProbeConfig(epochs=20, batch_size=100, warmup_epochs=0.0, **changes), features, labels, 7
     ).weights["kernel"]
-    size = lambda kernel: float(np.linalg.norm(kernel))  # noqa: E731
+    size = lambda kernel: float(np.linalg.norm(kernel))
     assert size(fit(weight_decay=10.0)) < 0.5 * size(fit())
     np.testing.assert_array_equal(fit(), fit(neighbours=3))
     assert not np.array_equal(fit(), fit(seed=1))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.data.sources import digits
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation.scores import flatten, frechet_distance, score, score_digits, shrink
-from causalfusion_jax.sampling.images import to_uint8
 
 
 def test_frechet_distance_by_scipy():

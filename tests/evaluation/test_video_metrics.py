@@ -9,10 +9,10 @@ import pytest
 from helpers import command
 from tiny_data import clip_frame, write_clip
 
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config.evaluation import EvaluationConfig
 from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation.images import Images, of_source, open_videos
-from causalfusion_jax.evaluation.settings import EvaluationConfig
 from causalfusion_jax.evaluation.video_metrics import (
     VideoProtocol,
     VideoReference,
@@ -22,8 +22,8 @@ from causalfusion_jax.evaluation.video_metrics import (
 )
 from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.store import write_converted
-from causalfusion_jax.released.i3d import i3d_table
-from causalfusion_jax.released.names import from_released
+from causalfusion_jax.prepare.i3d import i3d_table
+from causalfusion_jax.prepare.names import from_released
 
 PROTOCOL = VideoProtocol(frames=9)
 
@@ -84,7 +84,8 @@ def test_references_on_disk(tmp_path):
         with pytest.raises(InputError, match=words):
             VideoReference("--reference", str(tmp_path / "ref.npz"), protocol)
     for changes, words in (
-        ({"mu_i3d": np.zeros(5)}, r"mu_i3d must be finite \[400\]"), ({"frames": None}, "does not say its frames"),
+        ({"mu_i3d": np.zeros(5)}, r"mu_i3d must be finite \[400\]"),
+        ({"frames": None}, "does not say its frames"),
     ):
         changed = {name: array for name, array in (stored | changes).items() if array is not None}
         np.savez(tmp_path / "bad.npz", **changed)
@@ -119,7 +120,8 @@ def test_videos_of_folders_and_data(tmp_path):
         list(open_videos("--samples", str(root), 10).batches(3))
     (tmp_path / "empty").mkdir()
     for path, words in (
-        (tmp_path / "empty", "neither samples.npz nor clips"), (tmp_path / "none.npz", "no such file"),
+        (tmp_path / "empty", "neither samples.npz nor clips"),
+        (tmp_path / "none.npz", "no such file"),
         (opened(tmp_path, "short", np.zeros((3, 400))), "frames >= 16"),
     ):
         with pytest.raises(InputError, match=words):

@@ -149,8 +149,11 @@ def test_rehearsal(tmp_path):
     """All parts on a CPU; digits end byte-identical after a SIGKILL."""
     out = tmp_path / "out"
     done = subprocess.run(
-        ["bash", SCRIPT, "--rehearse", f"--out={out}"], env=command_env() | {"PYTHON": sys.executable},
-        capture_output=True, text=True, timeout=1800,
+        ["bash", SCRIPT, "--rehearse", f"--out={out}"],
+        env=command_env() | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     records = {record["part"]: record for record in map(json.loads, (out / "results.jsonl").read_text().splitlines())}

@@ -11,7 +11,9 @@ TINY = dict(hidden=32, heads=2, layers=2, dtype="float32")
 PARAMETERS = {
     "causalfusion_digits": dict(STEPS=12, SOLVER_STEPS=4, IMAGES=20),
     "causalfusion_tpu": dict(
-        BATCH=2, IMAGES=2, ROUNDS=1,
+        BATCH=2,
+        IMAGES=2,
+        ROUNDS=1,
         OVERRIDES={"model": TINY, "data": dict(image_size=4), "sampling": dict(solver_steps=4)},
     ),
 }
@@ -51,7 +53,10 @@ def test_runs_from_the_first_cell_to_the_last(name, tmp_path, monkeypatch):
         output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     )
     pictures = [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
         if "image/png" in output.get("data", {})
     ]
     if name == "causalfusion_digits":

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import pytest
 from helpers import ROOT, command_env
 
-from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
 
 sys.path.insert(0, str(ROOT / "launch" / "drills"))
-import damage  # noqa: E402
-import disk  # noqa: E402
-import drill  # noqa: E402
-import kill  # noqa: E402
-import moments  # noqa: E402
+import damage
+import disk
+import drill
+import kill
+import moments
 
 
 @pytest.mark.parametrize(("reached", "resumed", "lost"), [(7, 4, 0), (8, 0, 4), (8, 4, 0), (9, 4, 4), (0, 0, 0)])
@@ -27,8 +27,10 @@ def test_lost_are_the_steps_up_to_the_newest_checkpoint_that_was_begun(reached, 
 
 def test_the_last_line_of_a_step_counts_without_its_times():
     lines = [
-        '{"step": 1, "loss": 2.0, "steps_per_second": 5.0}', '{"step": 1, "evaluation/fd": 3.0}',
-        '{"step": 1, "loss": 1.0, "steps_per_second": 9.0}', '{"step": 2, "lo',
+        '{"step": 1, "loss": 2.0, "steps_per_second": 5.0}',
+        '{"step": 1, "evaluation/fd": 3.0}',
+        '{"step": 1, "loss": 1.0, "steps_per_second": 9.0}',
+        '{"step": 2, "lo',
     ]
     found = drill.metrics_of(lines)
     assert found["training of step 1"] == {"step": 1, "loss": 1.0}
@@ -55,8 +57,17 @@ def test_every_moment_is_tried_with_both_signals_and_numbers_of_checkpoints():
 
 def outcome(**changes):
     values = dict(
-        run=1, moment="in a grid", signal="SIGTERM", keep=1, status=75, survived=True, error="", lost=0, repeated=0,
-        identical=True, differs=[],
+        run=1,
+        moment="in a grid",
+        signal="SIGTERM",
+        keep=1,
+        status=75,
+        survived=True,
+        error="",
+        lost=0,
+        repeated=0,
+        identical=True,
+        differs=[],
     )
     return values | changes
 
@@ -91,7 +102,7 @@ def test_a_failed_command_must_name_file_and_reason_in_one_line(output, wrong):
 def test_a_moment_comes_at_its_event_and_count():
     come = []
     hook = moments._hook(moments.COMMIT, 2, lambda *_: come.append(1))
-    rename = lambda target: hook("os.rename", ("from", target, -1, -1))  # noqa: E731
+    rename = lambda target: hook("os.rename", ("from", target, -1, -1))
     for target in ("/run/checkpoints/4/state", "/run/checkpoints/4", "/run/manifests/4"):
         rename(target)
         assert not come
@@ -141,7 +152,7 @@ def test_deletion_is_interrupted_after_some_files():
 def two_steps(tmp_path_factory):
     """A folder with two small checkpoints, and the cases of damage to the newer one."""
     workdir = tmp_path_factory.mktemp("damage")
-    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    checkpoints = Checkpoints(workdir)
     for step in (4, 8):
         checkpoints.save(step, {"a": jnp.arange(8.0) + step, "b": jnp.zeros(3)}, position=step)
     checkpoints.close()
@@ -180,7 +191,10 @@ def test_a_small_drill_meets_its_goal(tmp_path, args):
     script, *flags = args
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / "drills" / script), f"--out={tmp_path / 'out'}", *flags],
-        cwd=ROOT, env=command_env(), capture_output=True, text=True,
+        cwd=ROOT,
+        env=command_env(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["met"]

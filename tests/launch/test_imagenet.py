@@ -31,7 +31,8 @@ def commands() -> list[list[str]]:
 def of_module(name: str, *having: str) -> list[str]:
     """Arguments of the command of a module that has all these flags."""
     found = [
-        args[3:] for args in commands()
+        args[3:]
+        for args in commands()
         if args[:3] == ["python", "-m", f"causalfusion_jax.{name}"]
         and all(any(arg.split("=")[0] == flag for arg in args) for flag in having)
     ]
@@ -56,8 +57,10 @@ def test_python_commands_parse(args):
 def test_the_parser_notices():
     train = ["causalfusion_jax.train", *of_module("train")]
     wrong = {
-        "--wrokdir=x": "wrokdir", "--config.evaluation.metric=fdi": "did you mean fd?",
-        "--config.trian.steps=3": "did you mean train?", "stray": "stray",
+        "--wrokdir=x": "wrokdir",
+        "--config.evaluation.metric=fdi": "did you mean fd?",
+        "--config.trian.steps=3": "did you mean train?",
+        "stray": "stray",
     }
     for arg, word in wrong.items():
         done = run_module("parse_command", *train, arg)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from causalfusion_jax import cli
+from causalfusion_jax.cli import command as cli
 
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"
 TPU = {"NAME": "tpu", "ZONE": "us-east5-b", "PROJECT": "project", "ACCELERATOR_TYPE": "v6e-16"}
@@ -24,7 +24,12 @@ SHELL_SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").rglo
 
 def tpu_vm(*args, env=TPU | RUN, path=os.environ["PATH"], **kwargs):
     return subprocess.run(
-        ["bash", SCRIPT, *args], cwd=ROOT, env={"PATH": path, **env}, capture_output=True, text=True, timeout=60,
+        ["bash", SCRIPT, *args],
+        cwd=ROOT,
+        env={"PATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
         **kwargs,
     )
 
@@ -299,7 +304,8 @@ def shellcheck():
 def test_shellcheck(script):
     done = subprocess.run(
         [shellcheck(), "--external-sources", "--source-path=SCRIPTDIR", "--shell=bash", ROOT / script],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
 

@@ -13,8 +13,12 @@ def output(tmp_path_factory):
     picture = tmp_path_factory.mktemp("picture") / "picture.png"
     flags = ("--frames=3", "--hidden=64", "--layers=2", "--batch=2", "--window=2", "--rounds=1", f"--picture={picture}")
     done = subprocess.run(
-        [sys.executable, "launch/bench/long_horizon.py", *flags], cwd=ROOT, env=command_env(), capture_output=True,
-        text=True, timeout=600,
+        [sys.executable, "launch/bench/long_horizon.py", *flags],
+        cwd=ROOT,
+        env=command_env(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")

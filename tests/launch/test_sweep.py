@@ -10,15 +10,23 @@ import time
 import pytest
 from helpers import ROOT, command_env, expanded, finish_run
 
-from causalfusion_jax import cli, experiment, sweeps
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.sweeps import Sweep, chain, grid, product, together
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.sweeps import sweep as sweeps
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid, product, together
 
 GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.seed"
 FILES = {
     # file: runs on digits, runs on ImageNet
-    "fixed_steps": (6, 6), "gamma": (5, 5), "order": (4, 5), "ar_weight": (5, 5), "condition_tokens": (5, 5),
-    "t_sharing": (4, 4), "baseline": (5, 6), "block_size": (3, 3),
+    "fixed_steps": (6, 6),
+    "gamma": (5, 5),
+    "order": (4, 5),
+    "ar_weight": (5, 5),
+    "condition_tokens": (5, 5),
+    "t_sharing": (4, 4),
+    "baseline": (5, 6),
+    "block_size": (3, 3),
 }
 
 
@@ -194,8 +202,12 @@ def drive(folder, parallel, *kinds):
     """Runs jobs whose stages are stubs."""
     (folder / "stub.py").write_text(STUB)
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder), str(parallel), *kinds], cwd=ROOT, text=True,
-        env=os.environ | {"PYTHONPATH": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", DRIVER, str(folder), str(parallel), *kinds],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -268,7 +280,7 @@ def test_launcher_quotes_for_its_place():
         "values = dict(command=sys.argv[1], name='n'); print(sweep.fill(sys.argv[2], values))"
     )
     nasty = "python -m x '--a=(1, 2)' && echo \"$HOME\" `id` \\ it's"
-    template = "printf '%s\\n' {command} '{command}' \"{command}\" \"cd x; {command}\" {name} \\\"{name} ${X}"
+    template = 'printf \'%s\\n\' {command} \'{command}\' "{command}" "cd x; {command}" {name} \\"{name} ${X}'
     filled = subprocess.run([sys.executable, "-c", code, nasty, template], cwd=ROOT, capture_output=True, text=True)
     shown = subprocess.run(["bash", "-c", filled.stdout], capture_output=True, text=True, env={"X": "y"})
     assert shown.stdout.splitlines() == [nasty, nasty, nasty, f"cd x; {nasty}", "n", '"n', "y"], filled
@@ -279,8 +291,13 @@ def test_launcher_quotes_for_its_place():
 
 def run_sweep(*args, **kwargs):
     return subprocess.run(
-        [sys.executable, "launch/sweep.py", *map(str, args)], cwd=ROOT, env=command_env(), capture_output=True,
-        text=True, timeout=900, **kwargs,
+        [sys.executable, "launch/sweep.py", *map(str, args)],
+        cwd=ROOT,
+        env=command_env(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        **kwargs,
     )
 
 
@@ -326,7 +343,11 @@ def sweep_several(*commands):
     """How launch/sweep.py ends with each of several command lines: its exit status, or the InputError."""
     arguments = json.dumps([[str(arg) for arg in args] for args in commands])
     done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, arguments], cwd=ROOT, env=command_env(), capture_output=True, text=True,
+        [sys.executable, "-c", SEVERAL, arguments],
+        cwd=ROOT,
+        env=command_env(),
+        capture_output=True,
+        text=True,
         timeout=900,
     )
     found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("ended: ")]
@@ -381,8 +402,11 @@ def test_results_and_jobs_of_other_settings_are_refused(tmp_path):
     args, launcher = (sweep, f"--workdir={workdir}"), "--launcher=true # {command}"
     other = "--override=train.batch_size=16"
     found = sweep_several(
-        [*args, other, "--results_only"], [*args, other, launcher], [*args, launcher, "--sample_flags=--cfg_scale=2"],
-        [*args, "--results_only"], [*args, "--results_only", "--sample_flags=--cfg_scale=2"],
+        [*args, other, "--results_only"],
+        [*args, other, launcher],
+        [*args, launcher, "--sample_flags=--cfg_scale=2"],
+        [*args, "--results_only"],
+        [*args, "--results_only", "--sample_flags=--cfg_scale=2"],
     )
     for refused in found[:2]:
         assert "trained by other settings: train.batch_size=16 (it has 48)" in refused
@@ -413,7 +437,10 @@ def test_sweep_is_interrupted_resumed_extended_and_refused(tmp_path):
     sweep, folder = f"--sweep={tmp_path / 'tiny.py'}:0.9", tmp_path / "sweep"
     args = (f"--workdir={folder}", "--parallel=2")
     process = subprocess.Popen(
-        [sys.executable, "launch/sweep.py", sweep, *args], cwd=ROOT, env=command_env(), text=True,
+        [sys.executable, "launch/sweep.py", sweep, *args],
+        cwd=ROOT,
+        env=command_env(),
+        text=True,
         stdout=subprocess.PIPE,
     )
     log = folder / "logs" / "gamma=0.9.log"

@@ -3,9 +3,9 @@
 import pytest
 from helpers import expanded, finish_run
 
-from causalfusion_jax import sweeps
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.sweeps import Result, Sweep, grid
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.sweeps import sweep as sweeps
+from causalfusion_jax.sweeps.sweep import Result, Sweep, grid
 
 GAMMA, SEED = "factorization.gamma", "train.seed"
 

@@ -8,13 +8,15 @@ import sys
 import pytest
 from helpers import ROOT, command_env
 
-from causalfusion_jax import experiment, files, sweeps
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.sweeps import sweep as sweeps
 
 sys.path.insert(0, str(ROOT / "launch" / "tables"))
-import page  # noqa: E402
-import tables  # noqa: E402
-from tables import Claim, Place  # noqa: E402
+import page
+import tables
+from tables import Claim, Place
 
 CLAIM = Claim("a beats b", Place("a", 1), Place("b", 1))
 RUNS = {
@@ -153,15 +155,27 @@ def test_scores_of_other_settings_are_not_collected(tmp_path):
 
 def run(script, *args, **kwargs):
     return subprocess.run(
-        [sys.executable, f"launch/tables/{script}.py", *map(str, args)], cwd=ROOT, env=command_env(),
-        capture_output=True, text=True, timeout=900, **kwargs,
+        [sys.executable, f"launch/tables/{script}.py", *map(str, args)],
+        cwd=ROOT,
+        env=command_env(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        **kwargs,
     )
 
 
 def test_imagenet_is_the_same_command(tmp_path):
     done = run(
-        "run", "--table=gamma,order", "--on=imagenet", "--seeds=2", f"--workdir={tmp_path / 'tables'}", "--dry_run",
-        "--", "--override=data.path=/data/latents", "--sample_flags=--vae=/data/vae",
+        "run",
+        "--table=gamma,order",
+        "--on=imagenet",
+        "--seeds=2",
+        f"--workdir={tmp_path / 'tables'}",
+        "--dry_run",
+        "--",
+        "--override=data.path=/data/latents",
+        "--sample_flags=--vae=/data/vae",
         "--evaluate_flags=--inception=/data/inception --reference=/data/reference.npz",
         '--launcher=submit {index} --command="{command}"',
     )

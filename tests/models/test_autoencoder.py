@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import GOLDENS
 
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.models.autoencoder import (
     MAR_VAE,
     SD_VAE,
@@ -23,8 +23,8 @@ from causalfusion_jax.models.autoencoder import (
     init_autoencoder,
     moments,
 )
-from causalfusion_jax.released import names
-from causalfusion_jax.released.autoencoders import (
+from causalfusion_jax.prepare import names
+from causalfusion_jax.prepare.autoencoders import (
     ignored_names,
     mar_vae_config,
     mar_vae_table,
@@ -34,8 +34,15 @@ from causalfusion_jax.released.autoencoders import (
 
 # Every setting differs from the releases', and both sides have attention at a level.
 TINY = AutoencoderConfig(
-    channels=8, channel_multipliers=(1, 2), latent_channels=3, scaling_factor=0.5, residual_blocks=1,
-    encoder_attention=(1,), decoder_attention=(0,), image_channels=2, norm_groups=4,
+    channels=8,
+    channel_multipliers=(1, 2),
+    latent_channels=3,
+    scaling_factor=0.5,
+    residual_blocks=1,
+    encoder_attention=(1,),
+    decoder_attention=(0,),
+    image_channels=2,
+    norm_groups=4,
 )
 
 
@@ -91,7 +98,8 @@ def test_published_sizes(config, count, downsampling):
 
 def test_full_size_names():
     for config, table, recognize in (
-        (MAR_VAE, mar_vae_table(MAR_VAE), mar_vae_config), (SD_VAE, sd_vae_table(SD_VAE), sd_vae_config)
+        (MAR_VAE, mar_vae_table(MAR_VAE), mar_vae_config),
+        (SD_VAE, sd_vae_table(SD_VAE), sd_vae_config),
     ):
         assert names.unfilled(table, abstract_autoencoder(config)[1]) == []
         assert recognize(table_shapes(table)) == config
@@ -237,7 +245,7 @@ def test_tiles_cover_every_row_once(length, tile):
     starts, weights = _tiles(length, tile, 2)
     total = np.zeros(length * 2)
     for start, weight in zip(starts, weights, strict=True):
-        total[2 * start:2 * (start + tile)] += weight
+        total[2 * start : 2 * (start + tile)] += weight
     np.testing.assert_allclose(total, 1, rtol=1e-6)
     assert (weights > 0).all() and starts[-1] == length - tile
     # Linear: within a tile of rows, weights change by at most a ramp's step.

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causalfusion_jax import factorization, sharding
-from causalfusion_jax.factorization import EMPTY_STEP, FactorizationConfig, Role, attends, training_layout
-from causalfusion_jax.models import attention, attention_kernel
-from causalfusion_jax.models.attention_by_head import attend_by_head
-from causalfusion_jax.models.attention_tiles import FULL, SKIP, Layout, tile_plans
-from causalfusion_jax.models.flash_attention import (
+from causalfusion_jax.common import sharding
+from causalfusion_jax.core import factorization
+from causalfusion_jax.core.factorization import EMPTY_STEP, FactorizationConfig, Role, attends, training_layout
+from causalfusion_jax.models.attention import attention, kernel as attention_kernel
+from causalfusion_jax.models.attention.by_head import attend_by_head
+from causalfusion_jax.models.attention.flash import (
     blockwise_attention,
     flash_attention,
     tiles_computed,
     visible_fraction,
 )
+from causalfusion_jax.models.attention.tiles import FULL, SKIP, Layout, tile_plans
 
 IMPLEMENTATIONS = {
     "kernel": functools.partial(flash_attention, interpret=True),
@@ -53,6 +54,7 @@ def dense(q, k, v, *layout):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def output_and_gradients(attend, one_by_one, q, k, v, d_out, layout):
     """Of traced plans. `one_by_one`: interpreting is quick on small arrays only."""
+
     def run(q, k, v, d_out, layout):
         out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, *layout), q, k, v)
         return out, *vjp(d_out.astype(out.dtype))
@@ -105,6 +107,7 @@ def text_and_image(num_text, num_image):
 
 def several_layouts(length=44):
     """SCAM, text and image, and padding in several places, as samples of one batch."""
+
     def at(role, step, places):
         filled = np.full(length, Role.PAD), np.full(length, EMPTY_STEP)
         filled[0][places], filled[1][places] = role, step
@@ -264,22 +267,25 @@ compiled(576, 72, "bfloat16", four)
 
 @pytest.mark.parametrize(
     ("tokens", "head_dims", "dtypes"),
-    [
-        ([], [], []),
-        pytest.param([576, 8192], [64, 72, 88, 128], ["float32", "bfloat16"], marks=pytest.mark.slow),
-    ],
+    [([], [], []), pytest.param([576, 8192], [64, 72, 88, 128], ["float32", "bfloat16"], marks=pytest.mark.slow)],
     ids=["four_devices", "all"],
 )
 def test_compiles_for_tpu(tokens, head_dims, dtypes):
     pytest.importorskip("libtpu")
     root = pathlib.Path(__file__).parents[2]
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": str(root),
     }
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, *map(repr, (tokens, head_dims, dtypes))],
-        env=env, capture_output=True, text=True, timeout=900,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("compiled") == len(tokens) * len(head_dims) * len(dtypes) + 1

@@ -9,12 +9,12 @@ import torch_format
 from flax import nnx
 from helpers import command
 
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.models import i3d
 from causalfusion_jax.models.inception import resize_bilinear
 from causalfusion_jax.models.inception_layers import Conv, ConvUnit, Pool
-from causalfusion_jax.released import names
-from causalfusion_jax.released.i3d import LAYOUTS, i3d_table, ignored_names, recognise
+from causalfusion_jax.prepare import names
+from causalfusion_jax.prepare.i3d import LAYOUTS, i3d_table, ignored_names, recognise
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,15 @@ def test_shapes_and_number_of_parameters():
 
     found = jax.eval_shape(outputs, shapes, jax.ShapeDtypeStruct((1, 16, 224, 224, 3), jnp.float32))
     for name, shape in {
-        "Conv3d_1a_7x7": (8, 112, 112, 64), "MaxPool3d_2a_3x3": (8, 56, 56, 64), "Conv3d_2c_3x3": (8, 56, 56, 192),
-        "MaxPool3d_3a_3x3": (8, 28, 28, 192), "Mixed_3c": (8, 28, 28, 480), "MaxPool3d_4a_3x3": (4, 14, 14, 480),
-        "Mixed_4f": (4, 14, 14, 832), "MaxPool3d_5a_2x2": (2, 7, 7, 832), "Mixed_5c": (2, 7, 7, 1024),
+        "Conv3d_1a_7x7": (8, 112, 112, 64),
+        "MaxPool3d_2a_3x3": (8, 56, 56, 64),
+        "Conv3d_2c_3x3": (8, 56, 56, 192),
+        "MaxPool3d_3a_3x3": (8, 28, 28, 192),
+        "Mixed_3c": (8, 28, 28, 480),
+        "MaxPool3d_4a_3x3": (4, 14, 14, 480),
+        "Mixed_4f": (4, 14, 14, 832),
+        "MaxPool3d_5a_2x2": (2, 7, 7, 832),
+        "Mixed_5c": (2, 7, 7, 1024),
     }.items():
         assert found[name].shape[1:] == shape, name
 
@@ -116,7 +122,7 @@ def plain_unit(weights, name, x, stride=1):
 
 def plain_i3d(weights, x):
     """The network as the paper draws it, on weights by their released names."""
-    unit = lambda name, x, stride=1: plain_unit(weights, name, x, stride)  # noqa: E731
+    unit = lambda name, x, stride=1: plain_unit(weights, name, x, stride)
     x = plain_pool(unit("Conv3d_1a_7x7", x, 2), (1, 3, 3), (1, 2, 2))
     x = plain_pool(unit("Conv3d_2c_3x3", unit("Conv3d_2b_1x1", x)), (1, 3, 3), (1, 2, 2))
     for name in i3d_weights.MIXED:
@@ -126,7 +132,9 @@ def plain_i3d(weights, x):
             x = plain_pool(x, (size,) * 3, (2, 2, 2))
         pooled = plain_pool(x, (3, 3, 3), (1, 1, 1))
         branches = [
-            unit(f"{m}.b0", x), unit(f"{m}.b1b", unit(f"{m}.b1a", x)), unit(f"{m}.b2b", unit(f"{m}.b2a", x)),
+            unit(f"{m}.b0", x),
+            unit(f"{m}.b1b", unit(f"{m}.b1a", x)),
+            unit(f"{m}.b2b", unit(f"{m}.b2a", x)),
             unit(f"{m}.b3b", pooled),
         ]
         x = np.concatenate(branches, axis=-1)
@@ -171,7 +179,8 @@ def test_what_is_no_video(videos, words):
 def test_every_layout_gives_the_same_network(weights, params):
     ones = {name: np.ones_like(array) if name.endswith("bn.weight") else array for name, array in weights.items()}
     for layout, released in {
-        "pytorch-i3d": weights, "kinetics_i3d_pytorch": i3d_weights.kinetics_i3d_pytorch(weights),
+        "pytorch-i3d": weights,
+        "kinetics_i3d_pytorch": i3d_weights.kinetics_i3d_pytorch(weights),
         "tensorflow": i3d_weights.tensorflow(ones),
     }.items():
         shapes = {name: array.shape for name, array in released.items()}
@@ -180,9 +189,7 @@ def test_every_layout_gives_the_same_network(weights, params):
         names.check_shapes(table, shapes, ignored_names(layout))
         assert names.unfilled(table, i3d.abstract_i3d()[1]) == []
         found = names.from_released(table, released, i3d.abstract_i3d()[1])
-        expected = params if layout != "tensorflow" else names.from_released(
-            i3d_table(), ones, i3d.abstract_i3d()[1]
-        )
+        expected = params if layout != "tensorflow" else names.from_released(i3d_table(), ones, i3d.abstract_i3d()[1])
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         back = names.to_released(table, found)
         assert set(back) == set(released) - set(ignored_names(layout))
@@ -218,7 +225,7 @@ def test_convert_reads_a_torchscript_file_and_writes_back(weights, tmp_path):
     ],
 )
 def test_other_checkpoints_are_refused(weights, change, words):
-    from causalfusion_jax.released.conversion import make_plan
+    from causalfusion_jax.prepare.conversion import make_plan
 
     changed = dict(weights)
     change(changed)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causalfusion_jax.factorization import EMPTY_STEP
-from causalfusion_jax.models.attention import Keys, attend, visibility_bias
+from causalfusion_jax.core.factorization import EMPTY_STEP
+from causalfusion_jax.models.attention.attention import Keys, attend, visibility_bias
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.layers import gelu, normalize
 from causalfusion_jax.models.patches import patchify, unpatchify

@@ -10,17 +10,12 @@ import pytest
 from flax import nnx
 from helpers import random_params
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.factorization import FactorizationConfig, draw_plan
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan
 from causalfusion_jax.models.flops import forward_flops, training_flops
 from causalfusion_jax.models.positions import sincos_table
 from causalfusion_jax.models.presets import ACDIT, PRESETS, preset
-from causalfusion_jax.models.transformer import (
-    TransformerConfig,
-    abstract_model,
-    count_params,
-    init_params,
-)
+from causalfusion_jax.models.transformer import TransformerConfig, abstract_model, count_params, init_params
 
 TINY = TransformerConfig(hidden=32, heads=2, layers=2, grid=(3, 3), token_dim=4, num_classes=5)
 ADALN = dataclasses.replace(TINY, **ACDIT)
@@ -50,9 +45,7 @@ def forward(config, params, args):
     ],
 )
 def test_published_parameter_counts(name, count, millions):
-    config = TransformerConfig(
-        **preset(name), grid=(16, 16), token_dim=16, num_classes=1000, num_condition_tokens=64
-    )
+    config = TransformerConfig(**preset(name), grid=(16, 16), token_dim=16, num_classes=1000, num_condition_tokens=64)
     assert count_params(config) == count
     assert round(count / 1e6, 1) == millions
 
@@ -119,8 +112,12 @@ def test_nothing_leaks(config):
 
 @pytest.mark.parametrize(
     "setting",
-    [dict(remat="dots"), dict(scan_unroll=2), dict(attention="flash"),
-     pytest.param(dict(remat="full"), marks=pytest.mark.slow)],
+    [
+        dict(remat="dots"),
+        dict(scan_unroll=2),
+        dict(attention="flash"),
+        pytest.param(dict(remat="full"), marks=pytest.mark.slow),
+    ],
     ids=lambda setting: str(*setting.values()),
 )
 def test_settings_that_change_nothing(setting):

@@ -11,15 +11,17 @@ from helpers import tiny_config
 from safetensors import safe_open
 from tiny_data import TINY_VAE
 
-from causalfusion_jax import convert, experiment, sharding
+from causalfusion_jax import convert
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.common import sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
 from causalfusion_jax.data.class_names import store_class_names
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.models.autoencoder import abstract_autoencoder
 from causalfusion_jax.models.presets import ACDIT, DIT
 from causalfusion_jax.models.store import open_converted, write_converted
-from causalfusion_jax.released.exported import Exported, from_metadata
+from causalfusion_jax.prepare.exported import Exported, from_metadata
 from causalfusion_jax.sampling.trained import from_converted, from_run
-from causalfusion_jax.training.checkpoint import Checkpoints
 from causalfusion_jax.training.state import abstract_state
 
 UNSAID = dict(patch_size=None, image_size=None, frames=None, block_size=None)
@@ -27,7 +29,8 @@ MOVING = dict(
     data=dict(source="moving_digits", image_size=16, frames=4),
     model=ACDIT | dict(hidden=32, heads=1, layers=2, patch_size=8),
     factorization=dict(order="raster", steps="block", block_size=4, weight="linear"),
-    diffusion=dict(target="v", t_shared_by="step"), sampling=dict(solver="dpmpp_2m", ar_steps=4, cfg_scale=1.5),
+    diffusion=dict(target="v", t_shared_by="step"),
+    sampling=dict(solver="dpmpp_2m", ar_steps=4, cfg_scale=1.5),
 )
 DIGITS = dict(diffusion=dict(target="v"), sampling=dict(ar_steps=4, clip_x_0=1.0))
 
@@ -39,7 +42,7 @@ def random_run(workdir, sections, names=()):
     store_class_names(workdir, names)
     wanted = abstract_state(config.step, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), wanted)
-    checkpoints = Checkpoints(str(workdir), config.checkpoint)
+    checkpoints = Checkpoints(str(workdir), config.checkpoint.keep, config.checkpoint.keep_every)
     checkpoints.save(7, state, 0)
     checkpoints.close()
     return from_run(str(workdir))
@@ -70,8 +73,12 @@ def test_a_run_comes_back_whole(tmp_path, sections, kind):
     convert.write_exported(str(tmp_path / "back"), tmp_path / "again.safetensors", None, None)
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
     refused = {
-        "kind": "acdit" if kind == "causalfusion" else "causalfusion", "weights": "model", "patch_size": 1,
-        "image_size": 4, "frames": 2, "block_size": 2,
+        "kind": "acdit" if kind == "causalfusion" else "causalfusion",
+        "weights": "model",
+        "patch_size": 1,
+        "image_size": 4,
+        "frames": 2,
+        "block_size": 2,
     }
     for name, value in refused.items():
         with pytest.raises(InputError, match=f"--{name}=.*leave it out"):

@@ -15,8 +15,8 @@ import torch_format
 from checkpoint_checks import error_of, error_of_reading, state
 from torch_format import Global, Pickler, Storage
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.released.tensors import open_checkpoint, write_safetensors
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.prepare.tensors import open_checkpoint, write_safetensors
 
 
 class Calls:
@@ -250,7 +250,7 @@ def file_of(kind, path):
 def test_truncated_files(tmp_path, kind, kept):
     file_of(kind, path := tmp_path / "c")
     content = path.read_bytes()
-    path.write_bytes(content[:min(int(kept * len(content)), len(content) - 1)])
+    path.write_bytes(content[: min(int(kept * len(content)), len(content) - 1)])
     assert error_of(path).value == str(path)
 
 
@@ -293,10 +293,13 @@ def test_torchscript_of_objects_without_end_is_refused(tmp_path):
     """Objects that hold themselves, and objects that hold one another twice, thirty times over."""
     for name, pickled in {
         "loop": b"\x80\x02c__torch__.a\nLoop\n)\x81q\x00}(X\x04\x00\x00\x00selfh\x00ub.",
-        "bomb": b"\x80\x02c__torch__.a\nA\n)\x81}bq\x00" + b"".join(
+        "bomb": b"\x80\x02c__torch__.a\nA\n)\x81}bq\x00"
+        + b"".join(
             b"c__torch__.a\nA\n)\x81}(X\x01\x00\x00\x00ah%bX\x01\x00\x00\x00bh%bubq%b"
-            % (bytes([i]), bytes([i]), bytes([i + 1])) for i in range(30)
-        ) + b".",
+            % (bytes([i]), bytes([i]), bytes([i + 1]))
+            for i in range(30)
+        )
+        + b".",
     }.items():
         torch_format.zip_file(tmp_path / f"{name}.pt", {"data.pkl": pickled})
         with pytest.raises(InputError, match="nested too deeply"):

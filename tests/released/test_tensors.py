@@ -15,8 +15,8 @@ import torch_format
 from checkpoint_checks import check_equal, error_of, error_of_reading, state
 from torch_format import Global, Parameter
 
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.released.tensors import open_checkpoint, sha256, write_safetensors
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.prepare.tensors import open_checkpoint, sha256, write_safetensors
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BOTH = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -48,8 +48,13 @@ def test_views_and_shared_storage(tmp_path, legacy):
     memory = np.arange(60, dtype=np.float32)
     grid = memory.reshape(5, 12)
     arrays = {
-        "all": memory, "transposed": grid.T, "columns": grid[1:4, 2:9:3], "one": grid[2, 3:4].reshape(()),
-        "last": memory[59:], "none": memory[60:], "repeated": np.broadcast_to(memory[7:8], (3, 4)),
+        "all": memory,
+        "transposed": grid.T,
+        "columns": grid[1:4, 2:9:3],
+        "one": grid[2, 3:4].reshape(()),
+        "last": memory[59:],
+        "none": memory[60:],
+        "repeated": np.broadcast_to(memory[7:8], (3, 4)),
     }
     torch_format.save(tmp_path / "c.pt", arrays, legacy=legacy)
     check_equal(open_checkpoint(tmp_path / "c.pt"), arrays)
@@ -231,17 +236,29 @@ def test_against_pytorch(tmp_path, legacy):
     path = tmp_path / "c.pt"
     base = torch.arange(60, dtype=torch.float32)
     tensors = {
-        "base": base, "view": base.view(5, 12)[1:4, 2:9:3], "transposed": base.view(5, 12).t(),
-        "parameter": torch.nn.Parameter(base[:7]), "scalar": torch.tensor(2), "empty": torch.empty(0, 3),
-        "expanded": base[3:4].expand(4), "bfloat16": base.bfloat16(), "bool": base > 4, "half": base.half(),
-        "complex": torch.complex(base, -base), "bytes": base.to(torch.uint8), "double": base.double(),
+        "base": base,
+        "view": base.view(5, 12)[1:4, 2:9:3],
+        "transposed": base.view(5, 12).t(),
+        "parameter": torch.nn.Parameter(base[:7]),
+        "scalar": torch.tensor(2),
+        "empty": torch.empty(0, 3),
+        "expanded": base[3:4].expand(4),
+        "bfloat16": base.bfloat16(),
+        "bool": base > 4,
+        "half": base.half(),
+        "complex": torch.complex(base, -base),
+        "bytes": base.to(torch.uint8),
+        "double": base.double(),
     }
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(2, 3)).sum().backward()
     optimizer.step()
     checkpoint = dict(
-        model=module.state_dict(), ema=tensors, opt=optimizer.state_dict(), epoch=2,
+        model=module.state_dict(),
+        ema=tensors,
+        opt=optimizer.state_dict(),
+        epoch=2,
         args=argparse.Namespace(lr=1e-3, size=torch.Size([2, 3]), dtype=torch.bfloat16, names={"a"}),
     )
     torch.save(checkpoint, path, _use_new_zipfile_serialization=not legacy)

@@ -10,15 +10,16 @@ import pytest
 from flax import nnx
 from helpers import random_params
 
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core.diffusion import DiffusionConfig
+from causalfusion_jax.core.factorization import FactorizationConfig
+from causalfusion_jax.core.layouts import NO_TOKEN, Layout, pair_layout
 from causalfusion_jax.data.tokenizers import BEGIN, END
-from causalfusion_jax.diffusion import DiffusionConfig
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.factorization import FactorizationConfig
-from causalfusion_jax.layouts import NO_TOKEN, Layout, pair_layout
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 from causalfusion_jax.sampling.captioning import CaptionConfig, caption_tokens, filtered, score_tokens
-from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens
+from causalfusion_jax.sampling.sampler import image_keys, sample_tokens
 
 T, VOCAB = 9, 7
 MODEL = TransformerConfig(
@@ -48,9 +49,7 @@ def whole_sequence(config):
         batch, length = text.shape[0], config.num_tokens
         layout = jnp.full(batch, Layout.TEXT if images is None else Layout.IMAGE_TO_TEXT)
         ids = jnp.tile(jnp.arange(length), (batch, 1))
-        role, step = pair_layout(
-            layout, config.num_condition_tokens, text != NO_TOKEN, jnp.zeros_like(ids), length
-        )
+        role, step = pair_layout(layout, config.num_condition_tokens, text != NO_TOKEN, jnp.zeros_like(ids), length)
         images = jnp.zeros((batch, length, config.token_dim)) if images is None else images
         _, hidden = model.sequence(
             jnp.full(batch, 5), text, images, images, jnp.zeros((batch, 1)), ids, ids, role, step

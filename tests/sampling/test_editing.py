@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from helpers import random_params, tiny_config
 
-from causalfusion_jax import experiment
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.sampling.editing import (
@@ -22,7 +23,7 @@ from causalfusion_jax.sampling.editing import (
     rectangle_mask,
     tokens_of_mask,
 )
-from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens
+from causalfusion_jax.sampling.sampler import image_keys, sample_tokens
 
 SQUARE_BLOCKS = dict(
     model=ACDIT, factorization=dict(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none"),
@@ -201,9 +202,7 @@ def test_continuing_is_what_generating_whole_does():
     sampler = dataclasses.replace(sampler, ar_steps=2)
 
     def again(known_step):
-        return sample_tokens(
-            *run, sampler, params, keys, labels, known.order, known.tokens, known_step, x_T=x_T[:, 8:]
-        )
+        return sample_tokens(*run, sampler, params, keys, labels, known.order, known.tokens, known_step, x_T=x_T[:, 8:])
 
     np.testing.assert_allclose(again(known.step), whole, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(again(None)) - whole).max() > 1e-3

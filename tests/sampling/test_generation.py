@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from helpers import random_params, tiny_config
 
-from causalfusion_jax import experiment, sharding
+from causalfusion_jax.common import sharding
+from causalfusion_jax.config import experiment
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling import generation
 from causalfusion_jax.sampling.generation import (
@@ -38,6 +39,7 @@ class Lowered(Exception):
 @pytest.mark.parametrize("mesh", [sharding.MeshConfig("fsdp"), sharding.MeshConfig(data=1, tensor=2)], ids=str)
 def test_grid_of_a_split_state_compiles_with_the_kernel_on_a_tpu(mesh, monkeypatch):
     """XLA cannot partition a Mosaic kernel, so no device may be given a part of the parameters."""
+
     def for_tpu(program):
         def lower(*args, **kwargs):
             raise Lowered(program.trace(*args, **kwargs).lower(lowering_platforms=("tpu",)).as_text())
@@ -71,9 +73,11 @@ def test_devices_that_cannot_share_a_program_generate_a_part_of_each_batch(monke
     params = jax.device_get(random_params(CONFIG.transformer))
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
     shared = generate_images(CONFIG, CONFIG.sampling, params, LABELS, seed=3, batch_size=3)
-    monkeypatch.setattr(sharding, "own_meshes", lambda devices: [
-        sharding.make_mesh(sharding.MeshConfig(), [device]) for device in devices
-    ])
+    monkeypatch.setattr(
+        sharding,
+        "own_meshes",
+        lambda devices: [sharding.make_mesh(sharding.MeshConfig(), [device]) for device in devices],
+    )
     assert len(generation.for_sampling(params)) == 2
     alone = generate_images(CONFIG, CONFIG.sampling, params, LABELS, seed=3, batch_size=3)
     assert alone.shape == shared.shape and np.abs(alone.astype(int) - shared).max() <= 1

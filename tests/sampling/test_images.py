@@ -3,15 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from causalfusion_jax.sampling.images import (
-    balanced_labels,
-    edit_strip,
-    frames_in_rows,
-    make_grid,
-    save_gif,
-    save_png,
-    to_uint8,
-)
+from causalfusion_jax.common.pictures import edit_strip, frames_in_rows, make_grid, save_gif, save_png, to_uint8
+from causalfusion_jax.sampling.images import balanced_labels
 
 
 def test_rounding_is_adms():

@@ -2,9 +2,9 @@
 
 import pytest
 
-from causalfusion_jax import experiment
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
 from causalfusion_jax.data.pipeline import DataConfig, class_names
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.sampling.labels import parse_labels
 from causalfusion_jax.sampling.trained import Trained
 
@@ -58,9 +58,7 @@ def test_a_folder_with_another_number_of_classes_names_none(tmp_path):
 
 
 def test_kept_names_need_no_data(tmp_path):
-    config = experiment.from_dict(
-        dict(data=dict(source="image_folder", path=str(tmp_path / "moved"), num_classes=2))
-    )
+    config = experiment.from_dict(dict(data=dict(source="image_folder", path=str(tmp_path / "moved"), num_classes=2)))
     trained = Trained(config, {}, dict, "", ("a", "b"))
     assert parse_labels("b,a", 2, trained.read_class_names).tolist() == [1, 0]
     unnamed = trained._replace(class_names=())

@@ -5,9 +5,9 @@ import pytest
 from helpers import tiny_config
 from PIL import Image
 
-from causalfusion_jax import experiment
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
 from causalfusion_jax.data.caption_folder import load_image
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.sampling import reading
 
 

@@ -11,13 +11,14 @@ from helpers import command, random_params, tiny_config
 from PIL import Image
 from tiny_data import write_clip
 
-from causalfusion_jax import experiment
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.models.patches import patchify, unpatchify
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.sampling.generation import generate_images
 from causalfusion_jax.sampling.rolling import RollingConfig, generate_videos, least_stride, make_windows
-from causalfusion_jax.sampling.sampler import SamplerConfig, image_keys, sample_tokens
+from causalfusion_jax.sampling.sampler import image_keys, sample_tokens
 
 SAMPLER = SamplerConfig(ar_steps=4, solver="ddim", solver_steps=3, cfg_scale=1.5)
 LABELS = np.array([3, 1], np.int32)
@@ -65,8 +66,16 @@ def test_every_window_is_the_sampler_on_the_frames_before(positions):
     order = np.tile(np.arange(32), (2, 1))
     known = np.asarray(patchify(long[:, 4:10], 2))
     tokens = sample_tokens(
-        config.transformer, config.diffusion, config.factorization, dataclasses.replace(SAMPLER, ar_steps=1),
-        params(config), keys, LABELS, order, known, np.repeat([0, 1, 2], 8),
+        config.transformer,
+        config.diffusion,
+        config.factorization,
+        dataclasses.replace(SAMPLER, ar_steps=1),
+        params(config),
+        keys,
+        LABELS,
+        order,
+        known,
+        np.repeat([0, 1, 2], 8),
     )
     np.testing.assert_allclose(long[:, 10:12], unpatchify(tokens, (8, 2, 2), 2)[:, 6:], atol=1e-5)
 

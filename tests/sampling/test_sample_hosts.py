@@ -40,10 +40,20 @@ def contents(out):
 def start(workdir, out, *args):
     return subprocess.Popen(
         [
-            sys.executable, "-m", "host_reads", "causalfusion_jax.sample", f"--workdir={workdir}", f"--out={out}",
-            *ARGS, *args,
+            sys.executable,
+            "-m",
+            "host_reads",
+            "causalfusion_jax.sample",
+            f"--workdir={workdir}",
+            f"--out={out}",
+            *ARGS,
+            *args,
         ],
-        cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=command_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

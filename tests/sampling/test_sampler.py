@@ -10,14 +10,15 @@ import pytest
 from flax import nnx
 from helpers import random_params
 
-from causalfusion_jax.diffusion import DiffusionConfig, to_x_0_and_eps
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.factorization import CONDITION_STEP, FactorizationConfig, Role
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core.diffusion import DiffusionConfig, to_x_0_and_eps
+from causalfusion_jax.core.factorization import CONDITION_STEP, FactorizationConfig, Role
+from causalfusion_jax.core.solvers import solver_table
 from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
-from causalfusion_jax.sampling.sampler import SamplerConfig, guidance_scales, image_keys, sample_tokens, sampling_flops
-from causalfusion_jax.sampling.solvers import solver_table
+from causalfusion_jax.sampling.sampler import guidance_scales, image_keys, sample_tokens, sampling_flops
 
 MODEL = TransformerConfig(hidden=32, heads=2, layers=2, grid=(4, 4), token_dim=4, num_classes=5)
 ADALN = dataclasses.replace(MODEL, **ACDIT)
@@ -46,9 +47,7 @@ def network(config):
         parts += [model.embed_tokens(noisy, ids[:, known:], t)]
         ids = jnp.concatenate([jnp.full((len(ids), c), -1), ids], axis=1)
         condition = model.noise_condition(labels, t)
-        h, _ = model.trunk(
-            jnp.concatenate(parts, axis=1), role, step, ids, condition=condition, num_clean=c + known
-        )
+        h, _ = model.trunk(jnp.concatenate(parts, axis=1), role, step, ids, condition=condition, num_clean=c + known)
         return model.head(h[:, -noisy.shape[1] :], condition)
 
     return run
@@ -74,6 +73,7 @@ def uncached(config, sampler, diffusion, order, noise, known=None):
         x = begin = noise(index, -1)[:, :size]
         previous = np.zeros_like(x)
         for row in range(len(table.t)):
+
             def predict(labels, x=x, row=row, ids=ids, role=role, step=step, clean=clean):
                 return network(config)(labels, clean, x, ids, jnp.full((batch, 1), table.t[row]), role, step)
 
@@ -88,7 +88,9 @@ def uncached(config, sampler, diffusion, order, noise, known=None):
                 x_0 = np.clip(x_0, -sampler.clip_x_0, sampler.clip_x_0)
             begin = x if table.begins[row] else begin
             x = (
-                table.c_x[row] * x + table.c_begin[row] * begin + table.c_x_0[row] * x_0
+                table.c_x[row] * x
+                + table.c_begin[row] * begin
+                + table.c_x_0[row] * x_0
                 + table.c_previous[row] * previous
                 + sampler.temperature * table.c_noise[row] * noise(index, row)[:, :size]
             )
@@ -194,7 +196,7 @@ def test_known_tokens_are_context_and_stay():
     ["block_raster", *(pytest.param(o, marks=pytest.mark.slow) for o in ("raster", "dilated", "square_blocks"))],
 )
 def test_every_order(order):
-    from causalfusion_jax.factorization import token_order
+    from causalfusion_jax.core.factorization import token_order
 
     block = {"raster": 0, "square_blocks": 4}.get(order, 2)
     places = token_order(FactorizationConfig(order=order, order_block=block), (4, 4))

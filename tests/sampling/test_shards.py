@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from causalfusion_jax import files
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.sampling.shards import SampleFolder
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
@@ -14,7 +14,7 @@ REQUEST = {"labels": [0, 1, 2, 0, 1, 2, 0], "seed": 3}
 
 def sample(folder, indices):
     for index in indices:
-        folder.write(index, IMAGES[3 * index:3 * index + 3])
+        folder.write(index, IMAGES[3 * index : 3 * index + 3])
 
 
 def test_parts_of_any_order_become_one_file(tmp_path):
@@ -31,7 +31,9 @@ def test_parts_of_any_order_become_one_file(tmp_path):
     sample(other, [0])
     other.join(columns=3)
     assert other.is_done and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "grid.png", "request.json", "samples.npz"
+        "grid.png",
+        "request.json",
+        "samples.npz",
     ]
     assert (tmp_path / "out" / "samples.npz").read_bytes() == (tmp_path / "expected.npz").read_bytes()
     assert Image.open(tmp_path / "out" / "grid.png").size == (3 * 36, 3 * 36)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causalfusion_jax.diffusion import DiffusionConfig, alpha_sigma
-from causalfusion_jax.sampling.solvers import SolverConfig, solver_table
+from causalfusion_jax.core.diffusion import DiffusionConfig, alpha_sigma
+from causalfusion_jax.core.solvers import SolverConfig, solver_table
 
 LINEAR = DiffusionConfig()
 FLOW = DiffusionConfig(schedule="flow", target="velocity")
@@ -22,10 +22,7 @@ def solve(table, x, variance):
         alpha, sigma = np.float64(table.alpha[row]), np.float64(table.sigma[row])
         x_0 = alpha * variance / (alpha**2 * variance + sigma**2) * x
         begin = x if table.begins[row] else begin
-        x = (
-            table.c_x[row] * x + table.c_begin[row] * begin + table.c_x_0[row] * x_0
-            + table.c_previous[row] * previous
-        )
+        x = table.c_x[row] * x + table.c_begin[row] * begin + table.c_x_0[row] * x_0 + table.c_previous[row] * previous
         previous = x_0
     return x
 

@@ -12,11 +12,13 @@ import pytest
 from helpers import tiny_config
 from jax.experimental.layout import Format, Layout
 
-from causalfusion_jax import experiment, files, sharding
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.training import checkpoint
-from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
-from causalfusion_jax.training.manifests import Manifests, manifest_path, writer
+from causalfusion_jax.checkpoints import checkpoint
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.checkpoints.manifests import Manifests, manifest_path, writer
+from causalfusion_jax.common import files, sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.training.state import abstract_state, create_state
 
 CONFIG = experiment.from_dict(tiny_config())
@@ -25,7 +27,7 @@ SMALL = {"x": np.arange(1000, dtype=np.float32)}
 
 
 def saved(workdir, steps=(4, 8, 12), state=SMALL, **config):
-    checkpoints = Checkpoints(workdir, CheckpointConfig(**config))
+    checkpoints = Checkpoints(workdir, **config)
     for step in steps:
         checkpoints.save(step, state, position=10 * step)
     checkpoints.wait()
@@ -33,7 +35,7 @@ def saved(workdir, steps=(4, 8, 12), state=SMALL, **config):
 
 
 def reopened(workdir, **config):
-    return Checkpoints(workdir, CheckpointConfig(**config))
+    return Checkpoints(workdir, **config)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_round_trip(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored._replace(step=state.step), state)
     kernel = restored.params["blocks"]["mlp_in"]["kernel"]
     assert kernel.sharding == state.params["blocks"]["mlp_in"]["kernel"].sharding
-    ema = checkpoints.restore_params(8, CONFIG.step, "ema")
+    ema = checkpoints.restore_params(8, abstract_model(CONFIG.transformer)[1], "ema")
     jax.tree.map(np.testing.assert_array_equal, ema, state.ema)
 
 
@@ -115,7 +117,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_falls_back_and_is_set_aside(copied, damage, capsys):
     DAMAGES[damage](copied, 12)
-    looking = Checkpoints(copied, CheckpointConfig(), read_only=True)
+    looking = Checkpoints(copied, read_only=True)
     assert looking.good_step() == 8
     assert "warning: checkpoint 12 is damaged (" in (printed := capsys.readouterr().err)
     assert "using checkpoint 8" in printed
@@ -147,7 +149,7 @@ def test_checkpoints_without_the_folder_of_manifests_are_refused(copied):
     shutil.rmtree(copied / "manifests")
     for read_only in (True, False):
         with pytest.raises(InputError, match="its manifests/ is missing"):
-            Checkpoints(copied, CheckpointConfig(), read_only)
+            Checkpoints(copied, read_only=read_only)
 
 
 # --- Interruptions ----------------------------------------------------------------
@@ -212,7 +214,7 @@ def test_the_first_step_interrupted_starts_from_the_beginning(tmp_path, monkeypa
 def test_unfinished_folders_are_removed_on_a_restart(copied):
     unfinished = copied / "checkpoints" / "16.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    Checkpoints(copied, CheckpointConfig(), read_only=True)
+    Checkpoints(copied, read_only=True)
     assert unfinished.is_dir()
     assert reopened(copied).good_step() == 12 and not unfinished.exists()
 
@@ -272,7 +274,7 @@ def test_each_process_lists_what_it_wrote_and_any_number_verifies_all(tmp_path, 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     (tmp_path / "manifests").mkdir()
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), read_only=True)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
     read = []
     describe_file = files.describe_file
     monkeypatch.setattr(files, "describe_file", lambda path: read.append(path) or describe_file(path))

@@ -8,28 +8,32 @@ import jax
 import numpy as np
 import pytest
 from compiled_programs import compiled_modules, content, listed_modules
-from helpers import random_params, tiny_config
+from helpers import random_params, tiny_config, train_run
 from host_reads import no_implicit_reads
 
-from causalfusion_jax import experiment, hardware, sharding
-from causalfusion_jax.compile_ahead.program import Spec
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.common import hardware, sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.pictures import to_uint8
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.slices import Spec
 from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.data.scores import HIGHER_IS_BETTER, SCORES, is_better, pixel_metrics
 from causalfusion_jax.data.sources import digits
 from causalfusion_jax.data.tokenizers import END, make_tokenizer
-from causalfusion_jax.errors import InputError
 from causalfusion_jax.evaluation import periodic
 from causalfusion_jax.evaluation.scores import score
-from causalfusion_jax.evaluation.settings import HIGHER_IS_BETTER, SCORES, is_better, pixel_metrics
 from causalfusion_jax.sampling.generation import generate_images, replicate
-from causalfusion_jax.sampling.images import balanced_labels, to_uint8
+from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import from_run
-from causalfusion_jax.training import loop
-from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 
 TINY = dict(
-    evaluation=dict(eval_every=4, num_images=18, sample_batch_size=8), checkpoint=dict(every=4, keep=1),
-    logging=dict(every=50), sampling=dict(solver_steps=2), mesh=dict(data=2),
+    evaluation=dict(eval_every=4, num_images=18, sample_batch_size=8),
+    checkpoint=dict(every=4, keep=1),
+    logging=dict(every=50),
+    sampling=dict(solver_steps=2),
+    mesh=dict(data=2),
 )
 CONFIG = experiment.from_dict(tiny_config(**TINY))
 
@@ -39,7 +43,8 @@ def two_devices(monkeypatch):
     """Only two devices to share a batch, which is enough and compiles faster."""
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(
-        sharding, "make_mesh",
+        sharding,
+        "make_mesh",
         lambda config, devices=None: make_mesh(config, jax.devices()[:2] if devices is None else devices),
     )
 
@@ -53,12 +58,12 @@ def train(workdir, monkeypatch, steps, values):
     monkeypatch.setattr(periodic.scores, "score", lambda *args: {"accuracy": 0.5, "fd": left.pop(0)})
     changed = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=steps))
     with no_implicit_reads():
-        loop.train(changed, str(workdir))
+        train_run(changed, str(workdir))
     return left
 
 
 def kept(workdir):
-    checkpoints = Checkpoints(workdir, CheckpointConfig(), read_only=True)
+    checkpoints = Checkpoints(workdir, read_only=True)
     return checkpoints.steps(), checkpoints.best()
 
 
@@ -97,12 +102,12 @@ def save(checkpoints, step, value=None, of=dict(metric="fd")):
 
 
 def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    checkpoints = Checkpoints(tmp_path, keep=2)
     for step, value in {1: 5.0, 2: 6.0, 3: 7.0, 4: 2.0, 5: 3.0}.items():
         save(checkpoints, step, value)
     checkpoints.close()
     assert checkpoints.steps() == [5, 4]
-    again = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    again = Checkpoints(tmp_path, keep=2)
     assert again.best(5)["step"] == 4
     save(again, 6)
     save(again, 7, -1.0)
@@ -110,7 +115,7 @@ def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
     # The best one up to 6 is 4.
     assert again.steps() == [7, 6, 4] and again.best(6)["step"] == 4 and again.best()["step"] == 7
     shutil.rmtree(tmp_path / "checkpoints" / "7")
-    again = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    again = Checkpoints(tmp_path, keep=2)
     again.go_back(6)
     assert again.best()["step"] == 4 and not again.is_evaluated(7, dict(metric="fd"))
     # What is best starts anew where values cannot be compared.
@@ -121,7 +126,7 @@ def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
 
 @pytest.mark.parametrize("metric", ["fd", "accuracy"])
 def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, metric):
-    checkpoints, of = Checkpoints(tmp_path, CheckpointConfig()), dict(metric=metric)
+    checkpoints, of = Checkpoints(tmp_path), dict(metric=metric)
     assert not checkpoints.is_best(1, np.nan, of)
     checkpoints.record_evaluation(1, np.nan, of)
     for step, value in {2: 0.5, 3: np.nan}.items():
@@ -134,15 +139,15 @@ def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, metric):
 
 def test_the_best_of_an_older_version_is_found_and_kept(tmp_path):
     """It was saved inside of the checkpoint."""
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (4, 8):
         save(checkpoints, step, 1.0 * step)
     checkpoints.close()
     (tmp_path / "evaluations.json").unlink()
     data = tmp_path / "checkpoints" / "8" / "data" / "metadata"
     data.write_text(json.dumps({"position": 0, "best": {"step": 4, "value": 4.0, "of": dict(metric="fd")}}))
-    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).best(8)["step"] == 4
-    again = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    assert Checkpoints(tmp_path, read_only=True).best(8)["step"] == 4
+    again = Checkpoints(tmp_path, keep=1)
     again.go_back(8)
     save(again, 12, 5.0)
     again.close()
@@ -163,8 +168,10 @@ def test_evaluator_scores_what_is_sampled(two_devices):
 
 
 PAIRS = tiny_config(
-    data=dict(source="digit_pairs", image_width=16, num_classes=100), text=dict(tokenizer="bytes", max_tokens=13),
-    model=dict(class_dropout=1.0), evaluation=dict(eval_every=1, num_images=40, metric="accuracy"),
+    data=dict(source="digit_pairs", image_width=16, num_classes=100),
+    text=dict(tokenizer="bytes", max_tokens=13),
+    model=dict(class_dropout=1.0),
+    evaluation=dict(eval_every=1, num_images=40, metric="accuracy"),
 )
 
 

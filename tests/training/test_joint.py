@@ -10,12 +10,14 @@ import pytest
 from flax import nnx
 from helpers import make_batch, random_params, tiny_config
 
-from causalfusion_jax import experiment, sharding
+from causalfusion_jax.common import sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.training import JointConfig
+from causalfusion_jax.core.layouts import LAYOUTS, NO_TOKEN, Layout
 from causalfusion_jax.data.tokenizers import BEGIN, END
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.layouts import LAYOUTS, NO_TOKEN, Layout
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.training.joint import JointConfig, blank_words, draw_layouts, noise_to_read
+from causalfusion_jax.training.joint import blank_words, draw_layouts, noise_to_read
 from causalfusion_jax.training.objective import draw, example_keys, training_loss
 from causalfusion_jax.training.state import create_state, train_step
 
@@ -162,7 +164,7 @@ def test_noise_on_images_that_are_read():
     same, t = noise_to_read(JointConfig(), CONFIG.diffusion, x_0, keys)
     assert (np.asarray(same) == 1).all() and not np.asarray(t).any()
     x_t, t = noise_to_read(JointConfig(read_noise=0.5), CONFIG.diffusion, x_0, keys)
-    assert 0 <= int(t.min()) and 400 < int(t.max()) < 500
+    assert int(t.min()) >= 0 and 400 < int(t.max()) < 500
     assert np.corrcoef(np.asarray(t)[:, 0], np.asarray(x_t).std(axis=(1, 2)))[0, 1] > 0.9
 
 

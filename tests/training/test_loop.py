@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 
-from causalfusion_jax import cli, experiment, files, sharding
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.lock import FolderLock
-from causalfusion_jax.training import loop
-from causalfusion_jax.training import metrics as metrics_lib
-from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.cli import command as cli
+from causalfusion_jax.common import files, sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.common.lock import FolderLock
+from causalfusion_jax.config import experiment
+from causalfusion_jax.training import loop, metric_log as metrics_lib
 from causalfusion_jax.training.state import abstract_state, compile_train_step
 from causalfusion_jax.training.stopping import Stopped
 
@@ -29,7 +30,16 @@ CONFIG = experiment.from_dict(tiny_config(
     evaluation=dict(eval_every=4), model=dict(hidden=8, layers=1),
 ))  # fmt: skip
 EVERYTHING = [
-    "grid 2", "save 3", "save 4", "evaluation 4", "grid 4", "save 6", "grid 6", "save 8", "evaluation 8", "grid 8"
+    "grid 2",
+    "save 3",
+    "save 4",
+    "evaluation 4",
+    "grid 4",
+    "save 6",
+    "grid 6",
+    "save 8",
+    "evaluation 8",
+    "grid 8",
 ]
 
 
@@ -52,8 +62,6 @@ class Course:
         monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
         monkeypatch.setattr(metrics_lib, "peak_flops", lambda device: 1.0)
         monkeypatch.setattr(loop, "compile_train_step", lambda step, mesh, shapes, key: compiled(step, mesh))
-        monkeypatch.setattr(loop, "Evaluator", lambda config, mesh, source: self)
-        monkeypatch.setattr(loop, "generate_images", self.generate)
         course, save = self, Checkpoints.save
 
         def noted(self, step, *args):
@@ -85,13 +93,16 @@ class Course:
         # Later ones are worse.
         return {"fd": float(jnp.sum(jnp.abs(ema["token_in"]["kernel"])))}
 
-    def generate(self, config, sampler, params, labels, seed, progress, text):
-        for done in range(3):
-            progress(done)
-        return np.full((len(labels), 8, 8, 1), int(1000 * float(jnp.sum(params["positions"]))) % 256, np.uint8)
+    @staticmethod
+    def preview(ema, between_batches):
+        for _ in range(3):
+            between_batches()
+        return np.full((16, 16, 1), int(1000 * float(jnp.sum(ema["positions"]))) % 256, np.uint8)
 
     def train(self, workdir, config=CONFIG):
-        return loop.train(config, str(workdir))
+        return loop.train(
+            config, str(workdir), make_evaluator=lambda *args: self, make_preview=lambda *args: self.preview
+        )
 
 
 @pytest.fixture
@@ -108,9 +119,9 @@ def outcome(workdir):
         measured = {n: v for n, v in measured.items() if n not in ("model_flops_utilization", "data_wait_fraction")}
         merged.setdefault(record["step"], {}).update(measured)
     grids = {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
-    checkpoints = Checkpoints(workdir, CheckpointConfig(), read_only=True)
+    checkpoints = Checkpoints(workdir, read_only=True)
     mesh = sharding.make_mesh(CONFIG.mesh)
-    reading = Checkpoints(workdir, CheckpointConfig(keep=100))
+    reading = Checkpoints(workdir, keep=100)
     state = reading.restore(checkpoints.good_step(), abstract_state(CONFIG.step, mesh))[0]
     values = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     return merged, grids, checkpoints.steps(), checkpoints.best(), values
@@ -164,6 +175,7 @@ def test_a_signal_is_honoured_at_once_and_the_resumed_run_ends_as_if_nothing_had
 
 def test_a_state_that_diverged_is_not_saved(course, tmp_path, monkeypatch):
     """Resumed from it, the run would end again at once, whatever the learning rate."""
+
     def diverging(step, mesh, shapes, key):
         def run(state, batch, key):
             state, metrics = compiled(step, mesh)(state, batch, key)
@@ -175,7 +187,7 @@ def test_a_state_that_diverged_is_not_saved(course, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "compile_train_step", diverging)
     with pytest.raises(loop.TrainingDiverged, match="at step 4: 99 steps in a row"):
         course.train(tmp_path)
-    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).good_step() == 3
+    assert Checkpoints(tmp_path, read_only=True).good_step() == 3
     monkeypatch.setattr(loop, "compile_train_step", lambda step, mesh, shapes, key: compiled(step, mesh))
     course.train(tmp_path, dataclasses.replace(
         CONFIG, train=dataclasses.replace(CONFIG.train, max_nonfinite_steps=30),
@@ -191,9 +203,8 @@ def test_a_stopped_command_exits_with_75(capsys):
 
 
 def test_a_second_training_in_a_workdir_is_refused(course, tmp_path):
-    with FolderLock(tmp_path, "workdir"):
-        with pytest.raises(InputError, match="is in use by process"):
-            course.train(tmp_path)
+    with FolderLock(tmp_path, "workdir"), pytest.raises(InputError, match="is in use by process"):
+        course.train(tmp_path)
     assert not (tmp_path / "config.json").exists()
 
 
@@ -235,7 +246,7 @@ def test_the_metrics_file_is_valid_json_whatever_happens(tmp_path, capsys):
     log.write(2, {"loss": None, "nonfinite_steps": 1.0, "grad_norm": np.inf, **speed})
     log.write_scores(2, {"fd": float("nan")}, False)
     log.close()
-    invalid = lambda name: pytest.fail(name)  # noqa: E731
+    invalid = lambda name: pytest.fail(name)
     lines = [json.loads(line, parse_constant=invalid) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert lines[1]["loss"] is None and lines[1]["grad_norm"] is None and lines[2]["evaluation/fd"] is None

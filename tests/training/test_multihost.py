@@ -13,11 +13,11 @@ import pytest
 from helpers import all_done, command, random_params, start_processes
 from tiny_data import write_vae
 
-from causalfusion_jax.cli import INTERRUPTED
-from causalfusion_jax.distributed import initialize
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.checkpoints.checkpoint import Checkpoints
+from causalfusion_jax.cli.command import INTERRUPTED
+from causalfusion_jax.common.distributed import initialize
+from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.sampling.trained import make_autoencoder
-from causalfusion_jax.training.checkpoint import CheckpointConfig, Checkpoints
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=24",
@@ -81,7 +81,7 @@ def test_signal_to_one_of_two_hosts_saves_both_and_one_resumes(tmp_path):
     assert list((tmp_path / "pair" / "samples").iterdir())
     scores = series(tmp_path / "pair", "evaluation/fd")
     assert 4 in scores and "evaluated step 4" in "".join(begun) and "evaluated" not in printed[1][0]
-    best = Checkpoints(tmp_path / "pair", CheckpointConfig(), read_only=True).best()
+    best = Checkpoints(tmp_path / "pair", read_only=True).best()
     assert best["step"] in scores and best["value"] == min(scores.values())
     for workdir in ("pair", "alone"):
         done = command("train", *SMALL, f"--workdir={tmp_path / workdir}")

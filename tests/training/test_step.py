@@ -10,13 +10,15 @@ import optax
 import pytest
 from helpers import make_batch, random_params, tiny_config
 
-from causalfusion_jax import experiment, sharding
-from causalfusion_jax.diffusion import DiffusionConfig
-from causalfusion_jax.errors import InputError
-from causalfusion_jax.factorization import FactorizationConfig, draw_plan, num_visible_clean_of_batch
+from causalfusion_jax.common import sharding
+from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.config import experiment
+from causalfusion_jax.config.training import OptimizerConfig
+from causalfusion_jax.core.diffusion import DiffusionConfig
+from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan, num_visible_clean_of_batch
 from causalfusion_jax.training import state as state_lib
 from causalfusion_jax.training.objective import diffusion_loss, example_keys
-from causalfusion_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from causalfusion_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from causalfusion_jax.training.state import TrainState, compile_train_step, create_state, init_state, train_step
 from causalfusion_jax.training.trimming import LengthOfStep, expected_flops, with_length
 
@@ -133,9 +135,7 @@ def test_binned_errors_add_up():
     ids=["cosine v by step", "flow", "x_0 by token", "blocks", "diffusion"],
 )
 def test_other_factorizations_learn(changes):
-    config = dataclasses.replace(
-        CONFIG, optimizer=OptimizerConfig(learning_rate=3e-3), **changes
-    )
+    config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(learning_rate=3e-3), **changes)
     state, batch = create_state(config.step, MESH, jax.random.key(0)), make_batch(config, MESH)[0]
     found = []
     for _ in range(25):
@@ -190,9 +190,7 @@ def test_average_is_a_copy():
     ],
 )
 def test_learning_rates_by_hand(schedule, expected):
-    config = OptimizerConfig(
-        learning_rate=2.0, schedule=schedule, warmup_steps=10, decay_fraction=0.2, final_ratio=0.2
-    )
+    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=10, decay_fraction=0.2, final_ratio=0.2)
     rate = learning_rate_schedule(config, 100)
     for step, part in expected.items():
         np.testing.assert_allclose(rate(step), 2.0 * part, rtol=2e-3, err_msg=str(step))

@@ -1,0 +1,1 @@
+"""Checkpoints of a run, their manifests and the record of evaluations."""

@@ -1,0 +1,1 @@
+"""What the commands share: flags, exit status, errors in one line."""

@@ -1,0 +1,418 @@
+"""The sequence axis: who is generated when, and who sees whom.
+
+A sequence is tokens with two small integers each, a *role* and an *AR step*, and
+one rule (`attends`) decides who sees whom. CausalFusion's generalized causal mask,
+ACDiT's skip-causal mask, plain diffusion, token-by-token autoregression, a causal
+language model and Transfusion are all that rule; they differ only in how `order`,
+`step` and `weight` are filled in (CausalFusion section 3, ACDiT section 3.2).
+
+`L` is the number of image tokens. A *place* is a position in the generated
+sequence; `order[place]` is the token of the grid that stands there.
+"""
+
+import dataclasses
+import enum
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causalfusion_jax.common.errors import InputError, require, require_number, require_one_of
+
+CONDITION_STEP = -1
+"""AR step of every condition token: before all others."""
+
+EMPTY_STEP = np.iinfo(np.int32).max
+"""AR step of a slot that holds nothing (yet): after all others, so nobody sees it."""
+
+ORDERS = ("raster", "block_raster", "dilated", "random", "square_blocks")
+STEPS = ("decay", "uniform", "fixed", "block")
+STEPS_SHARED_BY = ("image", "batch")
+WEIGHTS = ("linear", "cosine", "none")
+
+
+class Role(enum.IntEnum):
+    """What a token is to the others."""
+
+    CONDITION = 0
+    CLEAN = 1
+    NOISY = 2
+    PAD = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorizationConfig:
+    """How images are factorized over the sequence axis.
+
+    Attributes:
+      order: token order: raster, block_raster, dilated, random, square_blocks.
+      order_block: side of a block (block_raster), stride (dilated), or tokens in a
+        block (square_blocks). Has no meaning for raster and random: leave it 0.
+      steps: how the L places are cut into AR steps. `decay`: P(S=i) ∝ gamma^(i-1),
+        then S-1 cut points uniformly among the L-1 (CausalFusion section 3.3);
+        `uniform`: the same with gamma = 1; `fixed`: `num_steps` equal steps;
+        `block`: steps of `block_size` tokens (ACDiT).
+      steps_shared_by: drawn AR steps are those of one `image`, or of the whole `batch` (as
+        released with CausalFusion), so that clean tokens which nobody in it looks at can be
+        left out (`train.length_buckets`).
+      gamma: decay of the number of AR steps, for `decay`.
+      num_steps: number of AR steps, for `fixed`.
+      block_size: tokens in an AR step, for `block`.
+      weight: AR loss weight, falling `linear`ly or by half a `cosine` from
+        `weight_max` to `weight_min` with the place at which the step begins.
+    """
+
+    order: str = "random"
+    order_block: int = 0
+    steps: str = "decay"
+    steps_shared_by: str = "image"
+    gamma: float = 0.9
+    num_steps: int = 1
+    block_size: int = 1
+    weight: str = "linear"
+    weight_max: float = 2.0
+    weight_min: float = 1.0
+
+    def __post_init__(self):
+        require_one_of("order", self.order, ORDERS)
+        require_one_of("steps", self.steps, STEPS)
+        require_one_of("steps_shared_by", self.steps_shared_by, STEPS_SHARED_BY)
+        require_one_of("weight", self.weight, WEIGHTS)
+        require_number("gamma", self.gamma, 0.0, 1.0, open_low=True)
+        require_number("num_steps", self.num_steps, 1)
+        require_number("block_size", self.block_size, 1)
+        require_number("weight_min", self.weight_min, 0.0)
+        require_number("weight_max", self.weight_max, self.weight_min)
+        if self.order in ("raster", "random"):
+            require(
+                self.order_block == 0, "order_block", self.order_block, f"must be 0: order {self.order} has no blocks"
+            )
+        else:
+            require_number("order_block", self.order_block, 1)
+
+    def check_grid(self, grid: tuple[int, ...]) -> None:
+        """Raises InputError where this factorization does not fit a token grid."""
+        tokens = math.prod(grid)
+        if self.order != "random":
+            token_order(self, grid)
+        if self.steps == "fixed":
+            require_number("num_steps", self.num_steps, 1, tokens)
+        if self.steps == "block":
+            require(
+                tokens % self.block_size == 0,
+                "block_size",
+                self.block_size,
+                f"must divide the {tokens} tokens of an image",
+            )
+
+
+class Plan(NamedTuple):
+    """One way to generate an image; arrays [..., L], one entry a place.
+
+    Attributes:
+      order: int32, the grid token at each place.
+      step: int32, the AR step of each place, non-decreasing from 0.
+      weight: float32, the AR loss weight of each place.
+    """
+
+    order: jax.Array
+    step: jax.Array
+    weight: jax.Array
+
+
+# --- The rule ---------------------------------------------------------------------
+
+
+def attends(q_role, q_step, k_role, k_step, q_document=None, k_document=None) -> jax.Array:
+    """Who sees whom: the one attention rule.
+
+    A noisy key is seen only by the noisy tokens of its own AR step. Any other key is
+    seen by all later steps, and within its own step by all but the noisy tokens
+    (which must not see their own clean selves). Padding sees and is seen by padding
+    alone, so that no row of the mask is empty.
+
+    Args:
+      q_role, q_step: int [..., q].
+      k_role, k_step: int [..., k].
+      q_document, k_document: int [..., q] and [..., k], of sequences that are packed into one:
+        tokens of different documents do not see each other. Default: one document.
+
+    Returns:
+      bool [..., q, k].
+    """
+    q_role, q_step = jnp.asarray(q_role)[..., :, None], jnp.asarray(q_step)[..., :, None]
+    k_role, k_step = jnp.asarray(k_role)[..., None, :], jnp.asarray(k_step)[..., None, :]
+    same_step = q_step == k_step
+    sees_noisy = (q_role == Role.NOISY) & same_step
+    sees_other = (k_step < q_step) | (same_step & (q_role != Role.NOISY))
+    visible = jnp.where(k_role == Role.NOISY, sees_noisy, sees_other)
+    q_pad, k_pad = q_role == Role.PAD, k_role == Role.PAD
+    visible = jnp.where(q_pad | k_pad, q_pad & k_pad, visible)
+    if q_document is None:
+        return visible
+    return visible & (jnp.asarray(q_document)[..., :, None] == jnp.asarray(k_document)[..., None, :])
+
+
+def tile_may_attend(q_role, q_step, k_role, k_step, q_tile: int, k_tile: int) -> jax.Array:
+    """A bound of `attends` per tile, from the least and greatest step in each tile.
+
+    A tile that this calls invisible holds no visible pair; a kernel may skip it.
+    Tiles of one role (as in training layouts with aligned parts) are bounded
+    tightly, mixed ones conservatively.
+
+    Args:
+      q_role, q_step: int [..., q], q a multiple of `q_tile`.
+      k_role, k_step: int [..., k], k a multiple of `k_tile`.
+
+    Returns:
+      bool [..., q / q_tile, k / k_tile].
+    """
+
+    def bounds(role, step, tile, kept):
+        """Least and greatest step among the `kept` tokens of each tile."""
+        role, step = (jnp.reshape(a, (*a.shape[:-1], -1, tile)) for a in (role, step))
+        keep = kept(role)
+        least = jnp.min(jnp.where(keep, step, EMPTY_STEP), axis=-1)
+        greatest = jnp.max(jnp.where(keep, step, CONDITION_STEP - 1), axis=-1)
+        return least, greatest, jnp.any(keep, axis=-1)
+
+    def pairs(q, k, relation):
+        (q_min, q_max, q_any), (k_min, k_max, k_any) = q, k
+        q_min, q_max, q_any = q_min[..., :, None], q_max[..., :, None], q_any[..., :, None]
+        k_min, k_max, k_any = k_min[..., None, :], k_max[..., None, :], k_any[..., None, :]
+        return relation(q_min, q_max, k_min, k_max) & q_any & k_any
+
+    def is_noisy(role):
+        return role == Role.NOISY
+
+    def is_other(role):
+        return (role == Role.CONDITION) | (role == Role.CLEAN)
+
+    def is_pad(role):
+        return role == Role.PAD
+
+    q_role, q_step, k_role, k_step = map(jnp.asarray, (q_role, q_step, k_role, k_step))
+    q = {kept: bounds(q_role, q_step, q_tile, kept) for kept in (is_noisy, is_other, is_pad)}
+    k = {kept: bounds(k_role, k_step, k_tile, kept) for kept in (is_noisy, is_other, is_pad)}
+    noisy_noisy = pairs(
+        q[is_noisy], k[is_noisy], lambda q_min, q_max, k_min, k_max: (q_min <= k_max) & (k_min <= q_max)
+    )
+    noisy_other = pairs(q[is_noisy], k[is_other], lambda q_min, q_max, k_min, k_max: k_min < q_max)
+    other_other = pairs(q[is_other], k[is_other], lambda q_min, q_max, k_min, k_max: k_min <= q_max)
+    pad_pad = pairs(q[is_pad], k[is_pad], lambda *_: jnp.array(True))
+    return noisy_noisy | noisy_other | other_other | pad_pad
+
+
+def training_layout(num_condition: int, step, num_clean: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Roles and steps of the training sequence `[condition | clean | noisy]`.
+
+    Args:
+      num_condition: number of condition tokens C.
+      step: int32 [..., L], the AR step of each place.
+      num_clean: the first so many places have a clean token K; default: all L.
+
+    Returns:
+      role, step: int32 [..., C + K + L].
+    """
+    step = jnp.asarray(step, jnp.int32)
+    num_clean = step.shape[-1] if num_clean is None else num_clean
+    condition = jnp.full((*step.shape[:-1], num_condition), CONDITION_STEP, jnp.int32)
+    steps = jnp.concatenate([condition, step[..., :num_clean], step], axis=-1)
+    counts = {Role.CONDITION: num_condition, Role.CLEAN: num_clean, Role.NOISY: step.shape[-1]}
+    roles = np.repeat([int(r) for r in counts], list(counts.values())).astype(np.int32)
+    return jnp.broadcast_to(roles, steps.shape), steps
+
+
+# --- Token orders -----------------------------------------------------------------
+
+
+def block_raster_order(grid: tuple[int, int], block: int) -> np.ndarray:
+    """Blocks of `block` x `block` tokens in raster order, raster within a block.
+
+    Returns int32 [L]. Raises InputError where the block does not tile the grid.
+    """
+    height, width = grid
+    if height % block or width % block:
+        raise InputError("order_block", block, f"must divide both sides of the {height}x{width} token grid")
+    ids = np.arange(height * width, dtype=np.int32)
+    return ids.reshape(height // block, block, width // block, block).swapaxes(1, 2).reshape(-1)
+
+
+def dilated_order(grid: tuple[int, int], stride: int) -> np.ndarray:
+    """Every `stride`-th token of every `stride`-th row first, then the next phase.
+
+    Returns int32 [L]. Raises InputError where the stride exceeds the grid.
+    """
+    height, width = grid
+    if stride > min(grid):
+        raise InputError("order_block", stride, f"stride must be <= {min(grid)}, the {height}x{width} grid's side")
+    ids = np.arange(height * width, dtype=np.int32).reshape(grid)
+    phases = [ids[i::stride, j::stride].reshape(-1) for i in range(stride) for j in range(stride)]
+    return np.concatenate(phases)
+
+
+def token_order(config: FactorizationConfig, grid: tuple[int, ...], key: jax.Array | None = None):
+    """The order in which the tokens of a grid are generated.
+
+    Blocks and strides lie within a frame; the frames of a video follow one another.
+
+    Args:
+      config: names the order.
+      grid: token rows and columns, after frames for a video.
+      key: PRNG key, needed by `random` only.
+
+    Returns:
+      int32 [L]: the grid token (raster index) at each place.
+
+    Raises:
+      InputError: the order's blocks do not fit the grid.
+    """
+    num_tokens = math.prod(grid)
+    if config.order == "random":
+        return jax.random.permutation(key, num_tokens).astype(jnp.int32)
+    if config.order == "raster":
+        return np.arange(num_tokens, dtype=np.int32)
+    if len(grid) == 3:
+        frame = token_order(config, grid[1:])
+        return (np.arange(grid[0], dtype=np.int32)[:, None] * len(frame) + frame).reshape(-1)
+    if config.order == "block_raster":
+        return block_raster_order(grid, config.order_block)
+    if config.order == "dilated":
+        return dilated_order(grid, config.order_block)
+    side = math.isqrt(config.order_block)
+    if side * side != config.order_block:
+        raise InputError("order_block", config.order_block, "square_blocks needs a square number of tokens")
+    return block_raster_order(grid, side)
+
+
+# --- AR steps ---------------------------------------------------------------------
+
+
+def equal_steps(num_tokens: int, num_steps: int) -> np.ndarray:
+    """`num_steps` AR steps whose sizes differ by at most one; int32 [L]."""
+    return (np.arange(num_tokens) * num_steps // num_tokens).astype(np.int32)
+
+
+def step_sizes_to_step(sizes) -> np.ndarray:
+    """AR step of each place from the sizes of the steps; int32 [sum(sizes)]."""
+    return np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
+
+
+def num_steps_probabilities(num_tokens: int, gamma: float) -> np.ndarray:
+    """P(S = i) ∝ gamma^(i-1) for i = 1..L; float64 [L]."""
+    p = np.power(float(gamma), np.arange(num_tokens))
+    return p / p.sum()
+
+
+def static_steps(config: FactorizationConfig, num_tokens: int) -> np.ndarray | None:
+    """AR step of each place where all images share it, int32 [L]; None where it is drawn."""
+    if config.steps == "fixed":
+        return equal_steps(num_tokens, config.num_steps)
+    if config.steps == "block":
+        return (np.arange(num_tokens) // config.block_size).astype(np.int32)
+    return None
+
+
+def num_visible_clean(config: FactorizationConfig, num_tokens: int) -> int:
+    """The first so many places need a clean token in training.
+
+    Nobody looks at the clean tokens of the last AR step. Where the steps are drawn, the
+    last one may be a single token, and all L are kept.
+    """
+    step = static_steps(config, num_tokens)
+    return num_tokens if step is None else int(np.sum(step < step[-1]))
+
+
+def places_per_t(config: FactorizationConfig, num_tokens: int) -> int:
+    """Consecutive places that share a noise level drawn for each AR step.
+
+    The steps' size where it is one and the same, so that what depends on the level is
+    computed once a step; else 1.
+    """
+    step = static_steps(config, num_tokens)
+    if step is None or num_tokens % (step[-1] + 1):
+        return 1
+    return num_tokens // int(step[-1] + 1)
+
+
+def ar_steps(config: FactorizationConfig, num_tokens: int, key: jax.Array):
+    """Cuts L places into AR steps.
+
+    Args:
+      config: names the sampler.
+      num_tokens: L.
+      key: PRNG key, used by `decay` and `uniform`.
+
+    Returns:
+      int32 [L], non-decreasing from 0.
+    """
+    static = static_steps(config, num_tokens)
+    if static is not None:
+        return static
+    gamma = config.gamma if config.steps == "decay" else 1.0
+    # Logarithms of the unnormalized probabilities: gamma^L may underflow.
+    logits = np.arange(num_tokens) * math.log(gamma)
+    count_key, cut_key = jax.random.split(key)
+    num_cuts = jax.random.categorical(count_key, jnp.asarray(logits, jnp.float32))
+    # The first `num_cuts` of a random ranking of the L-1 gaps are cut.
+    is_cut = jax.random.permutation(cut_key, num_tokens - 1) < num_cuts
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(is_cut, dtype=jnp.int32)])
+
+
+# --- AR loss weights --------------------------------------------------------------
+
+
+def step_start(step) -> jax.Array:
+    """The place at which each place's AR step begins; int32 [..., L]."""
+    step = jnp.asarray(step)
+    first = jnp.concatenate([jnp.ones_like(step[..., :1], bool), step[..., 1:] != step[..., :-1]], axis=-1)
+    places = jnp.where(first, jnp.arange(step.shape[-1], dtype=jnp.int32), 0)
+    return jax.lax.cummax(places, axis=places.ndim - 1)
+
+
+def ar_weights(config: FactorizationConfig, step) -> jax.Array:
+    """AR loss weights: later steps see more context and weigh less.
+
+    w = min + (max - min) * f(start / L), with f(u) = 1 - u (linear) or
+    (1 + cos(pi u)) / 2 (cosine); constant within a step (CausalFusion section 3.3).
+
+    Args:
+      config: names the weight and its range.
+      step: int [..., L].
+
+    Returns:
+      float32 [..., L].
+    """
+    if config.weight == "none":
+        return jnp.ones(jnp.shape(step), jnp.float32)
+    u = step_start(step) / jnp.shape(step)[-1]
+    fall = 1.0 - u if config.weight == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * u))
+    return (config.weight_min + (config.weight_max - config.weight_min) * fall).astype(jnp.float32)
+
+
+def draw_plan(
+    config: FactorizationConfig, grid: tuple[int, ...], key: jax.Array, batch_key: jax.Array | None = None
+) -> Plan:
+    """Draws one image's factorization; arrays [L]. Use with `jax.vmap` over keys.
+
+    Args:
+      config: what to draw.
+      grid: token rows and columns, after frames for a video.
+      key: the image's own.
+      batch_key: the batch's, which decides the AR steps where the batch shares them;
+        default: the image's own.
+    """
+    order_key, step_key = jax.random.split(key)
+    order = jnp.asarray(token_order(config, grid, order_key))
+    if config.steps_shared_by == "batch" and batch_key is not None:
+        step_key = batch_key
+    step = jnp.asarray(ar_steps(config, math.prod(grid), step_key))
+    return Plan(order, step, ar_weights(config, step))
+
+
+def num_visible_clean_of_batch(config: FactorizationConfig, num_tokens: int, batch_key: jax.Array) -> jax.Array:
+    """The same as `num_visible_clean` for a batch that shares drawn AR steps; int32 []."""
+    step = ar_steps(config, num_tokens, batch_key)
+    return jnp.sum(step < step[-1])

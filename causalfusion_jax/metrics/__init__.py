@@ -1,0 +1,1 @@
+"""Metrics of samples and captions, as functions of features and texts."""

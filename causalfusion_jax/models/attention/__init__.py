@@ -1,0 +1,1 @@
+"""Attention under the mask of the generalized causal rule: dense, in tiles, as a TPU kernel."""

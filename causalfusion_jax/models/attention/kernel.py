@@ -1,0 +1,409 @@
+"""Pallas TPU kernels of tiled attention: output, and gradients by recomputation.
+
+The grid of each kernel is [batch, heads, tiles, slots]: a tile of queries (or, for the
+gradients of keys and values, of keys) meets in turn the tiles of the other side that a
+TilePlan lists. What the plan skips is neither computed nor fetched.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+
+from causalfusion_jax.common import sharding
+from causalfusion_jax.core.factorization import CONDITION_STEP, Role
+from causalfusion_jax.models.attention.tiles import (
+    FULL,
+    HIDDEN_LOGIT,
+    LEAST_MAXIMUM,
+    MIXED,
+    Layout,
+    TilePlan,
+    pad,
+    tile_plans,
+)
+
+LANES = 128
+"""Lanes of a TPU vector register: tiles and head dimensions are padded to a multiple."""
+
+TILE = 512
+"""Largest tile of a long sequence: float32 tiles and their temporaries fit in 16 MiB of VMEM."""
+
+
+def default_tile(tokens: int) -> int:
+    """Tile of the Pallas kernel: one for a short sequence, else TILE tokens."""
+    padded = pl.cdiv(tokens, LANES) * LANES
+    return padded if padded <= TILE + LANES else TILE
+
+
+# --- The rule in a kernel ---------------------------------------------------------
+
+
+def _query_codes(role, step):
+    """int32 [batch, 2, n]: a limit for other keys, and the noisy step that is seen.
+
+    With `_key_codes` this is `attends` as two comparisons, see `_visible`: a tile of pairs
+    costs three vector operations, and selections between booleans, which the rule has, do
+    not compile for a TPU. Steps move down by one to leave the greatest integer to keys
+    that nobody sees.
+    """
+    noisy = role == Role.NOISY
+    limit, own = step - jnp.where(noisy, 2, 1), jnp.where(noisy, step, CONDITION_STEP - 1)
+    return jnp.stack([limit, own], axis=-2).astype(jnp.int32)
+
+
+def _key_codes(role, step):
+    """int32 [batch, 2, n]: the step of a key that is not noisy, and that of a noisy one."""
+    noisy = role == Role.NOISY
+    other = jnp.where(noisy | (role == Role.PAD), np.iinfo(np.int32).max, step - 1)
+    return jnp.stack([other, jnp.where(noisy, step, CONDITION_STEP - 2)], axis=-2).astype(jnp.int32)
+
+
+def _codes(layout: Layout):
+    return _query_codes(layout.q_role, layout.q_step), _key_codes(layout.k_role, layout.k_step)
+
+
+def _columns(rows):
+    """[2, n] to two of [n, 1]."""
+    columns = rows.T
+    return columns[:, 0:1], columns[:, 1:2]
+
+
+def _visible(q_codes, k_codes):
+    """bool [q, k] from the codes [2, q] and [2, k]: `attends`, where no query is padding."""
+    limit, own = _columns(q_codes)
+    return (k_codes[0:1] <= limit) | (k_codes[1:2] == own)
+
+
+# --- Pallas kernels ---------------------------------------------------------------
+
+
+def _product(a, b, a_axis: int, b_axis: int):
+    """Matrix product over one axis of each, accumulated in float32."""
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _each_kind(kind_ref, update: Callable):
+    """Runs `update(mixed)` for the tile of this slot, or nothing where it is skipped."""
+    batch, tile, slot = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    kind = kind_ref[(batch * pl.num_programs(2) + tile) * pl.num_programs(3) + slot]
+    pl.when(kind == FULL)(lambda: update(False))
+    pl.when(kind == MIXED)(lambda: update(True))
+
+
+def _is_first_slot():
+    return pl.program_id(3) == 0
+
+
+def _is_last_slot():
+    return pl.program_id(3) == pl.num_programs(3) - 1
+
+
+def _logits(q_ref, k_ref, q_codes_ref, k_codes_ref, mixed: bool):
+    logits = _product(q_ref[...], k_ref[...], 1, 1)
+    return jnp.where(_visible(q_codes_ref[...], k_codes_ref[...]), logits, HIDDEN_LOGIT) if mixed else logits
+
+
+def _forward_kernel(
+    index_ref, kind_ref, q_codes_ref, k_codes_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref
+):
+    """Output and log-sum-exp of a tile of queries; the grid's last axis runs over its keys."""
+    del index_ref
+
+    @pl.when(_is_first_slot())
+    def _():
+        maximum_ref[...] = jnp.full_like(maximum_ref, LEAST_MAXIMUM)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def update(mixed):
+        logits = _logits(q_ref, k_ref, q_codes_ref, k_codes_ref, mixed)
+        maximum = jnp.maximum(maximum_ref[...], logits.max(axis=1, keepdims=True))
+        weights = jnp.exp(logits - maximum)
+        shrink = jnp.exp(maximum_ref[...] - maximum)
+        maximum_ref[...] = maximum
+        sum_ref[...] = sum_ref[...] * shrink + weights.sum(axis=1, keepdims=True)
+        acc_ref[...] = acc_ref[...] * shrink + _product(weights.astype(v_ref.dtype), v_ref[...], 1, 0)
+
+    _each_kind(kind_ref, update)
+
+    @pl.when(_is_last_slot())
+    def _():
+        total = sum_ref[...]
+        empty = total == 0.0
+        total = jnp.where(empty, 1.0, total)
+        out_ref[...] = (acc_ref[...] / total).astype(out_ref.dtype)
+        lse_ref[...] = jnp.where(empty, 0.0, maximum_ref[...] + jnp.log(total)).T
+
+
+def _weights_and_gradient(q_codes_ref, k_codes_ref, q_ref, k_ref, v_ref, d_out_ref, sums_ref, mixed: bool):
+    """Softmax weights of a tile, and the gradient of its logits; float32 [q_tile, k_tile]."""
+    logits = _logits(q_ref, k_ref, q_codes_ref, k_codes_ref, mixed)
+    lse, dot = _columns(sums_ref[...])
+    weights = jnp.exp(logits - lse)
+    d_weights = _product(d_out_ref[...], v_ref[...], 1, 1)
+    return weights, weights * (d_weights - dot)
+
+
+def _dq_kernel(index_ref, kind_ref, *refs):
+    """Gradient of a tile of queries; the grid's last axis runs over its keys."""
+    del index_ref
+    *inputs, dq_ref, acc_ref = refs
+    k_ref = inputs[3]
+
+    @pl.when(_is_first_slot())
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def update(mixed):
+        _, d_logits = _weights_and_gradient(*inputs, mixed)
+        acc_ref[...] += _product(d_logits.astype(k_ref.dtype), k_ref[...], 1, 0)
+
+    _each_kind(kind_ref, update)
+
+    @pl.when(_is_last_slot())
+    def _():
+        dq_ref[...] = acc_ref[...].astype(dq_ref.dtype)
+
+
+def _dkv_kernel(index_ref, kind_ref, *refs):
+    """Gradients of a tile of keys and values; the grid's last axis runs over its queries."""
+    del index_ref
+    *inputs, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs
+    q_ref, d_out_ref = inputs[2], inputs[5]
+
+    @pl.when(_is_first_slot())
+    def _():
+        dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
+        dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
+
+    def update(mixed):
+        weights, d_logits = _weights_and_gradient(*inputs, mixed)
+        dv_acc_ref[...] += _product(weights.astype(d_out_ref.dtype), d_out_ref[...], 0, 0)
+        dk_acc_ref[...] += _product(d_logits.astype(q_ref.dtype), q_ref[...], 0, 0)
+
+    _each_kind(kind_ref, update)
+
+    @pl.when(_is_last_slot())
+    def _():
+        dk_ref[...] = dk_acc_ref[...].astype(dk_ref.dtype)
+        dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
+
+
+class _Specs:
+    """Blocks of the arrays of one grid [batch, heads, tiles, slots] over a TilePlan.
+
+    `own` blocks belong to the grid's tile, the others to the tile that its slot visits.
+    """
+
+    def __init__(self, plan: TilePlan, width: int):
+        self.width = width
+        _, self.tiles, self.slots = plan.index.shape
+
+    def _spec(self, shape, own, at):
+        def index_map(b, h, i, j, index, kind):
+            del kind
+            return at(b, h, i if own else index[(b * self.tiles + i) * self.slots + j])
+
+        return pl.BlockSpec(shape, index_map)
+
+    def tokens(self, tile: int, own: bool):
+        """Of [batch, n, heads * width]."""
+        return self._spec((None, tile, self.width), own, lambda b, h, i: (b, i, h))
+
+    def codes(self, tile: int, own: bool):
+        """Of [batch, 2, n]."""
+        return self._spec((None, 2, tile), own, lambda b, h, i: (b, 0, i))
+
+    def sums(self, rows: int, tile: int, own: bool):
+        """Of [batch, heads, rows, n]."""
+        return self._spec((None, None, rows, tile), own, lambda b, h, i: (b, h, 0, i))
+
+
+def _pallas_call(
+    kernel,
+    plan: TilePlan,
+    heads: int,
+    in_specs,
+    out_specs,
+    scratch_shapes,
+    out_shape,
+    interpret,
+    inputs,
+    products: int,
+    pairs: int,
+):
+    """Runs a kernel on the grid of a plan, whose lists lie in scalar memory.
+
+    For the compiler's estimate: it takes `products` matrix products of `pairs` of query and
+    key in each sample and head, were no tile skipped.
+    """
+    batch, tiles, slots = plan.index.shape
+    width, pairs = scratch_shapes[-1][1], batch * heads * pairs
+    moved = sum(x.size * x.dtype.itemsize for x in (*inputs, *out_shape))
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, heads, tiles, slots),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch_shapes],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=2 * products * pairs * width, transcendentals=pairs, bytes_accessed=moved),
+        interpret=interpret,
+    )
+    # Flat, since scalar memory pads the last axis of an array to 128.
+    return call(plan.index.reshape(-1), plan.kind.reshape(-1), *inputs)
+
+
+def _flat(x, tile: int):
+    """[batch, n, heads, head_dim] to [batch, n, heads * width], n and width padded."""
+    x = pad(pad(x, LANES, 3), tile, 1)
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _unflat(x, like):
+    """Undoes `_flat`."""
+    heads, head_dim = like.shape[2:]
+    return x.reshape(*x.shape[:2], heads, -1)[:, : like.shape[1], :, :head_dim]
+
+
+def _forward(q, k, v, layout, q_tile, k_tile, interpret):
+    batch, queries, heads, _ = q.shape
+    layout = layout.padded(q_tile, k_tile)
+    plan, _ = tile_plans(layout, q_tile, k_tile)
+    flat = _flat(q, q_tile), _flat(k, k_tile), _flat(v, k_tile)
+    width = flat[0].shape[-1] // heads
+    specs = _Specs(plan, width)
+    out, lse = _pallas_call(
+        _forward_kernel,
+        plan,
+        heads,
+        in_specs=[
+            specs.codes(q_tile, True),
+            specs.codes(k_tile, False),
+            specs.tokens(q_tile, True),
+            specs.tokens(k_tile, False),
+            specs.tokens(k_tile, False),
+        ],
+        out_specs=[specs.tokens(q_tile, True), specs.sums(1, q_tile, True)],
+        scratch_shapes=[(q_tile, 1), (q_tile, 1), (q_tile, width)],
+        out_shape=[
+            jax.ShapeDtypeStruct(flat[0].shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, flat[0].shape[1]), jnp.float32),
+        ],
+        interpret=interpret,
+        inputs=[*_codes(layout), *flat],
+        products=2,
+        pairs=flat[0].shape[1] * flat[1].shape[1],
+    )
+    return _unflat(out, q), lse[:, :, 0, :queries]
+
+
+def _backward(q, k, v, layout, lse, dot, d_out, q_tile, k_tile, interpret):
+    heads, layout = q.shape[2], layout.padded(q_tile, k_tile)
+    q_plan, k_plan = tile_plans(layout, q_tile, k_tile)
+    flat = _flat(q, q_tile), _flat(k, k_tile), _flat(v, k_tile), _flat(d_out, q_tile)
+    width = flat[0].shape[-1] // heads
+    sums = pad(jnp.stack([lse, dot], axis=2), q_tile, 3)
+
+    def run(kernel, plan, of_queries, num_outputs, products):
+        specs, tile = _Specs(plan, width), q_tile if of_queries else k_tile
+        queries, keys = specs.tokens(q_tile, of_queries), specs.tokens(k_tile, not of_queries)
+        out = jax.ShapeDtypeStruct(flat[0 if of_queries else 1].shape, (q if of_queries else k).dtype)
+        return _pallas_call(
+            kernel,
+            plan,
+            heads,
+            in_specs=[
+                specs.codes(q_tile, of_queries),
+                specs.codes(k_tile, not of_queries),
+                queries,
+                keys,
+                keys,
+                queries,
+                specs.sums(2, q_tile, of_queries),
+            ],
+            out_specs=[specs.tokens(tile, True)] * num_outputs,
+            scratch_shapes=[(tile, width)] * num_outputs,
+            out_shape=[out] * num_outputs,
+            interpret=interpret,
+            inputs=[*_codes(layout), *flat, sums],
+            products=products,
+            pairs=flat[0].shape[1] * flat[1].shape[1],
+        )
+
+    (dq,), (dk, dv) = run(_dq_kernel, q_plan, True, 1, 3), run(_dkv_kernel, k_plan, False, 2, 4)
+    return _unflat(dq, q), _unflat(dk, k), _unflat(dv, v)
+
+
+# --- Entry ------------------------------------------------------------------------
+
+
+def _on_each_device(function: Callable, outputs: tuple, *args):
+    """Runs a kernel on each device's part of the batch and the heads.
+
+    The compiler cannot split a kernel itself. The mesh is that of `jax.set_mesh`; inside
+    of a `shard_map` the arrays are parts already.
+
+    Args:
+      function: of arrays [batch, n], [batch, heads, n] and [batch, n, heads, head_dim].
+      outputs: shapes of what it returns.
+      *args: its arguments.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return function(*args)
+
+    def spec(x):
+        axes = {2: ("batch", None), 3: ("batch", "heads", None), 4: ("batch", None, "heads", None)}[len(x.shape)]
+        return sharding.sharding(mesh, axes, x.shape).spec
+
+    in_specs, out_specs = jax.tree.map(spec, (args, tuple(outputs)))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+
+
+def pallas_forward(q, k, v, layout: Layout, q_tile: int | None, k_tile: int | None, interpret: bool):
+    """Attention of scaled queries.
+
+    Args:
+      q: [batch, queries, heads, head_dim].
+      k, v: [batch, keys, heads, head_dim].
+      layout: roles and steps.
+      q_tile, k_tile: tokens in a tile; None: `default_tile`.
+      interpret: run the kernels as plain JAX, on any backend.
+
+    Returns:
+      Output like q, and log-sum-exp of the logits, float32 [batch, heads, queries].
+    """
+    q_tile, k_tile = q_tile or default_tile(q.shape[1]), k_tile or default_tile(k.shape[1])
+
+    def function(*args):
+        return _forward(*args, q_tile, k_tile, interpret)
+
+    lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+    return _on_each_device(function, (q, lse), q, k, v, layout)
+
+
+def pallas_backward(q, k, v, layout: Layout, lse, dot, d_out, q_tile: int | None, k_tile: int | None, interpret: bool):
+    """Gradients of q, k and v.
+
+    Args:
+      q, k, v, layout, q_tile, k_tile, interpret: as in `pallas_forward`.
+      lse: from `pallas_forward`.
+      dot: of each query's output and its gradient, float32 [batch, heads, queries].
+      d_out: gradient of the output.
+    """
+    q_tile, k_tile = q_tile or default_tile(q.shape[1]), k_tile or default_tile(k.shape[1])
+
+    def function(*args):
+        return _backward(*args, q_tile, k_tile, interpret)
+
+    return _on_each_device(function, (q, k, v), q, k, v, layout, lse, dot, d_out)

@@ -1,0 +1,1 @@
+"""Prepared once before training or sampling: released checkpoints converted, data sets encoded."""

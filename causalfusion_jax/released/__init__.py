@@ -1,1 +1,0 @@
-"""Parts: released checkpoints, read safely and renamed."""
