@@ -16,7 +16,7 @@ from causalfusion_jax.common import hardware, sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.config import experiment
-from causalfusion_jax.config.slices import Spec
+from causalfusion_jax.config.slices import SliceJob
 from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.data.scores import HIGHER_IS_BETTER, SCORES, is_better, pixel_metrics
@@ -73,7 +73,7 @@ def test_the_best_is_kept_beside_the_latest_across_restarts(
     with compiled_modules(tmp_path_factory.mktemp("modules")) as started:
         assert train(tmp_path, monkeypatch, 12, [3.0, 1.0, 2.0]) == []
     # Whatever multiplies matrices is a program that preflight compiles ahead, to the last instruction.
-    spec = Spec(CONFIG, hardware.topology("v5e:2x2"))
+    spec = SliceJob(CONFIG, hardware.topology("v5e:2x2"))
     listed = listed_modules(spec, monkeypatch, jax.devices()[:2], "training", "evaluation")
     assert set(listed) == {"training step", "evaluation sampler"}
     assert content(listed["training step"]) in map(content, started)
