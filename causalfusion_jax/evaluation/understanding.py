@@ -91,8 +91,9 @@ class Study:
         for i, (part, source) in enumerate({"training": self.source, "held-out": self.held_out}.items()):
             indices = chosen(len(source), s.max_images, s.seed)
             images = images_in_order(source, self.data, s.read_batch_size, indices)
+            total = len(indices)
 
-            def show(done, part=part, total=len(indices)):
+            def show(done, part=part, total=total):
                 self.progress(f"{name}: {done}/{total} {part} images read")
 
             compute = functools.partial(pooled, reading, every_layer, placed)

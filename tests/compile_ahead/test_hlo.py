@@ -284,7 +284,7 @@ def test_a_program_cut_off_anywhere_is_refused_and_a_whole_one_is_read():
     places = {end, end - 1, NESTED.index("  ROOT %last"), NESTED.index("ENTRY"), *range(1, end, 97)}
     for place in places:
         assert not hlo.is_complete(NESTED[:place]), NESTED[:place][-80:]
-        with pytest.raises(ValueError, match="whole"):
+        with pytest.raises(ValueError, match="complete"):
             hlo.parse(NESTED[:place])
 
 
