@@ -1,4 +1,4 @@
-"""Grids of samples from the weights of a run that is being trained."""
+"""Sample grids during training."""
 
 from collections.abc import Callable
 
@@ -13,23 +13,23 @@ from causalfusion_jax.sampling.generation import generate_images
 
 
 class Preview:
-    """Samples the same images at every call, by the sampler that users call.
+    """Samples the same images at every call, with the sampler of the commands.
 
     Args:
       config: all settings of the run.
-      mesh: its devices, which share every batch.
+      mesh: unused: the weights have it.
       source: the training data, for the prompts of a text-conditioned model.
     """
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh, source: Source):
-        del mesh  # The weights know it.
+        del mesh
         self._config, self._conditions = config, make_conditions(config, config.logging.num_samples, source)
 
     def __call__(self, ema, between_batches: Callable[[], None] = lambda: None) -> np.ndarray:
-        """A grid of samples, uint8 [height, width, channels]; collective.
+        """Draws a grid of samples, uint8 [height, width, channels]; collective.
 
         Args:
-          ema: the averaged weights, as training has them.
+          ema: the averaged weights, with their placement in training.
           between_batches: called after each batch of samples, on all processes; may raise to end the preview.
         """
         config = self._config

@@ -144,10 +144,10 @@ def test_the_sampler_is_the_one_that_a_run_starts():
 
 
 def test_a_program_that_cannot_be_partitioned_is_reported(tmp_path):
-    """Alike where tracing fails and where the compiler does."""
+    """Both errors of tracing and errors of the compiler."""
     sent = []
     lower = functools.partial(lower_without_shard_map, small_job())
-    compiler._work(lower, str(tmp_path), SimpleNamespace(send=sent.append))
+    compiler.trace_and_compile(lower, str(tmp_path), SimpleNamespace(send=sent.append))
     assert "Mosaic kernels cannot be automatically partitioned" in sent[-1]
 
 
