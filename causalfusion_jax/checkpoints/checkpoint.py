@@ -6,7 +6,7 @@ next run continues from the newest complete step (see `manifests`):
 1. Orbax copies the arrays to the host, and writes them in the background to a temporary folder.
 2. Process 0 commits: it renames that folder (`STEP.orbax-checkpoint-tmp` to `STEP`).
 3. Every process hashes the files that it wrote, and writes its part of the manifest
-   (`_write_manifest`). The step is complete when the last part is written.
+   (`write_manifest`). The step is complete when the last part is written.
 4. Process 0 deletes the steps that are no longer kept (`_delete`): first the manifest, then the files.
 
 For hashing each host reads once what it wrote, eight files at a time: the size of the checkpoint
@@ -107,21 +107,21 @@ class Checkpoints:
         # This transfer to the host is intentional; training disallows implicit transfers.
         with jax.transfer_guard("allow"), files.writing(self._folder(step)):
             self._checkpointer.save(self._folder(step), args=args, force=True)
-        self._finishing = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
+        self._finishing = threading.Thread(target=self.finish, args=(step,), name=f"checkpoint-{step}")
         self._saved = step
         self._finishing.start()
 
-    def _finish(self, step: int) -> None:
+    def finish(self, step: int) -> None:
         """Manifest and deletions after the commit, in the background; `wait` raises their errors."""
         try:
             self._checkpointer.wait_until_finished()
-            self._write_manifest(step)
-            if distributed.is_primary() and self._await_parts(step):
-                self._delete_outdated()
+            self.write_manifest(step)
+            if distributed.is_primary() and self.await_parts(step):
+                self.delete_outdated()
         except Exception as error:
             self._error = error
 
-    def _write_manifest(self, step: int) -> None:
+    def write_manifest(self, step: int) -> None:
         """Writes the part of the manifest that lists what this process wrote."""
         folder, process = self._folder(step), jax.process_index()
         deadline = time.monotonic() + PARTS_TIMEOUT
@@ -133,7 +133,7 @@ class Checkpoints:
         written = [name for name in files.names(folder) if writer(name) == process]
         self._manifests.write_part(step, process, jax.process_count(), files.describe(folder, written))
 
-    def _await_parts(self, step: int) -> bool:
+    def await_parts(self, step: int) -> bool:
         """Whether all processes wrote their parts in time. Raises OSError if the parts do not list all files."""
         deadline = time.monotonic() + PARTS_TIMEOUT
         while not self._manifests.is_complete(step):
@@ -147,7 +147,7 @@ class Checkpoints:
             raise OSError(f"the manifest of checkpoint {step} does not list {min(unlisted)}")
         return True
 
-    def _delete_outdated(self) -> None:
+    def delete_outdated(self) -> None:
         """Deletes the steps that are older than the newest complete one and are not kept."""
         complete = self.complete_steps()
         every = self._keep_every
@@ -163,9 +163,9 @@ class Checkpoints:
     def _delete(self, step: int) -> None:
         """Deletes a step. After a kill during the deletion the step counts as interrupted, not as damaged."""
         self._manifests.remove(step)
-        self._delete_files(step)
+        self.delete_files(step)
 
-    def _delete_files(self, step: int) -> None:
+    def delete_files(self, step: int) -> None:
         if self._folder(step).is_dir():
             shutil.rmtree(self._folder(step))
 
@@ -185,7 +185,7 @@ class Checkpoints:
         self.wait()
         if self._saved is not None and distributed.is_primary():
             # The last evaluation may have changed the best step.
-            self._delete_outdated()
+            self.delete_outdated()
         if self._checkpointer is not None:
             self._checkpointer.close()
 
@@ -250,14 +250,14 @@ class Checkpoints:
         """The damage of a complete step, or None; None on all processes or on none."""
         try:
             expected = self._manifests.expected(step)
-            problem = files.difference(self._folder(step), self._share(expected))
+            problem = files.difference(self._folder(step), self.files_to_verify(expected))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"its manifest cannot be read: {error}"
         if not self._read_only and distributed.total(int(problem is not None)):
             return problem or "another process reports it"
         return problem
 
-    def _share(self, expected: files.Description) -> files.Description:
+    def files_to_verify(self, expected: files.Description) -> files.Description:
         """The files that this process verifies, of about the same total size on all processes that share the work."""
         if self._read_only:
             return expected

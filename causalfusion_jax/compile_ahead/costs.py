@@ -260,15 +260,15 @@ def collective_costs(computation: Computation, instruction: Instruction, partiti
     operand_bytes = sum(array.bytes for shape in computation.operand_shapes(instruction) for array in shape)
     if kind == "all-reduce" and _only_slices(computation, instruction):
         kind = "reduce-scatter"
-    whole = operand_bytes * group if kind == "all-gather" else operand_bytes
+    full_bytes = operand_bytes * group if kind == "all-gather" else operand_bytes
     share = (group - 1) / group
     if kind == "all-reduce":
-        sent = 2 * share * whole
+        sent = 2 * share * full_bytes
     elif kind in ("collective-permute", "collective-broadcast"):
-        sent = whole
+        sent = full_bytes
     else:
-        sent = share * whole
-    return Costs(count=Counter({kind: 1}), bytes=Counter({kind: whole}), sent=Counter({kind: sent}))
+        sent = share * full_bytes
+    return Costs(count=Counter({kind: 1}), bytes=Counter({kind: full_bytes}), sent=Counter({kind: sent}))
 
 
 def _only_slices(computation: Computation, reduce: Instruction) -> bool:

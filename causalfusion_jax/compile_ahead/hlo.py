@@ -166,13 +166,13 @@ def parse(text: str) -> Module:
             entry = current if header.group(1) else entry
         elif line.startswith("}"):
             current = None
-        elif current is not None and (instruction := _instruction(line)):
+        elif current is not None and (instruction := parse_instruction(line)):
             current.instructions[instruction.name] = instruction
             current.root = instruction if instruction.is_root else current.root
     return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 
-def _instruction(line: str) -> Instruction | None:
+def parse_instruction(line: str) -> Instruction | None:
     """Parses one line; None if it is not an instruction."""
     left, equals, right = line.strip().partition(" = ")
     if not equals:

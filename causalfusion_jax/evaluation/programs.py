@@ -149,17 +149,17 @@ def _pixels(config: ExperimentConfig) -> tuple[int, ...]:
 
 def _evaluator_networks(job: SliceJob) -> tuple[dict[str, int], list[str]]:
     """HBM of the networks that the evaluator keeps during the whole run, by name; and notes on assumptions."""
-    config, whole = job.config, sharding.replicated(_shared(job))
+    config, replicated = job.config, sharding.replicated(_shared(job))
     networks, notes = {}, []
     if config.evaluation.vae:
         vae, notes = autoencoder_settings(config.evaluation.vae, config.data.channels)
         check_autoencoder(vae, config, "config.evaluation.vae", config.evaluation.vae)
-        weights = _placed(abstract_autoencoder(vae)[1], whole)
+        weights = _placed(abstract_autoencoder(vae)[1], replicated)
         decoder = {name: weights[name] for name in ("decoder", "post_quant_conv")}
         networks["decoder weights"] = device_bytes(decoder)
         networks["encoder weights"] = device_bytes(weights) - networks["decoder weights"]
     if config.evaluation.metric in INCEPTION_METRICS:
-        networks["Inception weights"] = device_bytes(_placed(inception.abstract_inception()[1], whole))
+        networks["Inception weights"] = device_bytes(_placed(inception.abstract_inception()[1], replicated))
         if not pathlib.Path(config.evaluation.inception).exists():
             notes.append(f"config.evaluation.inception={config.evaluation.inception} is not there: Inception is known")
     return networks, notes
@@ -182,33 +182,34 @@ def _scoring(job: SliceJob, networks: dict[str, int]) -> Iterator[Program]:
         for name, (shape, dtype) in config.batch_shapes.items()
     }
     state = abstract_state(config.step, mesh)
-    beside = {"training state": device_bytes(state), "batch": device_bytes(batch)} | networks
+    resident = {"training state": device_bytes(state), "batch": device_bytes(batch)} | networks
     evaluation = config.evaluation
+    without = lambda name: {key: value for key, value in resident.items() if key != name}
     if config.logging.sample_every or evaluation.eval_every:
         rest = {"rest of the state": device_bytes(state._replace(ema=None))}
-        without_state = {name: size for name, size in beside.items() if name != "training state"}
-        yield Program("weights for sampling", functools.partial(_lower_replicate, job), rest | without_state)
+        yield Program(
+            "weights for sampling", functools.partial(_lower_replicate, job), rest | without("training state")
+        )
     if config.logging.sample_every:
         size = min(config.logging.num_samples, BATCH_SIZE)
-        yield Program("grid sampler", functools.partial(_lower_sample, job, size), beside)
+        yield Program("grid sampler", functools.partial(_lower_sample, job, size), resident)
     if not evaluation.eval_every:
         return
     size = min(evaluation.sample_batch_size, evaluation.num_images)
-    yield Program("evaluation sampler", functools.partial(_lower_sample, job, size), beside)
+    yield Program("evaluation sampler", functools.partial(_lower_sample, job, size), resident)
     weights = _placed(abstract_model(config.transformer)[1], sharding.replicated(_shared(job)))
-    beside = beside | {"replicated weights": device_bytes(weights)}
-    without = lambda name: {key: value for key, value in beside.items() if key != name}
+    resident = resident | {"replicated weights": device_bytes(weights)}
     if evaluation.vae:
         yield Program("decoder", functools.partial(_lower_decoder, job, size), without("decoder weights"))
     if evaluation.metric in INCEPTION_METRICS:
         size = min(inception_metrics.BATCH_SIZE, evaluation.num_images)
-        yield Program("Inception, resizing", functools.partial(_lower_inception, job, size, "resize"), beside)
+        yield Program("Inception, resizing", functools.partial(_lower_inception, job, size, "resize"), resident)
         lower = functools.partial(_lower_inception, job, size, "features")
         yield Program("Inception", lower, without("Inception weights"))
     if evaluation.metric in ("precision", "recall"):
         for part in ("radii", "coverage"):
             lower = functools.partial(_lower_precision_recall, job, part)
-            yield Program(f"precision and recall, {part}", lower, beside)
+            yield Program(f"precision and recall, {part}", lower, resident)
 
 
 def _lower_state(job: SliceJob):

@@ -206,7 +206,10 @@ class Encoder(nnx.Module):
         pairs = itertools.pairwise((c.channels, *c.widths))
         self.conv_in = _conv(c, c.image_channels, c.channels, rngs)
         self.levels = nnx.List(
-            [Level(c, *pair, c.residual_blocks, level in c.encoder_attention, rngs) for level, pair in enumerate(pairs)]
+            [
+                Level(c, *pair, blocks=c.residual_blocks, attention=level in c.encoder_attention, rngs=rngs)
+                for level, pair in enumerate(pairs)
+            ]
         )
         # Padding at the bottom and right only.
         self.downsamples = nnx.List(
@@ -236,7 +239,7 @@ class Decoder(nnx.Module):
         self.middle = Middle(c, rngs)
         self.levels = nnx.List(
             [
-                Level(c, *pair, c.residual_blocks + 1, attends, rngs)
+                Level(c, *pair, blocks=c.residual_blocks + 1, attention=attends, rngs=rngs)
                 for pair, attends in zip(pairs, attention, strict=True)
             ]
         )

@@ -122,7 +122,7 @@ def test_each_kind_of_collective(line, kind, size, sent):
 )  # fmt: skip
 def test_groups_however_they_are_written(groups, size):
     line = f"  %y = f32[8] all-reduce(%x), replica_groups={groups}, use_global_device_ids=true, to_apply=%add"
-    assert group_size(hlo._instruction(line), 4) == size
+    assert group_size(hlo.parse_instruction(line), 4) == size
 
 
 def test_a_start_and_its_done_count_once():

@@ -54,16 +54,24 @@ def dense(q, k, v, layout):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def output_and_gradients(attend, one_by_one, q, k, v, d_out, layout):
-    """Of traced plans. `one_by_one`: interpreting is quick on small arrays only."""
+def output_and_gradients(attend, one_by_one, arrays, layout):
+    """Output and gradients of q, k and v, with traced roles and steps.
 
-    def run(q, k, v, d_out, layout):
+    Args:
+      attend: an attention.
+      one_by_one: run each sample by itself, because interpreting is fast on small arrays only.
+      arrays: q, k, v and the gradient of the output.
+      layout: roles and steps.
+    """
+
+    def run(arrays, layout):
+        q, k, v, d_out = arrays
         out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, layout), q, k, v)
         return out, *vjp(d_out.astype(out.dtype))
 
     if not one_by_one:
-        return run(q, k, v, d_out, layout)
-    args = jax.tree.map(lambda x: x[:, None], (q, k, v, d_out, layout))
+        return run(arrays, layout)
+    args = jax.tree.map(lambda x: x[:, None], (arrays, layout))
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(lambda sample: run(*sample), args))
 
 
@@ -71,9 +79,9 @@ def check(attend, layout, heads=2, head_dim=64, dtype="float32", one_by_one=Fals
     """Compares output and gradients with the dense ones on random inputs."""
     layout = AttentionLayout(*layout).as_arrays()
     q_shape, k_shape = ((*role.shape, heads, head_dim) for role in (layout.q_role, layout.k_role))
-    q, k, v, d_out = (normal(i, shape, dtype) for i, shape in enumerate((q_shape, k_shape, k_shape, q_shape)))
-    expected = output_and_gradients(dense, False, q, k, v, d_out, layout)
-    actual = output_and_gradients(attend, one_by_one, q, k, v, d_out, layout)
+    arrays = tuple(normal(i, shape, dtype) for i, shape in enumerate((q_shape, k_shape, k_shape, q_shape)))
+    expected = output_and_gradients(dense, False, arrays, layout)
+    actual = output_and_gradients(attend, one_by_one, arrays, layout)
     for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(
@@ -161,8 +169,8 @@ def test_copies_of_queries_share_cached_keys(name, head_dim=128):
         k_role, k_step = (jnp.tile(x, (3, 1)) for x in (layout.k_role, layout.k_step))
         return dense(q, k, v, layout._replace(k_role=k_role, k_step=k_step))
 
-    expected = output_and_gradients(repeated, False, q, k, v, q, layout)
-    for a, b in zip(output_and_gradients(attend, False, q, k, v, q, layout), expected, strict=True):
+    expected = output_and_gradients(repeated, False, (q, k, v, q), layout)
+    for a, b in zip(output_and_gradients(attend, False, (q, k, v, q), layout), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
