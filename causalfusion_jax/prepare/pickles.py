@@ -162,7 +162,7 @@ class Pickle:
             if opcode.name == "STOP":
                 return self.stack.pop()
             self._step(opcode.name, argument)
-        raise ValueError("its pickle does not end")
+        raise ValueError("a pickle without an end")
 
     def _step(self, instruction: str, argument: Any) -> None:
         """Executes one instruction."""
