@@ -54,7 +54,7 @@ class Compiler:
         return Compiled(self.seconds, total, LIMIT, memory, Costs(flops=1e12, hbm_bytes=1e9))
 
     def estimate(self, job):
-        """As good as shapes tell: 20% off in what grows with the batch."""
+        """An estimate from shapes whose part that grows with the batch is off by 20%."""
         share = self.saved.get(job.config.model.remat, 1.0)
         return self.fixed * GIB / job.mesh().shape["fsdp"], 0.8 * share * self.each * GIB * job.batch / job.quantum
 
@@ -84,7 +84,7 @@ def test_memory_that_is_no_line_takes_steps_back():
     assert (largest.batch, largest.exact) == (44, True)
 
 
-def test_no_time_says_at_least():
+def test_a_spent_budget_gives_a_lower_bound():
     compiler, ticks = Compiler(4.0, 1.0), iter(range(100))
     job = make_job(16)
     largest = find_largest_batch(job, compiler(job), compiler, Clock(2.6, now=lambda: next(ticks)))
@@ -95,14 +95,14 @@ def test_no_time_says_at_least():
 
 
 def test_changes_come_cheapest_first():
-    found = [change.flags for change in changes(make_job(32))]
-    assert found[:6] == [
+    candidates = [change.flags for change in changes(make_job(32))]
+    assert candidates[:6] == [
         ("--config.model.remat=dots",), ("--config.model.remat=full",), ("--config.train.grad_accum_steps=2",),
         ("--config.train.grad_accum_steps=4",), ("--config.train.grad_accum_steps=8",), ("--config.mesh.preset=fsdp",),
     ]  # fmt: skip
-    assert len(set(found)) == len(found)
-    assert found.index(("--config.train.batch_size=16",)) > max(
-        i for i, flags in enumerate(found) if not any("batch_size" in flag for flag in flags)
+    assert len(set(candidates)) == len(candidates)
+    assert candidates.index(("--config.train.batch_size=16",)) > max(
+        i for i, flags in enumerate(candidates) if not any("batch_size" in flag for flag in flags)
     )
     assert all(change.job != make_job(32) for change in changes(make_job(32)))
     fsdp = [c.flags for c in changes(make_job(32, mesh=dict(preset="fsdp"), model=dict(remat="full")))]
@@ -185,7 +185,7 @@ def test_roofline_by_hand():
     assert report.roofline(Costs(flops=1.0, sent=sent), hardware.topology("v5e:1x1")).network == 0
 
 
-def test_the_record_holds_what_the_table_shows():
+def test_the_record_has_the_numbers_of_the_table():
     job, compiler = make_job(16), Compiler(1.0, 0.1)
     result = report.preflight(job, 1e9, compiler=compiler)
     record = json.loads(json.dumps(report.record(result)))

@@ -75,7 +75,7 @@ def test_collectives_of_split_parameters(scanned):
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4"])
 def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
-    """Whatever the order in which the hosts are listed."""
+    """The hosts may be listed in any order."""
     by_host = np.array(slices.devices(hardware.topology(name))).reshape(-1, 4)
     for parts in (2, 4):
         mesh = sharding.make_mesh(MeshConfig("fsdp+tp", tensor=parts), by_host[::-1].ravel())
@@ -90,25 +90,25 @@ def test_a_host_of_a_slice_has_programs_of_its_own(name, meshes):
     """Some compilers refuse a program of several devices of a slice, but not all."""
     topology = hardware.topology(name)
     own = [device for device in slices.devices(topology) if device.process_index == 0]
-    found = sharding.own_meshes(own, topology.devices)
-    assert len(found) == meshes and sum(mesh.size for mesh in found) == len(own) == 4
-    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(found[0]))
+    meshes_of_host = sharding.own_meshes(own, topology.devices)
+    assert len(meshes_of_host) == meshes and sum(mesh.size for mesh in meshes_of_host) == len(own) == 4
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(meshes_of_host[0]))
     jax.jit(lambda x: x + 1).lower(x).compile()
 
 
-def test_what_the_chip_has_is_asked_of_the_compiler():
+def test_the_memory_of_a_chip_comes_from_the_compiler():
     assert 15 * GIB < compiler.hbm_limit(V5E) < 16 * GIB
     assert compiler.hbm_limit(hardware.topology("v4:2x2x1")) > 30 * GIB, "both cores of a chip are one device"
     assert len(slices.devices(hardware.topology("v5p:2x2x2"))) == 8
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v5e:32x32"])
-def test_slices_that_cannot_be_are_refused(name):
+def test_unknown_slices_are_refused(name):
     with pytest.raises(InputError, match="topology"):
         slices.devices(hardware.topology(name))
 
 
-def test_a_program_that_is_too_big_tells_its_need():
+def test_a_program_that_is_too_large_reports_the_memory_it_needs():
     job = small_job(batch=2**21, layers=2)
     compiled = compiler.compile_program(job)
     assert not compiled.fits and compiled.total_bytes > compiled.limit_bytes and compiled.costs is None
@@ -135,7 +135,7 @@ def test_wrong_input_is_one_line_before_anything_compiles(args, words):
 
 
 def test_the_sampler_is_the_one_that_a_run_starts():
-    """Attention in a kernel, which cannot be partitioned, beside weights that training splits."""
+    """Attention in a kernel, which cannot be partitioned, with weights that training splits."""
     job = small_job(kind="sample", batch=8, attention="flash", layers=1)
     text = program.lower(job).as_text()
     assert "tpu_custom_call" in text and "manual_computation" in text

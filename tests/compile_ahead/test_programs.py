@@ -1,4 +1,4 @@
-"""All programs of a run: which there are, what lies beside them, and that a run starts no others."""
+"""All programs of a run, the arrays that are resident beside them, and that a run starts no other programs."""
 
 import json
 import re
@@ -49,7 +49,7 @@ PROBES = [
 
 @pytest.fixture(autouse=True)
 def no_tpu(monkeypatch):
-    """Slices of the devices there are."""
+    """Slices made of the devices of this machine."""
     for module in (slices, programs):
         monkeypatch.setattr(module, "devices", lambda topology: jax.devices()[: topology.devices])
 
@@ -93,7 +93,7 @@ def test_every_program_of_a_run_is_named():
     assert names(programs.run_programs(make_job(**video)))[-2:] == ["I3D, resizing", "I3D"]
 
 
-def test_what_lies_in_memory_beside_a_program_is_not_its_argument():
+def test_resident_arrays_are_not_arguments_of_the_program():
     job = make_job(data=LATENTS, evaluation=EVALUATED, logging=dict(sample_every=4), mesh=dict(preset="fsdp"))
     beside = {program.name: set(program.resident) for program in programs.run_programs(job).programs}
     networks, training = {"decoder weights", "encoder weights", "Inception weights"}, {"training state", "batch"}
@@ -111,7 +111,7 @@ def test_what_lies_in_memory_beside_a_program_is_not_its_argument():
     assert 4 * params < sizes["training state"] < 4.2 * params
 
 
-def test_weights_that_are_not_there_are_known_by_name_or_by_the_models_latents(tmp_path):
+def test_missing_weights_are_identified_by_name_or_by_the_latents_of_the_model(tmp_path):
     assert programs.autoencoder_settings("store/sd_vae", 16)[0] == SD_VAE
     settings, notes = programs.autoencoder_settings("store/kl16", 16)
     assert settings == MAR_VAE and "store/kl16 is not there: taken as mar_vae" in notes[0]
@@ -139,7 +139,7 @@ def test_an_evaluation_that_the_run_refuses_is_refused_in_its_words(sections):
     assert str(refused.value) == str(by_the_run.value)
 
 
-def test_probes_that_cannot_be_are_said_and_do_not_fail_a_run():
+def test_impossible_probes_are_reported_and_do_not_fail_a_run():
     listing = programs.run_programs(make_job(model=dict(class_dropout=0.0), finetune=dict(batch_size=6)))
     assert names(listing) == ["initial state", "training step"]
     assert "always told the class" in listing.impossible["probe"] and "fine-tuning" in listing.impossible
@@ -183,7 +183,7 @@ def outcomes(compiler):
     return result, record
 
 
-def test_a_program_that_fits_alone_and_not_beside_the_others_is_named_with_them():
+def test_a_program_that_fits_only_without_resident_arrays_is_reported_with_them():
     result, record = outcomes(lambda name: compiled_of(10 * GIB))
     assert not result.fits and [p["fits"] for p in record["programs"]] == [True, False]
     assert record["programs"][1]["hbm_with_resident_bytes"] == 18 * GIB
@@ -270,7 +270,7 @@ def test_a_run_with_everything_starts_the_programs_that_are_listed(tmp_path, mon
         study.map(trained.params(), "trained")
         study.finetune(study.finetuning("trained", tmp_path / "tuned"), trained.params)
     listed = listed_modules(job, monkeypatch, two_devices, "probe", "fine-tuning")
-    # Learning rates and neighbours are of the number of images, which a listing does not know.
+    # Learning rates and neighbours depend on the number of images, which a listing does not have.
     assert {name_of(module) for module in started} == {name_of(module) for module in listed.values()}
     read = {content(module) for module in started if name_of(module) in ("jit_pooled", "jit_logits_of")}
     assert {content(module) for name, module in listed.items() if "features" in name or "map" in name} <= read

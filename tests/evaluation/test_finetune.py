@@ -51,7 +51,7 @@ def one_step(**changes):
 
 
 def test_layer_decay_is_applied_layer_by_layer():
-    """Adam's first step is the rate itself, whatever the gradient; so is the ratio of the layers' steps."""
+    """The first step of Adam has the size of the learning rate for any gradient, which gives the rate of a layer."""
     before, after = one_step(**DECAYING)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b), after.params, before)
     rate = {name: np.median(moved["classifier"][name]) for name in ("kernel", "bias", "shift")}

@@ -67,9 +67,7 @@ def kept(workdir):
     return checkpoints.steps(), checkpoints.best()
 
 
-def test_the_best_is_kept_beside_the_latest_across_restarts(
-    tmp_path, tmp_path_factory, monkeypatch, two_devices, capsys
-):
+def test_the_best_and_the_latest_are_kept_across_restarts(tmp_path, tmp_path_factory, monkeypatch, two_devices, capsys):
     with compiled_modules(tmp_path_factory.mktemp("modules")) as started:
         assert train(tmp_path, monkeypatch, 12, [3.0, 1.0, 2.0]) == []
     # Every program with a matrix product is one that preflight compiles, instruction by instruction.
@@ -154,7 +152,7 @@ def test_the_best_of_an_older_version_is_found_and_kept(tmp_path):
     assert again.steps() == [12, 4]
 
 
-def test_evaluator_scores_what_is_sampled(two_devices):
+def test_the_evaluator_scores_the_samples(two_devices):
     mesh = sharding.make_mesh(CONFIG.mesh)
     params = random_params(CONFIG.transformer)
     labels = balanced_labels(18, 10)

@@ -238,7 +238,7 @@ def test_means_are_over_the_finite_steps():
     assert metric_log.summarize({"loss": 0.0, "nonfinite_steps": 2.0}, 2) == {"loss": None, "nonfinite_steps": 1.0}
 
 
-def test_the_metrics_file_is_valid_json_whatever_happens(tmp_path, capsys):
+def test_the_metrics_file_is_always_valid_json(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     log = metric_log.MetricsLog(str(tmp_path), 10)
