@@ -14,7 +14,7 @@ from causalfusion_jax.models import i3d
 from causalfusion_jax.models.inception import resize_bilinear
 from causalfusion_jax.models.inception_layers import Conv, ConvUnit, Pool
 from causalfusion_jax.prepare import names
-from causalfusion_jax.prepare.i3d import RELEASES, i3d_table, ignored_names, recognise
+from causalfusion_jax.prepare.released_i3d import RELEASES, i3d_table, ignored_names, recognise
 
 
 @pytest.fixture(scope="module")
