@@ -138,7 +138,7 @@ def _blockwise_forward(inputs: ForwardInputs, q_tile: int | None, k_tile: int | 
 
 def _blockwise_backward(inputs: BackwardInputs, q_tile: int | None, k_tile: int | None):
     """`pallas_backward` in plain JAX."""
-    q, k, v, layout, lse, dot, d_out = inputs
+    (q, k, v, layout), lse, dot, d_out = inputs
     batch, queries, heads, _ = q.shape
     q_tile, k_tile = q_tile or _balanced_tile(queries), k_tile or _balanced_tile(k.shape[1])
     q_tokens, k_tokens, visits = _cut_layout(layout, q_tile, k_tile)
@@ -208,8 +208,8 @@ def _attention_backward(choice, saved, d_out):
     inputs, out, lse = saved
     # The normalization of the softmax subtracts this from the gradient of each logit of a query.
     dot = jnp.einsum("bqhd,bqhd->bhq", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    inputs = BackwardInputs(*inputs, lse=lse, dot=dot, d_out=d_out)
-    return *_run(choice, pallas_backward, _blockwise_backward, inputs), None
+    gradients = _run(choice, pallas_backward, _blockwise_backward, BackwardInputs(inputs, lse, dot, d_out))
+    return *gradients, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

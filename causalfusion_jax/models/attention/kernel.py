@@ -55,16 +55,13 @@ class BackwardInputs(NamedTuple):
     """Inputs of the backward pass.
 
     Attributes:
-      q, k, v, layout: see `ForwardInputs`.
+      forward: inputs of the forward pass.
       lse: log-sum-exp of the logits of each query, float32 [batch, heads, queries].
       dot: inner product of the output of each query and its gradient, float32 [batch, heads, queries].
       d_out: gradient of the output.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    layout: AttentionLayout
+    forward: ForwardInputs
     lse: jax.Array
     dot: jax.Array
     d_out: jax.Array
@@ -358,7 +355,7 @@ def _forward(inputs: ForwardInputs, q_tile: int, k_tile: int, interpret: bool):
 
 
 def _backward(inputs: BackwardInputs, q_tile: int, k_tile: int, interpret: bool):
-    q, k, v, layout, lse, dot, d_out = inputs
+    (q, k, v, layout), lse, dot, d_out = inputs
     heads, layout = q.shape[2], layout.padded(q_tile, k_tile)
     q_plan, k_plan = tile_plans(layout, q_tile, k_tile)
     flat = _flat(q, q_tile), _flat(k, k_tile), _flat(v, k_tile), _flat(d_out, q_tile)
@@ -421,6 +418,12 @@ def _on_each_device(function: Callable, outputs: tuple, inputs: ForwardInputs | 
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(inputs)
 
 
+def _with_tiles(function: Callable, inputs: ForwardInputs, q_tile: int | None, k_tile: int | None, interpret: bool):
+    """`function` with the settings of a kernel."""
+    q_tile, k_tile = q_tile or default_tile(inputs.q.shape[1]), k_tile or default_tile(inputs.k.shape[1])
+    return functools.partial(function, q_tile=q_tile, k_tile=k_tile, interpret=interpret)
+
+
 def pallas_forward(inputs: ForwardInputs, q_tile: int | None, k_tile: int | None, interpret: bool):
     """Attention of scaled queries.
 
@@ -432,15 +435,10 @@ def pallas_forward(inputs: ForwardInputs, q_tile: int | None, k_tile: int | None
     Returns:
       Output like q, and log-sum-exp of the logits, float32 [batch, heads, queries].
     """
-    q, k = inputs.q, inputs.k
-    run = functools.partial(
-        _forward,
-        q_tile=q_tile or default_tile(q.shape[1]),
-        k_tile=k_tile or default_tile(k.shape[1]),
-        interpret=interpret,
-    )
-    lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    return _on_each_device(run, (q, lse), inputs)
+    batch, queries, heads, _ = inputs.q.shape
+    lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+    run = _with_tiles(_forward, inputs, q_tile, k_tile, interpret)
+    return _on_each_device(run, (inputs.q, lse), inputs)
 
 
 def pallas_backward(inputs: BackwardInputs, q_tile: int | None, k_tile: int | None, interpret: bool):
@@ -450,11 +448,5 @@ def pallas_backward(inputs: BackwardInputs, q_tile: int | None, k_tile: int | No
       inputs: see `BackwardInputs`.
       q_tile, k_tile, interpret: see `pallas_forward`.
     """
-    q, k, v = inputs.q, inputs.k, inputs.v
-    run = functools.partial(
-        _backward,
-        q_tile=q_tile or default_tile(q.shape[1]),
-        k_tile=k_tile or default_tile(k.shape[1]),
-        interpret=interpret,
-    )
-    return _on_each_device(run, (q, k, v), inputs)
+    run = _with_tiles(_backward, inputs.forward, q_tile, k_tile, interpret)
+    return _on_each_device(run, inputs.forward[:3], inputs)
