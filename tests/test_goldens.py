@@ -40,12 +40,13 @@ from causalfusion_jax.metrics.distribution import (
     precision_recall,
 )
 from causalfusion_jax.models.autoencoder import abstract_autoencoder, decode, moments
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.inception import SIDE, abstract_inception, inception_features, resize_tf1
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.positions import coordinates, rope_base, rope_dims, rope_table
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.prepare.autoencoders import mar_vae_config, mar_vae_table, sd_vae_config, sd_vae_table
 from causalfusion_jax.prepare.inception import inception_table
 from causalfusion_jax.prepare.names import check_shapes, from_released, to_released

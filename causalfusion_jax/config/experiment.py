@@ -33,39 +33,23 @@ from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, static_steps
 from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer, with_checksum
-from causalfusion_jax.models.transformer import TransformerConfig
+from causalfusion_jax.models.config import Architecture, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The network, as far as the data do not fix it; see TransformerConfig.
+class ModelConfig(Architecture):
+    """The network: its architecture, and how images become tokens.
 
     Attributes:
       patch_size: side of a token in pixels (or latents).
-      class_dropout: probability of training an image without its class.
+      class_dropout: probability of training an image without its class, for classifier-free guidance.
     """
 
-    hidden: int = 96
-    heads: int = 3
-    layers: int = 4
-    mlp_ratio: float = 4.0
     patch_size: int = 2
-    conditioning: str = "in_context"
-    num_condition_tokens: int = 4
-    condition_repeats: int = 1
-    norm: str = "layer"
-    positions: str = "learned"
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    token_bias: bool = True
-    attention: str = "auto"
     class_dropout: float = 0.1
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
-    text_head: str = "tied"
 
     def __post_init__(self):
+        super().__post_init__()
         require_number("patch_size", self.patch_size, 1)
         require_number("class_dropout", self.class_dropout, 0.0, 1.0)
 
@@ -172,15 +156,15 @@ class ExperimentConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The network's static shape."""
-        model = dataclasses.asdict(self.model)
-        patch_size, _ = model.pop("patch_size"), model.pop("class_dropout")
+        patch_size = self.model.patch_size
+        architecture = {field.name: getattr(self.model, field.name) for field in dataclasses.fields(Architecture)}
         *frames, height, width, channels = self.data.shape
         text = {}
         if self.text.is_on:
             vocab = make_tokenizer(self.text).vocab_size
             text = dict(text_vocab=vocab, text_tokens=self.text.max_tokens)
         return TransformerConfig(
-            **model,
+            **architecture,
             grid=(*frames, height // patch_size, width // patch_size),
             token_dim=patch_size**2 * channels,
             num_classes=self.data.num_classes,

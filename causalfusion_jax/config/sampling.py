@@ -9,7 +9,7 @@ from causalfusion_jax.core import factorization
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig
 from causalfusion_jax.core.solvers import SolverConfig, solver_table
-from causalfusion_jax.models.transformer import TransformerConfig
+from causalfusion_jax.models.config import TransformerConfig
 
 CFG_SCHEDULES = ("constant", "linear", "ar_linear")
 

@@ -7,8 +7,8 @@ from causalfusion_jax.common.errors import require, require_number, require_one_
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, num_visible_clean, places_per_t
 from causalfusion_jax.core.layouts import LAYOUTS, Layout
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import training_flops
-from causalfusion_jax.models.transformer import TransformerConfig
 
 SCHEDULES = ("constant", "cosine", "wsd")
 IMAGE_TOKENS = ("clean_and_noisy", "noisy")

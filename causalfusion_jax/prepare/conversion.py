@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from causalfusion_jax.common.errors import InputError, require_one_of
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.inception import abstract_inception
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.prepare import autoencoders, i3d, inception, names, transformers
 from causalfusion_jax.prepare.exported import TRANSFORMERS, Exported
 from causalfusion_jax.prepare.transformers import Geometry, Shapes

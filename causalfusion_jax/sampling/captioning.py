@@ -17,8 +17,9 @@ from causalfusion_jax.common.errors import require, require_number
 from causalfusion_jax.core.factorization import Role
 from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.data.tokenizers import BEGIN, END
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling.sampler import Prefix
 
 NEVER = -1e30

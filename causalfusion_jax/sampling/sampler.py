@@ -25,9 +25,10 @@ from causalfusion_jax.core.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.core.factorization import CONDITION_STEP, EMPTY_STEP, FactorizationConfig, Role
 from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.core.solvers import solver_table
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 
 
 def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, sizes) -> np.ndarray:

@@ -49,9 +49,10 @@ from causalfusion_jax.cli import command as cli
 from causalfusion_jax.compile_ahead import costs, hlo
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import Role
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model, init_params
+from causalfusion_jax.models.transformer import abstract_model, init_params
 from causalfusion_jax.sampling.sampler import _Denoiser
 
 _FRAMES = flags.DEFINE_integer("frames", 32, "The longest clip.")
