@@ -116,14 +116,14 @@ def _chosen(known) -> tuple[str, ...]:
 
 def _pixel_scores() -> dict[str, float]:
     """Scores against the training data of --workdir."""
-    from causalfusion_jax.config import experiment
+    from causalfusion_jax.config.workdir import load_config
     from causalfusion_jax.data.class_names import names_difference, stored_class_names
     from causalfusion_jax.data.pipeline import class_names
     from causalfusion_jax.data.scores import PIXEL_METRICS, pixel_metrics
     from causalfusion_jax.evaluation.pairs import labels_of_prompts
     from causalfusion_jax.evaluation.scores import score
 
-    data = experiment.load(_WORKDIR.value).data
+    data = load_config(_WORKDIR.value).data
     known = pixel_metrics(data)
     needed = "inception" if data.frames == 1 else "i3d"
     require(

@@ -373,7 +373,7 @@ def named_classes_stay_those_of_training(folder):
 def test_another_config_and_another_folder(run, tmp_path):
     workdir, _ = run
     before = (workdir / "config.json").read_bytes()
-    assert_refused(train(workdir, "--config.model.layers=3"), "another config", "layers=3 (the run has 4)")
+    assert_refused(train(workdir, "--config.model.layers=3"), "another config", "layers 4, now 3")
     assert (workdir / "config.json").read_bytes() == before
     (tmp_path / "mine.txt").write_text("keep me")
     assert_refused(train(tmp_path), "workdir", "new or empty")

@@ -11,6 +11,7 @@ from helpers import tiny_config
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
+from causalfusion_jax.config.workdir import claim_workdir, load_config
 from causalfusion_jax.data.tokenizers import make_tokenizer
 from causalfusion_jax.models.presets import ACDIT, DIT
 from causalfusion_jax.sampling.sampler import generate, image_keys
@@ -58,13 +59,13 @@ def test_run_keeps_the_checksum_of_its_tokenizer(tmp_path):
     words.write_text("three\nseven\n")
     config = experiment.from_dict(tiny_config(text=dict(tokenizer="words", path=str(words), max_tokens=4)))
     for _ in range(2):
-        experiment.claim_workdir(str(tmp_path / "run"), config)
+        claim_workdir(str(tmp_path / "run"), config)
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["text"]
     assert kept["checksum"] == files.describe_file(words)["sha256"]
-    assert experiment.load(str(tmp_path / "run")).text.checksum == kept["checksum"]
+    assert load_config(str(tmp_path / "run")).text.checksum == kept["checksum"]
     words.write_text("seven\nthree\n")
     make_tokenizer.cache_clear()
-    for use in (experiment.load, lambda workdir: experiment.claim_workdir(workdir, config)):
+    for use in (load_config, lambda workdir: claim_workdir(workdir, config)):
         with pytest.raises(InputError, match="is another file than the run began with"):
             use(str(tmp_path / "run"))
 

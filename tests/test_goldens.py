@@ -270,7 +270,7 @@ def acdit_sampler(path):
     sampler = SamplerConfig(
         ar_steps=meta["ar_len"], solver="dpmpp_2m", solver_steps=meta["num_inference_steps"], cfg_scale=meta["cfg"]
     )
-    np.testing.assert_array_equal(solver_table(sampler.solver_config, LINEAR).t, golden["sample/timesteps"])
+    np.testing.assert_array_equal(solver_table(sampler, LINEAR).t, golden["sample/timesteps"])
     labels = jnp.asarray(golden["sample/y"])
     x_T = jnp.asarray(golden["sample/noise"]).reshape(len(labels), config.num_tokens, -1)
     out = sample_tokens(
@@ -303,7 +303,7 @@ def ddpm(path):
         assert_close(table.c_noise[row], noise, f"{steps} steps, noise")
 
 
-SOLVERS = {"ddim": dict(name="ddim", spacing="leading"), "dpmpp_2m_acdit": dict(name="dpmpp_2m")}
+SOLVERS = {"ddim": dict(solver="ddim", spacing="leading"), "dpmpp_2m_acdit": dict(solver="dpmpp_2m")}
 
 
 def solvers(path):
@@ -311,7 +311,7 @@ def solvers(path):
     runs = sorted({tuple(name.split("/")[:2]) for name in golden if name.endswith("/trajectory")})
     assert runs
     for name, steps in runs:
-        table = solver_table(SolverConfig(steps=int(steps), **SOLVERS[name]), LINEAR)
+        table = solver_table(SolverConfig(solver_steps=int(steps), **SOLVERS[name]), LINEAR)
         np.testing.assert_array_equal(table.t, golden[f"{name}/{steps}/timesteps"])
         x, previous = jnp.asarray(golden["x_T"]), 0.0
         for row, expected in enumerate(golden[f"{name}/{steps}/trajectory"]):

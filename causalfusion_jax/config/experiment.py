@@ -5,8 +5,6 @@ what differs. A run keeps its settings as `WORKDIR/config.json`.
 """
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +12,6 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, nearest, require, require_number
 from causalfusion_jax.common.sharding import MeshConfig, check_divides
 from causalfusion_jax.config.evaluation import EvaluationConfig
@@ -32,7 +29,7 @@ from causalfusion_jax.config.training import (
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, static_steps
 from causalfusion_jax.data.pipeline import DataConfig
-from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer, with_checksum
+from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer
 from causalfusion_jax.models.config import Architecture, TransformerConfig
 
 
@@ -303,99 +300,3 @@ def _typed(name: str, value: Any, default: Any):
     if type(value) is not type(default):
         raise InputError(name, value, f"must be of type {type(default).__name__}")
     return value
-
-
-# --- The run's own copy -----------------------------------------------------------
-
-FREE_SECTIONS = ("checkpoint", "logging", "sampling", "evaluation", "probe", "finetune", "mesh")
-"""May change between starts of one run: they do not change what is learned."""
-
-FREE_SETTINGS = frozenset({
-    # Where files are and how they are read. Data that moved, or the tokenizer's file, must be the same data.
-    "data.path", "data.workers", "data.verify", "data.max_corrupt", "text.path",
-    # How a step is computed: results differ by rounding alone. No example's randomness depends on the parts of a batch.
-    "model.attention", "model.remat", "model.scan_unroll", "train.grad_accum_steps",
-    # What a run that diverged needs.
-    "optimizer.learning_rate", "optimizer.clip_norm", "train.max_nonfinite_steps",
-})  # fmt: skip
-"""Settings of other sections that may change too."""
-
-Changes = dict[str, tuple[Any, Any]]
-"""Old and new value of each setting that changed, by its path: `optimizer.learning_rate`."""
-
-
-def load(workdir: str) -> ExperimentConfig:
-    """The settings of an existing run. Raises InputError where there is none."""
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise InputError("workdir", workdir, "is not the folder of a training run (it has no config.json)")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError("workdir", workdir, f"its config.json cannot be read: {error}") from None
-    return from_dict(values)
-
-
-def claim_workdir(workdir: str, config: ExperimentConfig) -> Changes:
-    """Makes `workdir` this run's, or checks that it already is.
-
-    Returns:
-      What differs from the run's own settings, which `record_changes` replaces.
-
-    Raises:
-      InputError: it holds something else, or a run that learns something else.
-    """
-    folder = pathlib.Path(workdir)
-    config = _with_checksums(config)
-    if (folder / "config.json").is_file():
-        changes = _changes(load(workdir), config)
-        _check_allowed(workdir, changes, config)
-        return changes
-    if not files.is_new(folder):
-        raise InputError("workdir", workdir, "must be a new or empty folder, or that of a run to continue")
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "config.json", to_dict(config))
-    return {}
-
-
-def record_changes(workdir: str, config: ExperimentConfig, changes: Changes, step: int) -> None:
-    """Keeps changed settings as the run's own, and a line of `config_history.jsonl` that says from which step on."""
-    if not changes:
-        return
-    folder = pathlib.Path(workdir)
-    files.drop_torn_line(folder / "config_history.jsonl")
-    line = {"step": step, "changed": {name: {"old": old, "new": new} for name, (old, new) in changes.items()}}
-    with (folder / "config_history.jsonl").open("a") as history:
-        history.write(json.dumps(line) + "\n")
-    files.write_json(folder / "config.json", to_dict(_with_checksums(config)))
-
-
-def _with_checksums(config: ExperimentConfig) -> ExperimentConfig:
-    """The settings as a run keeps them: with the checksum of the tokenizer's file."""
-    return dataclasses.replace(config, text=with_checksum(config.text))
-
-
-def _changes(saved: ExperimentConfig, config: ExperimentConfig) -> Changes:
-    """Every setting that differs."""
-    ours, theirs = to_dict(config), to_dict(saved)
-    return {
-        f"{section}.{name}": (theirs[section][name], value)
-        for section, values in ours.items()
-        for name, value in values.items()
-        if value != theirs[section][name]
-    }
-
-
-def _check_allowed(workdir: str, changes: Changes, config: ExperimentConfig) -> None:
-    """Raises InputError naming the changes after which something else would be learned."""
-    free = FREE_SETTINGS | ({"train.steps"} if config.optimizer.schedule == "constant" else frozenset())
-    if not changes.get("text.checksum", ("kept",))[0]:
-        # The run is from before checksums were kept.
-        free |= {"text.checksum"}
-    changed = [
-        f"{path}={new!r} (the run has {old!r})"
-        for path, (old, new) in changes.items()
-        if path.partition(".")[0] not in FREE_SECTIONS and path not in free
-    ]
-    if changed:
-        raise InputError("workdir", workdir, f"belongs to another config: {', '.join(changed)}; use another workdir")

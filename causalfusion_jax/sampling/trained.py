@@ -13,6 +13,7 @@ from causalfusion_jax.common.errors import require
 from causalfusion_jax.common.sharding import partition, place, replicated
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.workdir import load_config
 from causalfusion_jax.data.class_names import stored_class_names
 from causalfusion_jax.data.pipeline import class_names
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
@@ -68,7 +69,7 @@ def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) 
     Raises:
       InputError: no run, no intact checkpoint, or none that was evaluated.
     """
-    config = experiment.load(workdir)
+    config = load_config(workdir)
     checkpoints = Checkpoints(workdir, read_only=True)
     if step == BEST:
         best = checkpoints.best()

@@ -20,6 +20,7 @@ from causalfusion_jax.common import distributed, sharding
 from causalfusion_jax.common.pictures import save_png
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.workdir import Changes, claim_workdir, record_changes
 from causalfusion_jax.data.captions import check_captions
 from causalfusion_jax.data.class_names import check_class_names, store_class_names
 from causalfusion_jax.data.pipeline import BatchIterator, Source, describe, host_batches, make_source, reading_threads
@@ -86,7 +87,7 @@ def train(
     evaluate = _make("evaluation.eval_every", config.evaluation.eval_every, make_evaluator, (config, mesh, source))
     preview = _make("logging.sample_every", config.logging.sample_every, make_preview, (config, mesh, source))
     with distributed.held_folder(workdir, "workdir") as lock:
-        changes: experiment.Changes = {}
+        changes: Changes = {}
         distributed.on_primary(lambda: changes.update(_claim(workdir, config, tuple(source.class_names))), None)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every, lock=lock)
         # Made by one program on all processes, where they are to lie.
@@ -125,19 +126,19 @@ def _make(name: str, every: int, make: Callable | None, args: tuple):
     return make(*args)
 
 
-def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> experiment.Changes:
+def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> Changes:
     """Makes `workdir` this run's, or checks that it is; keeps the names of its classes. Raises InputError."""
     check_class_names(workdir, class_names)
-    changes = experiment.claim_workdir(workdir, config)
+    changes = claim_workdir(workdir, config)
     store_class_names(workdir, class_names)
     return changes
 
 
-def _continue_from(checkpoints: Checkpoints, config, workdir: str, changes: experiment.Changes, step: int) -> None:
+def _continue_from(checkpoints: Checkpoints, config, workdir: str, changes: Changes, step: int) -> None:
     """Notes from which step the run goes on, and with what changed; on process 0."""
     for name, (old, new) in changes.items():
         print(f"changed from step {step} on: {name} {old!r} -> {new!r}", flush=True)
-    experiment.record_changes(workdir, config, changes, step)
+    record_changes(workdir, config, changes, step)
     checkpoints.go_back(step)
 
 

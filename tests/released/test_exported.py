@@ -16,6 +16,7 @@ from causalfusion_jax.checkpoints.checkpoint import Checkpoints
 from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
+from causalfusion_jax.config.workdir import claim_workdir
 from causalfusion_jax.data.class_names import store_class_names
 from causalfusion_jax.models.autoencoder import abstract_autoencoder
 from causalfusion_jax.models.presets import ACDIT, DIT
@@ -38,7 +39,7 @@ DIGITS = dict(diffusion=dict(target="v"), sampling=dict(ar_steps=4, clip_x_0=1.0
 def random_run(workdir, sections, names=()):
     """A run of random weights at step 7, as training leaves it."""
     config, rng = experiment.from_dict(tiny_config(**sections)), np.random.default_rng(0)
-    experiment.claim_workdir(str(workdir), config)
+    claim_workdir(str(workdir), config)
     store_class_names(workdir, names)
     wanted = abstract_state(config.step, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype)), wanted)
