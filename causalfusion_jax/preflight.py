@@ -32,7 +32,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import require
 
 # Before jax starts: no look for a TPU or the metadata of one, several of us at a time, no remarks of libtpu.
@@ -109,12 +109,12 @@ def _check_programs(specs) -> None:
     """Compiles all programs of a job, prints what came of them and ends the process."""
     from causalfusion_jax.compile_ahead import run_report
     from causalfusion_jax.evaluation import programs
-    from causalfusion_jax.prepare import encoding
+    from causalfusion_jax.prepare.encoder import EncodeConfig
 
     if _JOB.value == "run":
         listings = [programs.run_programs(spec) for spec in specs]
     else:
-        settings = encoding.EncodeConfig() if _NUM.value is None else encoding.EncodeConfig(batch_size=_NUM.value)
+        settings = EncodeConfig() if _NUM.value is None else EncodeConfig(batch_size=_NUM.value)
         listings = [programs.encode_programs(spec, settings) for spec in specs]
     results = []
     for spec, listing in zip(specs, listings, strict=True):
@@ -144,4 +144,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "topology"))
+    app.run(main, required=("config", "topology"))

@@ -27,12 +27,12 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; new, empty, or that of a run to continue.")
-_join_processes = cli.define_processes()
-flags.adopt_module_key_flags(cli)
+_join_processes = app.define_processes()
+flags.adopt_module_key_flags(app)
 
 
 def main(argv):
@@ -47,9 +47,9 @@ def main(argv):
     from causalfusion_jax.sampling.preview import Preview
     from causalfusion_jax.training import loop
 
-    with cli.exit_status_of_training(sys.stdout):
+    with app.exit_status_of_training(sys.stdout):
         loop.train(config, _WORKDIR.value, make_evaluator=Evaluator, make_preview=Preview)
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    app.run(main, required=("config", "workdir"))

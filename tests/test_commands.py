@@ -12,7 +12,7 @@ from helpers import ROOT, command, command_env
 from PIL import Image
 
 from causalfusion_jax.checkpoints.manifests import manifest_path
-from causalfusion_jax.cli.command import INTERRUPTED
+from causalfusion_jax.cli.app import INTERRUPTED
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=30",

@@ -7,7 +7,7 @@ import pytest
 from helpers import command, run_module
 from PIL import Image
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.model.layers=2",
@@ -104,4 +104,4 @@ def test_bad_input_is_one_clear_line(workdir, tmp_path):
 
 def test_fine_tuning_that_was_stopped_is_to_be_run_again(tmp_path):
     done = run_module("stopped_probe", tmp_path / "finetuned")
-    assert done.returncode == cli.INTERRUPTED and "saved step 6 of 16" in done.stderr, done.stderr
+    assert done.returncode == app.INTERRUPTED and "saved step 6 of 16" in done.stderr, done.stderr

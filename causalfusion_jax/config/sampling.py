@@ -34,7 +34,7 @@ class SamplerConfig(SolverConfig):
       cfg_scale: classifier-free guidance w in eps = eps_u + w (eps_c - eps_u); 1 is none.
       cfg_schedule: `constant`; `linear`: from 1 at t = T up to cfg_scale at t = 0;
         `ar_linear`: from 1 up to cfg_scale with the part of the image generated.
-      cfg_interval: low,high: guidance only for timesteps low <= t < high.
+      cfg_interval: timesteps low,high between which there is guidance: low <= t < high.
       temperature: scale of the noise that a stochastic solver adds.
       clip_x_0: bound on the predicted |x_0|, for data in pixels; 0 is none.
     """

@@ -45,7 +45,7 @@ from absl import app, flags
 from common import interleaved, report, seconds
 from flax import nnx
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import machine
 from causalfusion_jax.compile_ahead import costs, hlo
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import Role
@@ -370,7 +370,7 @@ def plot(setting: Setting, found, lengths, path: str) -> None:
 def main(argv):
     """Runs the benchmark."""
     del argv
-    cli.keep_freed_memory()
+    machine.keep_freed_memory()
     setting = Setting(
         tuple(int(side) for side in _GRID.value),
         _HIDDEN.value,

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, command_env, expanded, finish_run
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.sweeps import sweep as sweeps
@@ -447,7 +447,7 @@ def test_sweep_is_interrupted_resumed_extended_and_refused(tmp_path):
     wait_for(lambda: log.is_file() and "\nstep " in log.read_text(), 300)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == cli.INTERRUPTED and "SIGINT: 0 of 1 runs finished" in output
+    assert process.returncode == app.INTERRUPTED and "SIGINT: 0 of 1 runs finished" in output
     assert "SIGINT: saved step" in log.read_text()
 
     done = run_sweep(sweep + "+0.5", *args)

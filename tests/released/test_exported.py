@@ -11,7 +11,6 @@ from helpers import tiny_config
 from safetensors import safe_open
 from tiny_data import TINY_VAE
 
-from causalfusion_jax import convert
 from causalfusion_jax.checkpoints.checkpoint import Checkpoints
 from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import InputError
@@ -22,6 +21,7 @@ from causalfusion_jax.models.autoencoder import abstract_autoencoder
 from causalfusion_jax.models.presets import ACDIT, DIT
 from causalfusion_jax.models.store import open_converted, write_converted
 from causalfusion_jax.prepare.exported import Exported, from_metadata
+from causalfusion_jax.sampling import released
 from causalfusion_jax.sampling.trained import from_converted, from_run
 from causalfusion_jax.training.state import abstract_state
 
@@ -51,7 +51,7 @@ def random_run(workdir, sections, names=()):
 
 def imported(file, folder, **said):
     """The transformer that an exported file is imported as."""
-    read = convert.read_released(file, said.pop("kind", None), said.pop("weights", None), UNSAID | said)
+    read = released.read_released(file, said.pop("kind", None), said.pop("weights", None), UNSAID | said)
     write_converted(folder, read.kind, read.settings, read.source, read.params, read.class_names)
     return from_converted(str(folder))
 
@@ -61,7 +61,7 @@ def test_a_run_comes_back_whole(tmp_path, sections, kind):
     names = tuple("abcdefghij")
     trained = random_run(tmp_path / "run", sections, names)
     file = tmp_path / "run.safetensors"
-    assert convert.write_exported(str(tmp_path / "run"), file, None, None)[0] == kind
+    assert released.write_exported(str(tmp_path / "run"), file).metadata.kind == kind
     with safe_open(file, "numpy") as opened:
         assert {"step": "7", "weights": "ema", "kind": kind}.items() <= opened.metadata().items()
     back = imported(file, tmp_path / "back")
@@ -71,7 +71,7 @@ def test_a_run_comes_back_whole(tmp_path, sections, kind):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), ours, theirs))
     # What was imported exports to the same file.
-    convert.write_exported(str(tmp_path / "back"), tmp_path / "again.safetensors", None, None)
+    released.write_exported(str(tmp_path / "back"), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
     refused = {
         "kind": "acdit" if kind == "causalfusion" else "causalfusion",
@@ -99,7 +99,7 @@ def test_a_run_comes_back_whole(tmp_path, sections, kind):
 def test_what_no_released_format_holds_is_refused(tmp_path, sections, words):
     random_run(tmp_path / "run", sections)
     with pytest.raises(InputError, match=words):
-        convert.write_exported(str(tmp_path / "run"), tmp_path / "run.safetensors", None, None)
+        released.write_exported(str(tmp_path / "run"), tmp_path / "run.safetensors")
     assert not (tmp_path / "run.safetensors").exists()
 
 
@@ -107,8 +107,8 @@ def test_settings_of_an_autoencoder_that_no_shape_tells_come_back(tmp_path):
     config = dataclasses.replace(TINY_VAE, scaling_factor=0.125, norm_groups=2)
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract_autoencoder(config)[1])
     write_converted(tmp_path / "vae", "mar_vae", dataclasses.asdict(config), {"file": "vae.ckpt"}, params)
-    convert.write_exported(str(tmp_path / "vae"), tmp_path / "vae.safetensors", None, None)
-    read = convert.read_released(tmp_path / "vae.safetensors", None, None, UNSAID)
+    released.write_exported(str(tmp_path / "vae"), tmp_path / "vae.safetensors")
+    read = released.read_released(tmp_path / "vae.safetensors", None, None, UNSAID)
     kept = open_converted("--vae", str(tmp_path / "vae"), ("mar_vae",)).settings
     assert read.kind == "mar_vae" and read.settings == kept and kept["scaling_factor"] == 0.125
 

@@ -53,9 +53,12 @@ def test_another_request_is_refused(tmp_path, joined):
     sample(folder, range(3))
     if joined:
         folder.join(columns=3)
-    for change in ({"seed": 4}, {"labels": [0]}):
+    for change, words in (
+        ({"seed": 4}, "seed 3, now 4"),
+        ({"labels": [0]}, r"labels \[0, 1, 2, 0, 1, 2, 0\], now \[0\]"),
+    ):
         other = SampleFolder(tmp_path / "out", REQUEST | change, 3)
-        with pytest.raises(InputError, match=f"samples of another request \\({next(iter(change))}\\)"):
+        with pytest.raises(InputError, match=rf"samples of another request \({words}\)"):
             other.claim()
     assert folder.is_done == joined
     (tmp_path / "mine").mkdir()

@@ -16,7 +16,7 @@ import pytest
 from helpers import tiny_config
 
 from causalfusion_jax.checkpoints.checkpoint import Checkpoints
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common import files, sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.lock import FolderLock
@@ -198,7 +198,7 @@ def test_a_state_that_diverged_is_not_saved(course, tmp_path, monkeypatch):
 
 def test_a_stopped_command_exits_with_75(capsys):
     for error, status in ((Stopped("saved step 2 of 8"), 75), (loop.TrainingDiverged("lower it"), 1)):
-        with pytest.raises(SystemExit) as ended, cli.exit_status_of_training():
+        with pytest.raises(SystemExit) as ended, app.exit_status_of_training():
             raise error
         assert ended.value.code == status and str(error) in capsys.readouterr().err
 
