@@ -33,7 +33,7 @@ from causalfusion_jax.cli import app, weights_flags
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.prepare.conversion import KINDS
 
-_KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Kind of CHECKPOINT [for exported files and --reverse, as stored].")
+_KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Kind of CHECKPOINT [as stored in exported files and folders].")
 _TRAINED = weights_flags.define(None, "Released file; with --reverse a converted folder, or a run.")
 _OUT = flags.DEFINE_string("out", None, "New folder to write; with --reverse a new .safetensors file.")
 _REVERSE = flags.DEFINE_bool("reverse", False, "Write released names from this package's parameters.")
