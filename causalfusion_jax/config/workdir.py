@@ -83,9 +83,7 @@ def record_changes(workdir: str, config: ExperimentConfig, changes: Changes, ste
 
 def settings_by_path(config: ExperimentConfig) -> dict[str, Any]:
     """Every setting by its path, `train.steps`."""
-    return {
-        f"{section}.{name}": value for section, values in to_dict(config).items() for name, value in values.items()
-    }
+    return {f"{section}.{name}": value for section, values in to_dict(config).items() for name, value in values.items()}
 
 
 def measured_settings(config: ExperimentConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_auto
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import abstract_model
+from causalfusion_jax.prepare.conversion import autoencoder_config
 from causalfusion_jax.prepare.exported import TRANSFORMERS
 
 AUTOENCODERS = ("mar_vae", "sd_vae")
@@ -142,8 +143,7 @@ def from_converted(folder: str) -> Trained:
 def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, AutoencoderConfig]:
     """A converted autoencoder and its settings. Raises InputError if `folder` does not hold one."""
     converted = open_converted(field, folder, AUTOENCODERS)
-    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
-    return converted, AutoencoderConfig(**listed)
+    return converted, autoencoder_config(converted.settings)
 
 
 def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, field: str, folder: str) -> None:
