@@ -59,7 +59,7 @@ _NUM = flags.DEFINE_integer(
 )
 _SEARCH = flags.DEFINE_bool("search", True, "Search for the largest batch that fits.")
 _MACHINE_CODE = flags.DEFINE_bool(
-    "machine_code", False, "Generate machine code too: takes minutes, with the same report."
+    "machine_code", False, "Generate machine code too, which takes minutes."
 )
 _SECONDS = flags.DEFINE_float("seconds", 100.0, "Time after which no further compilation starts, for each topology.")
 

@@ -73,6 +73,16 @@ def test_a_run_comes_back_whole(tmp_path, sections, kind):
     # What was imported exports to the same file.
     released.write_exported(str(tmp_path / "back"), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    # The weights of the last step, by either of their names.
+    for weights in ("params", None):
+        chosen = released.write_exported(
+            str(tmp_path / "run"), tmp_path / f"{weights}.safetensors", weights=weights, step=7
+        )
+        assert (chosen.metadata.weights, chosen.metadata.step) == ("model" if weights else "ema", 7)
+    with pytest.raises(InputError, match="step=8: must be one of"):
+        released.write_exported(str(tmp_path / "run"), tmp_path / "none.safetensors", step=8)
+    with pytest.raises(InputError, match="step=7: a converted checkpoint has one set of weights"):
+        released.write_exported(str(tmp_path / "back"), tmp_path / "none.safetensors", step=7)
     refused = {
         "kind": "acdit" if kind == "causalfusion" else "causalfusion",
         "weights": "model",
