@@ -1,4 +1,4 @@
-"""A job on a TPU slice that only its topology describes (`jax.experimental.topologies`), and the job's programs."""
+"""A job on a TPU slice that is only described (`jax.experimental.topologies`), and the programs it runs there."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ JOBS = ("train", "sample")
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A job on a slice.
+    """A program on a slice.
 
     Attributes:
       config: all settings.
       topology: the slice.
-      job: `train`, the training step; or `sample`, the sampler of `config.sampling`, with replicated
-        parameters and the images split over all devices.
-      num: images in a sampled batch.
+      job: `train`, the training step; or `sample`, the sampler, with `config.sampling`, the
+        parameters whole on every device and the images split over all of them.
+      num: images of a batch that is sampled.
     """
 
     config: ExperimentConfig
@@ -38,23 +38,23 @@ class Spec:
 
     @property
     def batch(self) -> int:
-        """Images in a call of the program, over all devices."""
+        """Images in one call of the program, over all devices."""
         return self.config.train.batch_size if self.job == "train" else self.num
 
     def with_batch(self, batch: int) -> "Spec":
-        """The same job with another batch size."""
+        """The same for another number of images."""
         if self.job == "sample":
             return dataclasses.replace(self, num=batch)
         return self.with_settings("train", batch_size=batch)
 
     def with_settings(self, section: str, **changes) -> "Spec":
-        """The same job with some settings of a section changed."""
+        """The same with some settings of a section changed."""
         changed = dataclasses.replace(getattr(self.config, section), **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **{section: changed}))
 
     @property
     def batch_devices(self) -> int:
-        """Number of devices that a batch is split over."""
+        """Devices that the images are split over."""
         if self.job == "sample":
             return self.topology.devices
         mesh = self.mesh()
@@ -62,17 +62,17 @@ class Spec:
 
     @property
     def quantum(self) -> int:
-        """The number that a batch must be a multiple of."""
+        """What a batch must be a multiple of."""
         return self.batch_devices * (self.config.train.grad_accum_steps if self.job == "train" else 1)
 
     def mesh(self) -> Mesh:
-        """The mesh on the slice. Raises InputError if it does not fit."""
+        """The mesh on the slice. Raises InputError where it does not fit."""
         return sharding.make_mesh(self.config.mesh, devices(self.topology))
 
 
 @functools.cache
 def devices(topology: Topology) -> tuple:
-    """Device descriptions of a slice. Raises InputError if such a slice does not exist, or without libtpu."""
+    """The devices of a slice that is not there. Raises InputError where there can be none."""
     require(
         importlib.util.find_spec("libtpu") is not None,
         "--topology",
@@ -96,25 +96,25 @@ def devices(topology: Topology) -> tuple:
     except jax.errors.JaxRuntimeError as error:
         shapes = ", ".join(topology.accelerator.topologies)
         raise InputError(
-            "--topology", topology.name, f"is not a slice: {_reason(error)}; there are {shapes} and larger ones"
+            "--topology", topology.name, f"is no slice, as {_reason(error)}; there are {shapes} and larger ones"
         ) from None
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without its status code."""
+    """The first line of an error, without its code."""
     return re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0])
 
 
 def check(spec: Spec) -> None:
-    """Raises InputError if the batch or the model does not split evenly over the slice; compiles nothing."""
+    """Raises InputError where batch or model do not split over the slice; nothing is compiled."""
     field = "config.train.batch_size" if spec.job == "train" else "--num"
     if spec.batch % spec.quantum:
         below = spec.batch // spec.quantum * spec.quantum
         fits = " or ".join(str(n) for n in (below, below + spec.quantum) if n)
-        divided = f"{spec.batch_devices} devices of the batch on {spec.topology.name}"
+        what = f"{spec.batch_devices} devices of the batch on {spec.topology.name}"
         accum = spec.config.train.grad_accum_steps if spec.job == "train" else 1
-        divided += f" times grad_accum_steps={accum}" if accum > 1 else ""
-        raise InputError(field, spec.batch, f"must be a multiple of {spec.quantum}, the {divided}: give {fits}")
+        what += f" times grad_accum_steps={accum}" if accum > 1 else ""
+        raise InputError(field, spec.batch, f"must be a multiple of {spec.quantum}, the {what}: give {fits}")
     if spec.job == "train":
         experiment.check_mesh(spec.config, spec.mesh())
 
@@ -124,9 +124,9 @@ class Program:
     """A device program of a run.
 
     Attributes:
-      name: its purpose.
+      name: what it does.
       lower: traces it, in another process; see `compiler.compile_lowered`.
-      resident: bytes of HBM on each device, by name, that are allocated while it runs besides its arguments.
+      resident: bytes of HBM on each device, by name, of what lies there meanwhile and is not its argument.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Program:
 
     @property
     def resident_bytes(self) -> int:
-        """Sum of `resident`."""
+        """All of it."""
         return sum(self.resident.values())
 
 
@@ -145,8 +145,8 @@ class Listing:
 
     Attributes:
       programs: in the order in which they first run.
-      impossible: programs that these settings exclude, and why; none of them is part of training.
-      notes: assumptions about weights that do not exist yet.
+      impossible: programs that these settings rule out, and why. No part of training is among them.
+      notes: what was assumed of weights that are not there.
     """
 
     programs: tuple[Program, ...]
