@@ -52,13 +52,10 @@ class Kind(NamedTuple):
 def _transformer(recognise, table) -> Kind:
     def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
         sections = recognise(shapes, metadata, geometry)
-        return Plan(sections, *export(sections, network(sections)), [])
+        model = network(sections)
+        return Plan(sections, table(model), abstract_model(model)[1], [])
 
-    def export(settings: Settings, model: TransformerConfig) -> tuple[names.Table, Any]:
-        del settings
-        return table(model), abstract_model(model)[1]
-
-    return Kind(plan, export)
+    return Kind(plan, lambda settings, model: (table(model), abstract_model(model)[1]))
 
 
 def _autoencoder(recognise, table) -> Kind:
@@ -69,7 +66,7 @@ def _autoencoder(recognise, table) -> Kind:
         ignored = autoencoders.ignored_names(shapes)
         return Plan(dataclasses.asdict(config), table(config, shapes), abstract_autoencoder(config)[1], ignored)
 
-    def export(settings: Settings, model: None) -> tuple[names.Table, Any]:
+    def export(settings: Settings, model: TransformerConfig | None) -> tuple[names.Table, Any]:
         del model
         config = autoencoder_config(settings)
         return table(config), abstract_autoencoder(config)[1]
@@ -77,31 +74,16 @@ def _autoencoder(recognise, table) -> Kind:
     return Kind(plan, export)
 
 
-def _inception() -> Kind:
-    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
-        del shapes, metadata, network
-        _refuse(geometry)
-        return Plan({}, *export({}, None), inception.ignored_names())
+def _fixed(abstract, table, ignored, recognise=None) -> Kind:
+    """A network without settings, whose released names may have several layouts."""
 
-    def export(settings: Settings, model: None) -> tuple[names.Table, Any]:
-        del settings, model
-        return inception.inception_table(), abstract_inception()[1]
-
-    return Kind(plan, export)
-
-
-def _i3d() -> Kind:
     def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
         del metadata, network
         _refuse(geometry)
-        layout = i3d.recognise(shapes)
-        return Plan({}, i3d.i3d_table(layout), abstract_i3d()[1], i3d.ignored_names(layout))
+        layout = () if recognise is None else (recognise(shapes),)
+        return Plan({}, table(*layout), abstract()[1], ignored(*layout))
 
-    def export(settings: Settings, model: None) -> tuple[names.Table, Any]:
-        del settings, model
-        return i3d.i3d_table(), abstract_i3d()[1]
-
-    return Kind(plan, export)
+    return Kind(plan, lambda settings, model: (table(), abstract()[1]))
 
 
 def _refuse(geometry: Geometry) -> None:
@@ -116,8 +98,8 @@ KINDS = {
     "acdit": _transformer(transformers.acdit_config, transformers.acdit_table),
     "mar_vae": _autoencoder(autoencoders.mar_vae_config, autoencoders.mar_vae_table),
     "sd_vae": _autoencoder(autoencoders.sd_vae_config, autoencoders.sd_vae_table),
-    "fid_inception": _inception(),
-    "fvd_i3d": _i3d(),
+    "fid_inception": _fixed(abstract_inception, inception.inception_table, inception.ignored_names),
+    "fvd_i3d": _fixed(abstract_i3d, i3d.i3d_table, i3d.ignored_names, i3d.recognise),
 }
 
 
