@@ -1,4 +1,4 @@
-"""Latents on disk: what is written, resumed after any kill to the same bytes, and trained on."""
+"""Latents on disk: written, resumed to the same bytes after any interruption, and trained on."""
 
 import dataclasses
 import json
@@ -140,14 +140,14 @@ def test_training_draws_from_seed_index_and_epoch(tmp_path):
     again = host_batches(make_source(config), config, 10, seed=5)
     np.testing.assert_array_equal(epochs[1]["image"][10:], again[3]["image"])
     drawn = np.stack([epoch["image"] for epoch in epochs]).reshape(50, 20, 64) / 0.5
-    place = np.round(drawn.mean(-1) / 50).astype(int)  # bfloat16 keeps the means to 4 in 1,000
-    assert all(sorted(epoch) == list(range(20)) for epoch in place // 2)
-    assert 0.4 < (place % 2).mean() < 0.6
+    position = np.round(drawn.mean(-1) / 50).astype(int)  # bfloat16 keeps the means to 4 in 1,000
+    assert all(sorted(epoch) == list(range(20)) for epoch in position // 2)
+    assert 0.4 < (position % 2).mean() < 0.6
     stored = np.stack([source.record(i)["mean"][:, 0, 0, 0] for i in range(20)]).astype(np.float32).ravel()
-    noise = (drawn - stored[place][..., None]) / 2
+    noise = (drawn - stored[position][..., None]) / 2
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     # Each epoch draws anew.
-    first, second = (epoch["image"][np.argsort(order // 2)] for epoch, order in zip(epochs[:2], place, strict=False))
+    first, second = (epoch["image"][np.argsort(order // 2)] for epoch, order in zip(epochs[:2], position, strict=False))
     assert (first != second).any(axis=(1, 2, 3)).all()
     upright = host_batches(source, dataclasses.replace(config, flip=False), 20, seed=5)[0]["image"] / 0.5
     assert (np.round(upright.mean((1, 2, 3)) / 50).astype(int) % 2 == 0).all()
@@ -155,14 +155,14 @@ def test_training_draws_from_seed_index_and_epoch(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for a process that ends."""
+    """Raised instead of ending the process."""
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_anywhere_it_ends_in_the_same_bytes(seed, encoded, tars, vae, tmp_path, monkeypatch):
     expected, _ = encoded
     out, rng = tmp_path / "out", random.Random(seed)
-    # So few calls are left of each at least; the last kill is between the manifest and tidying up.
+    # The process ends at a random call of each function; the last time between the manifest and the clean-up.
     for module, name, calls in (
         (latents, "pack", 24),
         (files, "write_json", 2),
@@ -215,7 +215,7 @@ def test_mesh_captions_and_what_is_corrupt(encoded, vae, tmp_path, capsys):
     assert "corrupt record skipped" in capsys.readouterr().err
 
 
-def test_scaling_that_does_not_fit_is_told(capsys):
+def test_scaling_that_does_not_fit_is_reported(capsys):
     sums = {"count": 4, "sum": [4.0, 8.0], "sum_of_squares": [40.0, 52.0]}
     report = latent_shards.report_statistics(sums, 0.5)
     assert report["mean"] == [1.0, 2.0] and report["std"] == [3.0, 3.0]
@@ -264,7 +264,7 @@ def test_other_data_of_the_same_counts_are_refused(encoded, tars, vae, tmp_path)
     other = dataclasses.replace(tars, path=write_tars(tmp_path, 30, broken=(3,)))
     with pytest.raises(InputError, match="another request .listing"):
         encode(other, *open_autoencoder(vae), str(out), SETTINGS)
-    # The same data at another place are the same.
+    # The same data in another folder are the same request.
     (tmp_path / "moved").mkdir()
     moved = dataclasses.replace(tars, path=write_tars(tmp_path / "moved", 30))
     assert encode(moved, *open_autoencoder(vae), str(out), SETTINGS)["num_records"] == 30

@@ -1,4 +1,4 @@
-"""Settings: every combination that makes sense, and the reasons for those that do not."""
+"""Settings: combinations of both papers, and the reasons for refused ones."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ def test_run_keeps_the_checksum_of_its_tokenizer(tmp_path):
         (dict(data=LATENT_VIDEO | dict(latents=False)), "config.data.channels", "1, 3"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(sections, field, reason):
+def test_invalid_settings_are_refused_with_the_reason(sections, field, reason):
     with pytest.raises(InputError) as error:
         experiment.from_dict(tiny_config(**sections))
     assert error.value.field == field and reason in str(error.value)

@@ -1,4 +1,4 @@
-"""Exported files come back as they were: settings, class names, step, and every value."""
+"""Exporting and importing keeps settings, class names, step and every value."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from causalfusion_jax.sampling import released
 from causalfusion_jax.sampling.trained import from_converted, from_run
 from causalfusion_jax.training.state import abstract_state
 
-UNSAID = dict(patch_size=None, image_size=None, frames=None, block_size=None)
+NOT_GIVEN = dict(patch_size=None, image_size=None, frames=None, block_size=None)
 MOVING = dict(
     data=dict(source="moving_digits", image_size=16, frames=4),
     model=ACDIT | dict(hidden=32, heads=1, layers=2, patch_size=8),
@@ -49,9 +49,9 @@ def random_run(workdir, sections, names=()):
     return from_run(str(workdir))
 
 
-def imported(file, folder, **said):
+def imported(file, folder, **given):
     """The transformer that an exported file is imported as."""
-    read = released.read_released(file, said.pop("kind", None), said.pop("weights", None), UNSAID | said)
+    read = released.read_released(file, given.pop("kind", None), given.pop("weights", None), NOT_GIVEN | given)
     write_converted(folder, read.kind, read.settings, read.source, read.params, read.class_names)
     return from_converted(str(folder))
 
@@ -70,7 +70,7 @@ def test_a_run_comes_back_whole(tmp_path, sections, kind):
     ours, theirs = trained.params(), back.params()
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), ours, theirs))
-    # What was imported exports to the same file.
+    # An imported checkpoint exports to the same file.
     released.write_exported(str(tmp_path / "back"), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
     # The weights of the last step, by either of their names.
@@ -94,7 +94,7 @@ def test_a_run_comes_back_whole(tmp_path, sections, kind):
     for name, value in refused.items():
         with pytest.raises(InputError, match=f"--{name}=.*leave it out"):
             imported(file, tmp_path / "other", **{name: value})
-    # Said again, the same is accepted.
+    # Flags that agree with the file are accepted.
     imported(file, tmp_path / "same", kind=kind, weights="ema", patch_size=trained.config.model.patch_size)
 
 
@@ -118,7 +118,7 @@ def test_settings_of_an_autoencoder_that_no_shape_tells_come_back(tmp_path):
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract_autoencoder(config)[1])
     write_converted(tmp_path / "vae", "mar_vae", dataclasses.asdict(config), {"file": "vae.ckpt"}, params)
     released.write_exported(str(tmp_path / "vae"), tmp_path / "vae.safetensors")
-    read = released.read_released(tmp_path / "vae.safetensors", None, None, UNSAID)
+    read = released.read_released(tmp_path / "vae.safetensors", None, None, NOT_GIVEN)
     kept = open_converted("--vae", str(tmp_path / "vae"), ("mar_vae",)).settings
     assert read.kind == "mar_vae" and read.settings == kept and kept["scaling_factor"] == 0.125
 
