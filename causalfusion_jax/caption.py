@@ -1,21 +1,21 @@
-"""Says what images show, by a model trained on texts and images together.
+"""Captions images, with a model trained on texts and images together.
 
     python -m causalfusion_jax.caption --workdir=runs/pairs --images=PATH --out=runs/pairs/captions
     python -m causalfusion_jax.caption --workdir=runs/pairs --images=held_out --num=500 --num_beams=3 --out=OUT
     python -m causalfusion_jax.caption --workdir=runs/pairs --images=PATH --score --out=OUT
 
 --images: an image file; a folder of them, with or without captions.jsonl (a line
-{"file_name": ..., "caption": ...} an image); an .npz with `arr_0`, uint8 images, and maybe
-`captions`; or, of a model of digit pairs, `held_out` (digits and pairs it never saw) or
-`held_out_digits` (in all pairs).
+{"file_name": ..., "caption": ...} for each image); an .npz with `arr_0`, uint8 images, and optionally
+`captions`; or, for a model of digit pairs, `held_out` (digits and pairs not in the training data) or
+`held_out_digits` (held-out digits in all pairs).
 
-OUT receives captions.jsonl: for each image `caption`, `log_prob` (nats, of what was added to
-the prompt) and the `references` it came with; `causalfusion_jax.evaluate --captions=` compares
-them. Greedy unless --num_beams or --temperature is given. Captions may begin as told: --prompt
-for all images alike, or --prompts, a file with a line an image, which may differ in length.
+OUT receives captions.jsonl: for each image `caption`, `log_prob` (nats, of the tokens after
+the prompt) and its `references`, which `causalfusion_jax.evaluate --captions=` compares.
+Decoding is greedy unless --num_beams or --temperature is given. Captions can be given a beginning:
+--prompt for all images, or --prompts, a file with a line for each image.
 
---score: how probable the captions are that the images came with: `log_prob`, and over all
-of them `bits_per_token`, the end of each text counted as a token.
+--score: the probability of the captions that the images came with: `log_prob`, and over all
+captions `bits_per_token`, where the end of a text counts as a token.
 """
 
 import dataclasses
@@ -25,29 +25,25 @@ import sys
 
 from absl import flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app, config_flags, weights_flags
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.config.sampling import CaptionConfig
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
+_TRAINED = weights_flags.define()
 _IMAGES = flags.DEFINE_string("images", None, "Image file, folder, .npz, or held_out.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new or empty.")
-_NUM = flags.DEFINE_integer("num", None, "At most so many images [all; of held_out 500].")
-_PROMPT = flags.DEFINE_string("prompt", "", "What every caption begins with.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "File with what each caption begins with, a line an image.")
-_NUM_BEAMS = flags.DEFINE_integer("num_beams", 1, "Beams; 1 is greedy.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Draw tokens at this temperature; 0: do not draw.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most probable tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the most probable tokens that together reach it.")
+_NUM = flags.DEFINE_integer("num", None, "Maximum number of images [all; of held_out 500].")
+_PROMPT = flags.DEFINE_string("prompt", "", "Beginning of every caption.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "File with the beginning of each caption, a line for each image.")
+_SETTINGS = config_flags.define(CaptionConfig)
 _SCORE = flags.DEFINE_bool("score", False, "Score the captions that the images came with.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed, for a temperature.")
-_BATCH = flags.DEFINE_integer("batch_size", 250, "Images read at a time.")
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged weights, or the last ones.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use [the newest intact one].")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed, with --temperature.")
+_BATCH = flags.DEFINE_integer("batch_size", 250, "Images processed at a time.")
 
 
 def _prompts(num: int) -> list[str]:
-    """What each caption begins with."""
+    """The beginning of each caption."""
     if _PROMPTS.value is None:
         return [_PROMPT.value] * num
     require(not _PROMPT.value, "--prompt", _PROMPT.value, "give --prompt or --prompts, and not both")
@@ -56,16 +52,6 @@ def _prompts(num: int) -> list[str]:
     lines = files.read_lines("--prompts", path)
     require(len(lines) == num, "--prompts", str(path), f"must have {num} lines, as images; it has {len(lines)}")
     return lines
-
-
-def _how():
-    """The search."""
-    from causalfusion_jax.sampling.captioning import CaptionConfig
-
-    try:
-        return CaptionConfig(_NUM_BEAMS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    except InputError as error:
-        raise InputError(f"--{error.field}", error.value, error.allowed) from None
 
 
 def _generate(config, params, read) -> list[dict]:
@@ -80,11 +66,15 @@ def _generate(config, params, read) -> list[dict]:
         except InputError as error:
             raise InputError("--prompt", prompt, error.allowed) from None
 
-    def progress(done):
-        print(f"captioned {done}/{len(read.names)}", flush=True)
-
     captions, log_probs = caption_images(
-        config, _how(), params(), read.images, prompts, _SEED.value, _BATCH.value, progress
+        config,
+        _SETTINGS.make(),
+        params(),
+        read.images,
+        prompts,
+        seed=_SEED.value,
+        batch_size=_BATCH.value,
+        progress=lambda done: print(f"captioned {done}/{len(read.names)}", flush=True),
     )
     return [
         {"image": name, "caption": caption, "log_prob": float(log_prob), "references": list(references)}
@@ -103,9 +93,9 @@ def _score(config, params, read) -> list[dict]:
     num = sum(map(len, read.references))
     print(json.dumps({"num": num, "bits_per_token": bits_per_token(log_probs, counted)}))
     return [
-        {"image": name, "caption": caption, "log_prob": float(row.sum()), "tokens": int(used.sum())}
-        for name, captions, rows, useds in zip(read.names, read.references, log_probs, counted, strict=True)
-        for caption, row, used in zip(captions, rows, useds)
+        {"image": name, "caption": caption, "log_prob": float(row.sum()), "tokens": int(is_token.sum())}
+        for name, captions, rows, counts in zip(read.names, read.references, log_probs, counted, strict=True)
+        for caption, row, is_token in zip(captions, rows, counts, strict=False)
     ]
 
 
@@ -113,25 +103,25 @@ def main(argv):
     """Runs the command."""
     del argv
     from causalfusion_jax.sampling.reading import read_images
-    from causalfusion_jax.sampling.trained import from_run
 
     out = pathlib.Path(_OUT.value)
     files.require_new("--out", out)
     require(_BATCH.value >= 1, "--batch_size", _BATCH.value, "must be >= 1")
     require(_NUM.value is None or _NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
-    _how()
-    trained = from_run(_WORKDIR.value, _WEIGHTS.value, _STEP.value)
+    settings = _SETTINGS.make()
+    with app.as_flags():
+        trained = _TRAINED.choice().open()
     config = trained.config
-    require(config.text.is_on, "--workdir", _WORKDIR.value, "the model was trained without text")
+    require(config.text.is_on, "--workdir", _TRAINED.workdir.value, "the model was trained without text")
     read = read_images(config, _IMAGES.value, _NUM.value)
-    # On stderr: with --score, a line of JSON comes first on stdout.
+    # The weights are printed to stderr: with --score, the first line of stdout is JSON.
     records = (_score if _SCORE.value else _generate)(config, lambda: trained.announced_params(sys.stderr), read)
     name = "scores.jsonl" if _SCORE.value else "captions.jsonl"
 
     def fill(folder):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-        how = {flag.name: flag.value for flag in (_IMAGES, _NUM, _PROMPT, _PROMPTS, _SCORE, _SEED, _BATCH)}
-        files.write_json(folder / "request.json", {**trained.origin, **how, **dataclasses.asdict(_how())})
+        options = {flag.name: flag.value for flag in (_IMAGES, _NUM, _PROMPT, _PROMPTS, _SCORE, _SEED, _BATCH)}
+        files.write_json(folder / "request.json", {**trained.origin, **options, **dataclasses.asdict(settings)})
 
     files.write_folder(out, fill)
     for record in records[:8]:
@@ -140,4 +130,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir", "images", "out"))
+    app.run(main, required=("images", "out"))

@@ -40,7 +40,7 @@ import sys
 
 from absl import flags
 
-from causalfusion_jax.cli import command as cli, sampling_flags
+from causalfusion_jax.cli import app, config_flags, sampling_flags
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import require
 
@@ -91,7 +91,7 @@ def _canvas(images, cell: int):
     if _CANVAS.value is None:
         require(_OFFSET.value is None, "--offset", _OFFSET.value, "needs --canvas")
         return images, np.zeros((height, width), bool)
-    pair = sampling_flags.numbers("canvas", _CANVAS.value, int)
+    pair = config_flags.numbers("canvas", _CANVAS.value, int)
     require(
         len(pair) == 2 and pair[0] >= width and pair[1] >= height and pair[0] % cell == pair[1] % cell == 0,
         "--canvas",
@@ -99,7 +99,7 @@ def _canvas(images, cell: int):
         f"must be WIDTH,HEIGHT of at least {width},{height}, multiples of {cell}",
     )
     room = (pair[0] - width, pair[1] - height)
-    offset = sampling_flags.numbers("offset", _OFFSET.value, int) or tuple(r // 2 // cell * cell for r in room)
+    offset = config_flags.numbers("offset", _OFFSET.value, int) or tuple(r // 2 // cell * cell for r in room)
     require(
         len(offset) == 2 and all(0 <= o <= r and o % cell == 0 for o, r in zip(offset, room, strict=True)),
         "--offset",
@@ -136,7 +136,7 @@ def _mask(free):
         )
         mask = pixels[0, ..., 0] >= 128
     elif "," in _MASK.value:
-        box = sampling_flags.numbers("mask", _MASK.value, int)
+        box = config_flags.numbers("mask", _MASK.value, int)
         require(len(box) == 4, "--mask", _MASK.value, "must be x0,y0,x1,y1")
         mask = editing.rectangle_mask(box, height, width)
     else:
@@ -209,7 +209,7 @@ def main(argv):
     out, vae = pathlib.Path(_OUT.value), None
     sampling_flags.check_seed_and_batch()
     require(_NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
-    with cli.as_flags():
+    with app.as_flags():
         trained = sampling_flags.trained()
         config = trained.config
         require(config.data.frames == 1, "--workdir", "a model of videos", "continue videos with sample --condition")
@@ -303,4 +303,4 @@ def _write(out: pathlib.Path, images, mask, results, labels, request: dict) -> N
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("out", "image"))
+    app.run(main, required=("out", "image"))

@@ -46,11 +46,11 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax.cli import command as cli, probe_flags
+from causalfusion_jax.cli import app, probe_flags
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require, require_one_of
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run the samples are from, or to be probed.")
+_WORKDIR = probe_flags.WEIGHTS.workdir
 _SAMPLES = flags.DEFINE_string("samples", None, "Images: .npz, OUT of causalfusion_jax.sample, or folder of files.")
 _CAPTIONS = flags.DEFINE_string("captions", None, "captions.jsonl, as written by causalfusion_jax.caption, instead.")
 _REFERENCE = flags.DEFINE_string("reference", None, "Reference statistics: .npz in ADM's layout.")
@@ -68,7 +68,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "With --make_reference: config whose data it is made of; with --probe: says on which data, and how."
 )
 flags.adopt_module_key_flags(probe_flags)
-flags.adopt_module_key_flags(cli)
+flags.adopt_module_key_flags(app)
 
 
 def _read(path: pathlib.Path):
@@ -116,14 +116,14 @@ def _chosen(known) -> tuple[str, ...]:
 
 def _pixel_scores() -> dict[str, float]:
     """Scores against the training data of --workdir."""
-    from causalfusion_jax.config import experiment
+    from causalfusion_jax.config.workdir import load_config
     from causalfusion_jax.data.class_names import names_difference, stored_class_names
     from causalfusion_jax.data.pipeline import class_names
     from causalfusion_jax.data.scores import PIXEL_METRICS, pixel_metrics
     from causalfusion_jax.evaluation.pairs import labels_of_prompts
     from causalfusion_jax.evaluation.scores import score
 
-    data = experiment.load(_WORKDIR.value).data
+    data = load_config(_WORKDIR.value).data
     known = pixel_metrics(data)
     needed = "inception" if data.frames == 1 else "i3d"
     require(
@@ -289,7 +289,6 @@ def _make_reference() -> None:
 
 def _probe() -> None:
     """Does what the command `probe` does."""
-    from causalfusion_jax.config import experiment
     from causalfusion_jax.config.probe import PROBES
     from causalfusion_jax.evaluation.probing import Probe, run_probe
 
@@ -297,11 +296,7 @@ def _probe() -> None:
     for flag in (*others, _I3D, _FVD_FRAMES, _FVD_RESIZE):
         require(not flag.present, f"--{flag.name}", flag.value, "has no meaning with --probe; leave it out")
     require_one_of("--probe", _PROBE.value, PROBES)
-    config = None if _CONFIG.value is None else experiment.from_dict(_CONFIG.value.to_dict())
-    with cli.as_flags(), cli.exit_status_of_training():
-        probe = Probe(_PROBE.value, _WORKDIR.value, config=config, out=_OUT.value, **probe_flags.values())
-        probe_flags.join_processes()
-        run_probe(probe)
+    probe_flags.run(Probe, run_probe, _PROBE.value, _CONFIG.value, _OUT.value)
 
 
 def main(argv):
@@ -365,4 +360,4 @@ def _write(line: str, folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    app.run(main)

@@ -1,28 +1,28 @@
-"""Compiles a run for a TPU slice that is not there, and says whether and how fast it runs.
+"""Compiles a run for a TPU slice that is not present, and reports whether it fits and how fast it can be.
 
     python -m causalfusion_jax.preflight --config=configs/imagenet_causalfusion.py:XL --topology=v5e:16x16
     python -m causalfusion_jax.preflight --config=configs/imagenet_causalfusion.py:XL --topology=v5e:16x16,v5p:4x4x4
     python -m causalfusion_jax.preflight --config=... --topology=v5e:2x2 --job=sample --num=64
     python -m causalfusion_jax.preflight --config=... --topology=v5e:16x16 --job=run
 
-The real program (the training step, or the sampler of `config.sampling`) goes through the
-real TPU compiler, `libtpu`: pip install 'causalfusion_jax[preflight]'. Printed are memory,
-FLOPs, collectives, bounds on the time, and the largest batch that fits; where the program
-does not fit, the cheapest change of settings that does, compiled too. Machine code, which
-takes most of a compiler's time, is not made. The last line is one JSON object. Settings are
-changed as for train: --config.train.batch_size=1024.
+The program (the training step, or the sampler of `config.sampling`) is compiled by the TPU
+compiler, `libtpu`: pip install 'causalfusion_jax[preflight]'. The report has memory, FLOPs,
+collectives, lower bounds on the time, and the largest batch that fits; if the program does not
+fit, the cheapest change of settings that does, compiled too. Machine code, which takes most of
+the compile time, is not generated. The last line is one JSON object. Settings are changed as for
+train: --config.train.batch_size=1024.
 
-`--job=run` compiles every program of a run instead, and counts with each what lies in HBM beside it:
+`--job=run` compiles every program of a run instead, each with the arrays that are in HBM while it runs:
 initial state, every length of the training step, the grid's sampler, the evaluator's with decoder and
 Inception (`config.evaluation`), then the programs of probes and of fine-tuning, and I3D for videos. Folders
-of weights need not be there: an autoencoder is then known by its name (mar_vae, sd_vae) or by the model's
+of weights need not exist: an autoencoder is then known by its name (mar_vae, sd_vae) or by the model's
 latents. `--job=encode` compiles the autoencoder's encoder for a host of the slice; the config is that of
 `encode`.
 
-Topologies are GENERATION:SHAPE: v5e:16x16, v6e:4x4, v4:2x2x4, v5p:2x2x4. Exit status: 0 it
-fits (every program, on every one of several topologies), 1 it does not, or does not compile, 2 wrong input.
+Topologies are GENERATION:SHAPE: v5e:16x16, v6e:4x4, v4:2x2x4, v5p:2x2x4. Exit status: 0 if every
+program fits on every topology, 1 if one does not fit or does not compile, 2 for wrong input.
 
-Bounds take the vendor's peak figures, so they are what no run exceeds, not a forecast.
+Bounds follow from the vendor's peak figures: no run is faster, but they are not a forecast.
 """
 
 import json
@@ -32,10 +32,10 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import require
 
-# Before jax starts: no look for a TPU or the metadata of one, several of us at a time, no remarks of libtpu.
+# Before JAX starts: do not search for a TPU or its metadata, allow several processes, silence libtpu.
 os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     TPU_WORKER_HOSTNAMES="localhost",
@@ -55,15 +55,15 @@ _JOB = flags.DEFINE_enum(
     "The training step, the sampler, all programs of a run, or the autoencoder's encoder.",
 )
 _NUM = flags.DEFINE_integer(
-    "num", None, "Images of a batch that is sampled [8 for each device], or that a host encodes [64]."
+    "num", None, "Images in a batch that is sampled [8 for each device], or that a host encodes [64]."
 )
-_SEARCH = flags.DEFINE_bool("search", True, "Search the largest batch that fits.")
-_MACHINE_CODE = flags.DEFINE_bool("machine_code", False, "Compile to the end: minutes more, no more is learned.")
-_SECONDS = flags.DEFINE_float("seconds", 100.0, "Begin to compile no more than fits in so many, for each topology.")
+_SEARCH = flags.DEFINE_bool("search", True, "Search for the largest batch that fits.")
+_MACHINE_CODE = flags.DEFINE_bool("machine_code", False, "Generate machine code too, which takes minutes.")
+_SECONDS = flags.DEFINE_float("seconds", 100.0, "Time after which no further compilation starts, for each topology.")
 
 
 def _specs():
-    """The programs to compile, checked."""
+    """The jobs to compile for, checked."""
     from causalfusion_jax.common import hardware
     from causalfusion_jax.config import experiment, slices
 
@@ -89,7 +89,7 @@ def _specs():
 
 
 def _compile(spec):
-    """Compiles one program, and says so."""
+    """Compiles one program and prints its memory."""
     from causalfusion_jax.compile_ahead import compiler, report
 
     print(f"compiling for {spec.topology.name}: {report.settings_words(spec)} ...", end=" ", flush=True)
@@ -106,15 +106,15 @@ def _compile(spec):
 
 
 def _check_programs(specs) -> None:
-    """Compiles all programs of a job, prints what came of them and ends the process."""
+    """Compiles all programs of a job, prints the report and ends the process."""
     from causalfusion_jax.compile_ahead import run_report
     from causalfusion_jax.evaluation import programs
-    from causalfusion_jax.prepare import encoding
+    from causalfusion_jax.prepare.encoder import EncodeConfig
 
     if _JOB.value == "run":
         listings = [programs.run_programs(spec) for spec in specs]
     else:
-        settings = encoding.EncodeConfig() if _NUM.value is None else encoding.EncodeConfig(batch_size=_NUM.value)
+        settings = EncodeConfig() if _NUM.value is None else EncodeConfig(batch_size=_NUM.value)
         listings = [programs.encode_programs(spec, settings) for spec in specs]
     results = []
     for spec, listing in zip(specs, listings, strict=True):
@@ -144,4 +144,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "topology"))
+    app.run(main, required=("config", "topology"))

@@ -39,7 +39,7 @@ import pathlib
 
 from absl import flags
 
-from causalfusion_jax.cli import command as cli, sampling_flags, video_flags
+from causalfusion_jax.cli import app, sampling_flags, video_flags
 from causalfusion_jax.common.errors import require
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must be new, empty, or hold this very request.")
@@ -49,8 +49,8 @@ _PROMPT = flags.DEFINE_string("prompt", None, "Text that says what to draw, for 
 _PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, taken in turn; or held_out.")
 _HOST = flags.DEFINE_integer("host_index", None, "Of hosts that do not know of each other: this one's number, 0..")
 _HOSTS = flags.DEFINE_integer("num_hosts", None, "How many such hosts there are; each samples its share.")
-_join_processes = cli.define_processes()
-for _module in (cli, sampling_flags, video_flags):
+_join_processes = app.define_processes()
+for _module in (app, sampling_flags, video_flags):
     flags.adopt_module_key_flags(_module)
 
 
@@ -114,7 +114,7 @@ def main(argv):
         given == 2 or 0 <= _HOST.value < _HOSTS.value, "--host_index", _HOST.value, f"must be in 0..{_HOSTS.value}-1"
     )
     _join_processes()
-    with cli.as_flags():
+    with app.as_flags():
         trained = sampling_flags.trained()
         config = trained.config
         sampler = sampling_flags.sampler(config.sampling)
@@ -195,4 +195,4 @@ def _sample_to(samples, trained, sampler, labels, decode, video, prompts) -> Non
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("out",))
+    app.run(main, required=("out",))

@@ -37,7 +37,7 @@ from absl import flags
 from command_server import Forked, die_with_parent
 from shell_template import fill
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require
 
@@ -264,7 +264,7 @@ class Job:
                 self.state, self.message = "interrupted", f"after {self.stage.name}"
             else:
                 self.start(lock)
-        elif stopping or code == cli.INTERRUPTED:
+        elif stopping or code == app.INTERRUPTED:
             self.state, self.message = "interrupted", self.progress()
         else:
             self.state, self.message = "failed", f"{self.stage.name}: {self.progress()} (see {self.log})"
@@ -481,7 +481,7 @@ def run_here(sweep, runs, workdir: pathlib.Path, shared: dict, names: list[str])
         print(f"{stopped_by or 'interrupted'}: {finished}; run the same command again to continue")
     if "failed" in states:
         return 1
-    return 0 if set(states) == {"finished"} else cli.INTERRUPTED
+    return 0 if set(states) == {"finished"} else app.INTERRUPTED
 
 
 def main(argv):
@@ -521,4 +521,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("sweep", "workdir"))
+    app.run(main, required=("sweep", "workdir"))

@@ -19,8 +19,9 @@ import quick_compilation
 from causalfusion_jax.common import files, sharding
 from causalfusion_jax.config import experiment
 from causalfusion_jax.evaluation.periodic import Evaluator
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.params import Params
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.prepare.released_inception import ignored_names
 from causalfusion_jax.sampling.preview import Preview
 from causalfusion_jax.sweeps import sweep as sweeps

@@ -8,13 +8,13 @@ import sys
 
 from absl import flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.config import experiment
 
 
 def check(main, required=()):
-    """In place of `cli.run`."""
-    rest = cli._parse(sys.argv, required)
+    """In place of `app.run`."""
+    rest = app.parse(sys.argv, required)
     assert len(rest) == 1, rest
     if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
         experiment.from_dict(flags.FLAGS["config"].value.to_dict())
@@ -23,5 +23,5 @@ def check(main, required=()):
 if __name__ == "__main__":
     # Overrides of a config are read from there.
     sys.argv = sys.argv[1:]
-    cli.run = check
+    app.run = check
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""The end of `evaluate --probe=finetune` when a signal has stopped it, without the fine-tuning.
+"""How `evaluate --probe=finetune` ends when a signal stops it, without the fine-tuning.
 
 python -m stopped_probe FOLDER
 """
@@ -7,7 +7,8 @@ import pathlib
 import sys
 from types import SimpleNamespace
 
-from causalfusion_jax.cli import probe_flags
+from causalfusion_jax.cli import app
+from causalfusion_jax.evaluation import probing
 from causalfusion_jax.training.stopping import Stopped
 
 
@@ -18,4 +19,5 @@ def stop(tuning, params):
 
 if __name__ == "__main__":
     study = SimpleNamespace(finetuning=lambda name, folder: SimpleNamespace(folder=folder), finetune=stop)
-    probe_flags._finetuned(study, {"trained": None}, pathlib.Path(sys.argv[1]), {})
+    with app.exit_status_of_training():
+        probing.fine_tuned(study, {"trained": None}, pathlib.Path(sys.argv[1]), {})

@@ -1,4 +1,4 @@
-"""The three commands, run as a user runs them."""
+"""The commands train, sample, edit and evaluate, run as a user runs them."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from helpers import ROOT, command, command_env
 from PIL import Image
 
 from causalfusion_jax.checkpoints.manifests import manifest_path
-from causalfusion_jax.cli.command import INTERRUPTED
+from causalfusion_jax.cli.app import INTERRUPTED
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.train.steps=30",
@@ -103,7 +103,7 @@ def test_sample_and_evaluate(run, tmp_path):
 
 def start(workdir):
     """Training in the background, stdout read line by line; implicit host reads fail in it."""
-    # One logged line a step tells where it is.
+    # Every step is logged, so that the test can follow it.
     return subprocess.Popen(
         [
             sys.executable,
@@ -160,7 +160,7 @@ def test_edit_keeps_what_is_not_masked(run, picture, tmp_path):
     again = edit(workdir, out, picture, *args)
     assert again.returncode == 0 and "already holds" in again.stdout
     assert_refused(edit(workdir, out, picture, "--mask=top", "--label=3"), "--out", "exists with other content")
-    # Its own results again, each under its own label; its own mask.
+    # Its results edited again, with their labels and the same mask.
     done = edit(workdir, tmp_path / "more", out / "samples.npz", f"--mask={out / 'mask.png'}")
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "more" / "samples.npz") as arrays:
@@ -270,7 +270,7 @@ def test_sigterm_saves_and_resumes_byte_identical(run, expected, tmp_path):
 @pytest.mark.parametrize("damage", ["flip", *(pytest.param(d, marks=pytest.mark.slow) for d in ("truncate", "delete"))])
 def test_damage_and_resume_is_byte_identical(run, expected, tmp_path, damage):
     workdir = tmp_path / "damaged"
-    # Stopped at 20 of 30; the newest checkpoint is then spoilt.
+    # Stopped at step 20 of 30; then the newest checkpoint is damaged.
     process = start(workdir)
     wait_for_step(process, 20)
     process.send_signal(signal.SIGTERM)
@@ -357,7 +357,7 @@ def test_folder_of_images_trains_samples_and_scores(tmp_path):
 
 
 def named_classes_stay_those_of_training(folder):
-    """Whatever becomes of the folders that named them."""
+    """Also after the class folders were renamed or moved."""
     (folder / "images" / "dark").rename(folder / "images" / "night")
     done = command("train", *SMALL, f"--workdir={folder / 'run'}", *IMAGES, f"--config.data.path={folder / 'images'}")
     assert_refused(done, "workdir", "class 0 is 'dark' in the run and 'light' in the data")
@@ -373,7 +373,7 @@ def named_classes_stay_those_of_training(folder):
 def test_another_config_and_another_folder(run, tmp_path):
     workdir, _ = run
     before = (workdir / "config.json").read_bytes()
-    assert_refused(train(workdir, "--config.model.layers=3"), "another config", "layers=3 (the run has 4)")
+    assert_refused(train(workdir, "--config.model.layers=3"), "another config", "layers 4, now 3")
     assert (workdir / "config.json").read_bytes() == before
     (tmp_path / "mine.txt").write_text("keep me")
     assert_refused(train(tmp_path), "workdir", "new or empty")

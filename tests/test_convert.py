@@ -17,7 +17,7 @@ from causalfusion_jax.models.presets import PRESETS, preset
 from causalfusion_jax.prepare.conversion import make_plan
 from causalfusion_jax.prepare.names import unfilled
 
-UNSAID = dict(patch_size=None, image_size=None, frames=None, block_size=None)
+NOT_GIVEN = dict(patch_size=None, image_size=None, frames=None, block_size=None)
 GRID = {"CausalFusion": "causalfusion", "ACDiT": "acdit"}
 
 
@@ -29,7 +29,7 @@ def full_size():
 
 
 def plan_of(kind, shapes, metadata=None, **geometry):
-    return make_plan(kind, shapes, metadata or {}, UNSAID | geometry, lambda s: experiment.from_dict(s).transformer)
+    return make_plan(kind, shapes, metadata or {}, NOT_GIVEN | geometry, lambda s: experiment.from_dict(s).transformer)
 
 
 @pytest.mark.parametrize(("kind", "size", "shapes"), list(full_size()))
@@ -65,10 +65,10 @@ def test_training_arguments_tell_the_grid_of_a_video():
     config = experiment.from_dict(plan_of(kind, shapes, {"args": args}).settings)
     assert config.transformer.grid == (8, 8, 8) and config.data.num_classes == 101
     assert (config.factorization.order, config.sampling.ar_steps) == ("raster", 2)
-    # Without them, the released model with tokens of this size; or what the user says.
+    # Without them, the released model with tokens of this size, or the flags.
     assert experiment.from_dict(plan_of(kind, shapes).settings).transformer.grid == (16, 16, 16)
-    said = plan_of(kind, shapes, {"args": args}, frames=4, block_size=64)
-    assert experiment.from_dict(said.settings).transformer.grid == (4, 8, 8)
+    by_flags = plan_of(kind, shapes, {"args": args}, frames=4, block_size=64)
+    assert experiment.from_dict(by_flags.settings).transformer.grid == (4, 8, 8)
     with pytest.raises(InputError, match="nd_split"):
         plan_of(kind, shapes, {"args": args | {"nd_split": "1_1_1"}})
 

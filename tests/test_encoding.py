@@ -1,4 +1,4 @@
-"""Latents on disk: what is written, resumed after any kill to the same bytes, and trained on."""
+"""Latents on disk: written, resumed to the same bytes after any interruption, and trained on."""
 
 import dataclasses
 import json
@@ -20,9 +20,10 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.data import latents
 from causalfusion_jax.data.pipeline import DataConfig, host_batches, make_source
-from causalfusion_jax.models.autoencoder import moments
-from causalfusion_jax.prepare import encoding
-from causalfusion_jax.prepare.encoding import EncodeConfig, encode
+from causalfusion_jax.models.autoencoder import abstract_autoencoder, moments
+from causalfusion_jax.prepare import encoding, latent_shards
+from causalfusion_jax.prepare.encoder import EncodeConfig
+from causalfusion_jax.prepare.encoding import ReadBatch, encode
 from causalfusion_jax.sampling.trained import open_autoencoder
 
 IMAGES = 320
@@ -66,7 +67,7 @@ def test_records_are_the_autoencoders_gaussians(encoded, tars, vae):
     assert manifest["request"]["vae"]["checksum"] == converted.fingerprint
     source, pixels = make_source(latent_config(out)), make_source(tars)
     images = np.stack([pixels[i]["image"] for i in range(30)])
-    params = jax.tree.map(np.asarray, converted.params(encoding.abstract_autoencoder(config)[1]))
+    params = jax.tree.map(np.asarray, converted.params(abstract_autoencoder(config)[1]))
     records = [source.record(i) for i in range(30)]
     assert [int(record["index"]) for record in records] == list(range(30))
     assert [int(record["label"]) for record in records] == [pixels[i]["label"] for i in range(30)]
@@ -98,7 +99,7 @@ def test_every_frame_of_a_clip_is_encoded(clips, vae, tmp_path):
     config = latent_config(tmp_path / "out", frames=4, num_classes=2, flip=True)
     source, pixels = make_source(config), make_source(clips)
     converted, settings = open_autoencoder(vae)
-    params = jax.tree.map(np.asarray, converted.params(encoding.abstract_autoencoder(settings)[1]))
+    params = jax.tree.map(np.asarray, converted.params(abstract_autoencoder(settings)[1]))
     frames = np.concatenate([pixels[i]["image"] for i in range(4)])
     for flip, view in enumerate((frames, frames[:, :, ::-1])):
         mean, log_variance = moments(settings, params, view)
@@ -139,14 +140,14 @@ def test_training_draws_from_seed_index_and_epoch(tmp_path):
     again = host_batches(make_source(config), config, 10, seed=5)
     np.testing.assert_array_equal(epochs[1]["image"][10:], again[3]["image"])
     drawn = np.stack([epoch["image"] for epoch in epochs]).reshape(50, 20, 64) / 0.5
-    place = np.round(drawn.mean(-1) / 50).astype(int)  # bfloat16 keeps the means to 4 in 1,000
-    assert all(sorted(epoch) == list(range(20)) for epoch in place // 2)
-    assert 0.4 < (place % 2).mean() < 0.6
+    position = np.round(drawn.mean(-1) / 50).astype(int)  # bfloat16 keeps the means to 4 in 1,000
+    assert all(sorted(epoch) == list(range(20)) for epoch in position // 2)
+    assert 0.4 < (position % 2).mean() < 0.6
     stored = np.stack([source.record(i)["mean"][:, 0, 0, 0] for i in range(20)]).astype(np.float32).ravel()
-    noise = (drawn - stored[place][..., None]) / 2
+    noise = (drawn - stored[position][..., None]) / 2
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     # Each epoch draws anew.
-    first, second = (epoch["image"][np.argsort(order // 2)] for epoch, order in zip(epochs[:2], place, strict=False))
+    first, second = (epoch["image"][np.argsort(order // 2)] for epoch, order in zip(epochs[:2], position, strict=False))
     assert (first != second).any(axis=(1, 2, 3)).all()
     upright = host_batches(source, dataclasses.replace(config, flip=False), 20, seed=5)[0]["image"] / 0.5
     assert (np.round(upright.mean((1, 2, 3)) / 50).astype(int) % 2 == 0).all()
@@ -154,14 +155,14 @@ def test_training_draws_from_seed_index_and_epoch(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for a process that ends."""
+    """Raised instead of ending the process."""
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_anywhere_it_ends_in_the_same_bytes(seed, encoded, tars, vae, tmp_path, monkeypatch):
     expected, _ = encoded
     out, rng = tmp_path / "out", random.Random(seed)
-    # So few calls are left of each at least; the last kill is between the manifest and tidying up.
+    # The process ends at a random call of each function; the last time between the manifest and the clean-up.
     for module, name, calls in (
         (latents, "pack", 24),
         (files, "write_json", 2),
@@ -214,14 +215,14 @@ def test_mesh_captions_and_what_is_corrupt(encoded, vae, tmp_path, capsys):
     assert "corrupt record skipped" in capsys.readouterr().err
 
 
-def test_scaling_that_does_not_fit_is_told(capsys):
+def test_scaling_that_does_not_fit_is_reported(capsys):
     sums = {"count": 4, "sum": [4.0, 8.0], "sum_of_squares": [40.0, 52.0]}
-    report = encoding.report_statistics(sums, 0.5)
+    report = latent_shards.report_statistics(sums, 0.5)
     assert report["mean"] == [1.0, 2.0] and report["std"] == [3.0, 3.0]
     overall = np.sqrt(11.5 - 1.5**2)
     assert report["scaled_std"] == pytest.approx(0.5 * overall)
     assert f"{1 / overall:.4g} would fit" in capsys.readouterr().err
-    encoding.report_statistics(sums, 0.33)
+    latent_shards.report_statistics(sums, 0.33)
     assert capsys.readouterr().err == ""
 
 
@@ -247,7 +248,7 @@ def test_what_does_not_fit_is_refused(encoded, tars, vae, tmp_path):
         with pytest.raises(InputError, match=words):
             encode(data, *opened, str(tmp_path / "new"), SETTINGS)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(InputError, match="another request .records_per_shard differ"):
+    with pytest.raises(InputError, match="another request .records_per_shard 12, now 10"):
         encode(tars, *opened, str(out), dataclasses.replace(SETTINGS, records_per_shard=10))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
@@ -261,9 +262,9 @@ def test_other_data_of_the_same_counts_are_refused(encoded, tars, vae, tmp_path)
     """Images of the same number, names and labels, one of which is another."""
     out, _ = encoded
     other = dataclasses.replace(tars, path=write_tars(tmp_path, 30, broken=(3,)))
-    with pytest.raises(InputError, match="another request .listing differ"):
+    with pytest.raises(InputError, match="another request .listing"):
         encode(other, *open_autoencoder(vae), str(out), SETTINGS)
-    # The same data at another place are the same.
+    # The same data in another folder are the same request.
     (tmp_path / "moved").mkdir()
     moved = dataclasses.replace(tars, path=write_tars(tmp_path / "moved", 30))
     assert encode(moved, *open_autoencoder(vae), str(out), SETTINGS)["num_records"] == 30
@@ -285,7 +286,7 @@ def test_all_captions_are_kept_and_what_is_corrupt_is_left_out(tmp_path):
     records = [{"file_name": name, "caption": caption} for name, caption in captions.items()]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config = DataConfig(source="caption_folder", path=str(tmp_path), image_size=16, channels=3, num_classes=1)
-    batch = encoding._ReadBatch(make_source(config, captions=True), threads=2)((5, range(3)))
+    batch = ReadBatch(make_source(config, captions=True), threads=2)((5, range(3)))
     assert batch["caption"] == ["one\nuno eins", "two"] and batch["index"].tolist() == [0, 1]
     assert batch["image"].shape == (2, 16, 16, 3) and batch["shard"] == 5 and batch["last"] == 2
     ((name, reason, index),) = batch["corrupt"]
@@ -294,7 +295,7 @@ def test_all_captions_are_kept_and_what_is_corrupt_is_left_out(tmp_path):
 
 def test_damage_is_found(tars, vae, tmp_path, monkeypatch):
     opened, out = open_autoencoder(vae), tmp_path / "out"
-    real = encoding._finish
+    real = latent_shards.write_manifest
 
     def damage(shards, *args):
         path = shards.path(1)
@@ -303,7 +304,7 @@ def test_damage_is_found(tars, vae, tmp_path, monkeypatch):
         path.write_bytes(content)
         real(shards, *args)
 
-    monkeypatch.setattr(encoding, "_finish", damage)
+    monkeypatch.setattr(latent_shards, "write_manifest", damage)
     with pytest.raises(InputError, match="00001-of-00003.*another checksum.; remove it, and encode again"):
         encode(tars, *opened, str(out), SETTINGS)
     monkeypatch.undo()

@@ -1,5 +1,6 @@
-"""Settings: every combination that makes sense, and the reasons for those that do not."""
+"""Settings: combinations of both papers, and the reasons for refused ones."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,8 @@ from helpers import tiny_config
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
+from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.config.workdir import claim_workdir, load_config
 from causalfusion_jax.data.tokenizers import make_tokenizer
 from causalfusion_jax.models.presets import ACDIT, DIT
 from causalfusion_jax.sampling.sampler import generate, image_keys
@@ -58,13 +61,13 @@ def test_run_keeps_the_checksum_of_its_tokenizer(tmp_path):
     words.write_text("three\nseven\n")
     config = experiment.from_dict(tiny_config(text=dict(tokenizer="words", path=str(words), max_tokens=4)))
     for _ in range(2):
-        experiment.claim_workdir(str(tmp_path / "run"), config)
+        claim_workdir(str(tmp_path / "run"), config)
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["text"]
     assert kept["checksum"] == files.describe_file(words)["sha256"]
-    assert experiment.load(str(tmp_path / "run")).text.checksum == kept["checksum"]
+    assert load_config(str(tmp_path / "run")).text.checksum == kept["checksum"]
     words.write_text("seven\nthree\n")
     make_tokenizer.cache_clear()
-    for use in (experiment.load, lambda workdir: experiment.claim_workdir(workdir, config)):
+    for use in (load_config, lambda workdir: claim_workdir(workdir, config)):
         with pytest.raises(InputError, match="is another file than the run began with"):
             use(str(tmp_path / "run"))
 
@@ -85,7 +88,20 @@ def test_run_keeps_the_checksum_of_its_tokenizer(tmp_path):
         (dict(data=LATENT_VIDEO | dict(latents=False)), "config.data.channels", "1, 3"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(sections, field, reason):
+def test_invalid_settings_are_refused_with_the_reason(sections, field, reason):
     with pytest.raises(InputError) as error:
         experiment.from_dict(tiny_config(**sections))
     assert error.value.field == field and reason in str(error.value)
+
+
+def test_sampler_settings_that_depend_on_others_are_reset():
+    run = SamplerConfig(
+        solver="ddim", eta=0.5, temperature=0.9, order="dilated", order_block=2, step_sizes=(4, 12), solver_steps=9
+    )
+    assert run.updated({}) == run.updated({"solver": "ddim"}) == run
+    assert run.updated({"solver": "ddpm"}) == dataclasses.replace(run, solver="ddpm", eta=0.0, temperature=1.0)
+    assert run.updated({"solver": "ddpm", "temperature": 0.8}).temperature == 0.8
+    assert run.updated({"order": "raster"}) == dataclasses.replace(run, order="raster", order_block=0)
+    assert run.updated({"ar_steps": 4}) == dataclasses.replace(run, ar_steps=4, step_sizes=())
+    with pytest.raises(InputError, match="step_sizes=.*leave out ar_steps"):
+        run.updated({"ar_steps": 4, "step_sizes": (8, 8)})

@@ -40,12 +40,13 @@ from causalfusion_jax.metrics.distribution import (
     precision_recall,
 )
 from causalfusion_jax.models.autoencoder import abstract_autoencoder, decode, moments
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.inception import SIDE, abstract_inception, inception_features, resize_tf1
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.positions import coordinates, rope_base, rope_dims, rope_table
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.prepare.names import check_shapes, from_released, to_released
 from causalfusion_jax.prepare.released_autoencoders import mar_vae_config, mar_vae_table, sd_vae_config, sd_vae_table
 from causalfusion_jax.prepare.released_inception import inception_table
@@ -269,7 +270,7 @@ def acdit_sampler(path):
     sampler = SamplerConfig(
         ar_steps=meta["ar_len"], solver="dpmpp_2m", solver_steps=meta["num_inference_steps"], cfg_scale=meta["cfg"]
     )
-    np.testing.assert_array_equal(solver_table(sampler.solver_config, LINEAR).t, golden["sample/timesteps"])
+    np.testing.assert_array_equal(solver_table(sampler, LINEAR).t, golden["sample/timesteps"])
     labels = jnp.asarray(golden["sample/y"])
     x_T = jnp.asarray(golden["sample/noise"]).reshape(len(labels), config.num_tokens, -1)
     out = sample_tokens(
@@ -302,7 +303,7 @@ def ddpm(path):
         assert_close(table.c_noise[row], noise, f"{steps} steps, noise")
 
 
-SOLVERS = {"ddim": dict(name="ddim", spacing="leading"), "dpmpp_2m_acdit": dict(name="dpmpp_2m")}
+SOLVERS = {"ddim": dict(solver="ddim", spacing="leading"), "dpmpp_2m_acdit": dict(solver="dpmpp_2m")}
 
 
 def solvers(path):
@@ -310,7 +311,7 @@ def solvers(path):
     runs = sorted({tuple(name.split("/")[:2]) for name in golden if name.endswith("/trajectory")})
     assert runs
     for name, steps in runs:
-        table = solver_table(SolverConfig(steps=int(steps), **SOLVERS[name]), LINEAR)
+        table = solver_table(SolverConfig(solver_steps=int(steps), **SOLVERS[name]), LINEAR)
         np.testing.assert_array_equal(table.t, golden[f"{name}/{steps}/timesteps"])
         x, previous = jnp.asarray(golden["x_T"]), 0.0
         for row, expected in enumerate(golden[f"{name}/{steps}/trajectory"]):

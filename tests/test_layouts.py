@@ -11,8 +11,9 @@ from helpers import random_params
 
 from causalfusion_jax.core.factorization import FactorizationConfig, Role, attends, draw_plan
 from causalfusion_jax.core.layouts import LAYOUTS, Layout, image_text_image_layout, pair_layout, single_image_layout
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 
 C, T = 2, 5
 

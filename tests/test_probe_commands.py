@@ -7,7 +7,7 @@ import pytest
 from helpers import command, run_module
 from PIL import Image
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 
 SMALL = (
     "--config=configs/digits.py", "--config.model.hidden=32", "--config.model.heads=2", "--config.model.layers=2",
@@ -49,11 +49,11 @@ def test_features_are_classified(workdir):
     assert f"weights: ema of step 12 of {workdir}\n" in done.stderr
     assert linear["probe"] == "linear" and (linear["tokens"], linear["layer"]) == ("clean", 1)
     assert (linear["num"], linear["trained_on"]) == (899, 898)
-    # Even random features of digits tell them apart to some degree.
+    # Even random features distinguish digits to some degree.
     assert 0.5 < linear["top1"] <= linear["top5"] <= 1 and 0.5 < linear["untrained"]["top1"] <= 1
     kept = json.loads((workdir / "probe_linear.json").read_text())
     assert kept.pop("request")["probe"]["epochs"] == 12 and kept == linear
-    # The same question has its answer; another one does not take its place.
+    # The same request prints the stored result; another request does not replace it.
     assert result(probe(workdir, "linear", "--untrained")) == linear
     refused(probe(workdir, "linear"), "probe_linear.json", "exists with another result")
     refused(probe(workdir, "linear", "--untrained", *SMALL, "--config.probe.layer=1"), "exists with another result")
@@ -68,7 +68,7 @@ def test_fine_tuning(workdir):
     folder = workdir / "probe_finetune" / "trained"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6 and (folder / "checkpoints").is_dir()
     (workdir / "probe_finetune.json").unlink()
-    # Another fine-tuning does not go on from these checkpoints; the same one only tests them again.
+    # Another fine-tuning does not continue from these checkpoints; the same one only tests them again.
     refused(probe(workdir, "finetune", *SMALL, "--config.finetune.mixup=0.1"), "holds fine-tuning by other settings")
     assert result(probe(workdir, "finetune")) == found
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
@@ -102,6 +102,6 @@ def test_bad_input_is_one_clear_line(workdir, tmp_path):
     refused(probe(workdir, "finetune", *SMALL, *much), "config.finetune.batch_size=1024", "must be <= 898")
 
 
-def test_fine_tuning_that_was_stopped_is_to_be_run_again(tmp_path):
+def test_stopped_fine_tuning_exits_as_interrupted(tmp_path):
     done = run_module("stopped_probe", tmp_path / "finetuned")
-    assert done.returncode == cli.INTERRUPTED and "saved step 6 of 16" in done.stderr, done.stderr
+    assert done.returncode == app.INTERRUPTED and "saved step 6 of 16" in done.stderr, done.stderr

@@ -95,12 +95,12 @@ def test_prompts_edit_images(workdir, tmp_path):
         # The same noise, another text.
         assert (arrays["arr_0"] != results)[:, :, 8:].mean() > 0.1
     nowhere = f"--out={tmp_path / 'nowhere'}"
-    refused(command(*edit, nowhere, "--label=3"), "--label", "has never seen a class")
+    refused(command(*edit, nowhere, "--label=3"), "--label", "was trained without classes")
     refused(command(*edit, nowhere), "--prompt", "is required")
     refused(command(*edit, nowhere, "--prompt=three dog"), "--prompt", "three dog")
     (tmp_path / "prompts.txt").write_text("zero one\n")
     refused(command(*edit, nowhere, f"--prompts={tmp_path / 'prompts.txt'}"), "--prompts", "must be 2 lines")
-    refused(command("sample", f"--workdir={workdir}", "--labels=3", nowhere), "--labels", "has never seen a class")
+    refused(command("sample", f"--workdir={workdir}", "--labels=3", nowhere), "--labels", "was trained without classes")
     assert not (tmp_path / "nowhere").exists()
 
 

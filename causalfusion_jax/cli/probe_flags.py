@@ -1,18 +1,18 @@
-"""Flags of a probe, which the commands `probe` and `evaluate` take."""
+"""Flags of a probe, and its run; the commands `probe` and `evaluate --probe` share them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app, weights_flags
 
-_UNTRAINED = flags.DEFINE_bool("untrained", False, "Also probe the same network with fresh weights.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a converted checkpoint to probe, not --workdir.")
-_WEIGHTS = flags.DEFINE_enum(
-    "weights", None, ["ema", "params"], "Of a run to probe: averaged weights [ema], or the last."
+WEIGHTS = weights_flags.define(
+    "Folder of a training run: the one to probe, or that the samples are from.",
+    "Folder of a converted checkpoint to probe, instead of --workdir.",
 )
-_STEP = flags.DEFINE_string("step", None, "Of a run to probe: a step, or `best` [the newest intact checkpoint].")
-join_processes = cli.define_processes()
+_UNTRAINED = flags.DEFINE_bool("untrained", False, "Also probe the same network with fresh weights.")
+_join_processes = app.define_processes()
 NAMES = (
     "untrained",
     "checkpoint",
@@ -23,9 +23,22 @@ NAMES = (
     "num_processes",
     "process_id",
 )
+"""Flags that only a probe has, but not --workdir."""
 
 
-def values() -> dict[str, Any]:
-    """Settings of `probing.Probe`, by name."""
-    step = int(_STEP.value) if (_STEP.value or "").isdigit() else _STEP.value
-    return dict(checkpoint=_CHECKPOINT.value, weights=_WEIGHTS.value, step=step, untrained=_UNTRAINED.value)
+def run(make_probe: Callable[..., Any], run_probe: Callable[[Any], None], kind: str, config: Any, out: str | None):
+    """Runs the probe that the flags describe.
+
+    Args:
+      make_probe, run_probe: `Probe` and `run_probe` of evaluation/probing.py.
+      kind: of probe.
+      config: value of --config, a ConfigDict or None.
+      out: value of --out.
+    """
+    from causalfusion_jax.config import experiment
+
+    settings = None if config is None else experiment.from_dict(config.to_dict())
+    with app.as_flags(), app.exit_status_of_training():
+        probe = make_probe(kind, WEIGHTS.choice(), untrained=_UNTRAINED.value, config=settings, out=out)
+        _join_processes()
+        run_probe(probe)

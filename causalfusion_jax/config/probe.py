@@ -1,4 +1,4 @@
-"""How a trained network is tried on understanding: what it reads, and what is learned of that."""
+"""Settings of probes and of fine-tuning, which measure what a network has learned about images."""
 
 import dataclasses
 
@@ -14,27 +14,27 @@ IMAGENET_LINEAR = dict(optimizer="lars", epochs=90, batch_size=16_384, learning_
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-    """Features of a network whose weights stay as they are, and classifiers of them.
+    """Features of a network with frozen weights, and classifiers trained on them.
 
     Attributes:
-      tokens: how images are read: as `clean` tokens, as `noisy` ones of one AR step, or `auto`:
-        clean where the network was trained with clean tokens.
+      tokens: features of `clean` tokens, of `noisy` tokens of one AR step, or `auto`:
+        of clean tokens if the network was trained with them.
       noise_level: of noisy tokens, t / num_timesteps.
-      ar_steps: clean tokens see each other as `one` AR step, all of them, or in order and AR steps
-        as `trained`.
-      layer: whose output is read, 1 is the first; 0: that at half of the depth.
-      held_out_path: where the images to be tested on lie, for sources that are a folder.
-      held_out_split: which they are, for source tfds.
-      read_batch_size: images read at a time, over all devices.
-      max_images: at most so many images to train on and as many to test on, drawn at random; 0: all.
-      seed: of noise, drawn AR steps, first weights and order of the examples.
-      optimizer: of the linear classifier, `adamw`, or `lars` (You et al. 2017).
-      epochs, batch_size, learning_rate, weight_decay: of the linear classifier; the rate falls by
-        a cosine.
-      warmup_epochs: linear warm-up of the rate.
+      ar_steps: attention among clean tokens: as `one` AR step, all to all, or with order and AR
+        steps as `trained`.
+      layer: layer whose output is used, from 1; 0: the one at half of the depth.
+      held_out_path: folder of the test images, for sources that are a folder.
+      held_out_split: split of the test images, for source tfds.
+      read_batch_size: images whose features are computed at a time, over all devices.
+      max_images: maximum number of training images and of test images, drawn at random; 0: all.
+      seed: of noise, drawn AR steps, initial weights and order of the examples.
+      optimizer: of the linear classifier, `adamw` or `lars` (You et al. 2017).
+      epochs, batch_size, learning_rate, weight_decay: of the linear classifier; the learning rate
+        has a cosine decay.
+      warmup_epochs: linear warm-up of the learning rate.
       neighbours: nearest images that vote (k).
       temperature: of their votes, exp(cosine similarity / temperature).
-      map_noise_levels: those of noisy tokens in the map of layers and noise levels.
+      map_noise_levels: noise levels of noisy tokens in the map of layers and noise levels.
     """
 
     tokens: str = "auto"
@@ -82,27 +82,26 @@ class FinetuneConfig:
     """Fine-tuning of all weights, with a linear classifier on the mean of the last layer's tokens.
 
     The defaults are for ImageNet: ACDiT's 100 epochs, the rest as MAE fine-tunes its larger models.
-
-    How images are read, and where those to be tested on lie, is `config.probe`'s to say.
+    Features and test images are those of `config.probe`.
 
     Attributes:
       epochs, batch_size: of fine-tuning.
-      learning_rate: peak, of the classifier; it falls by a cosine.
-      warmup_epochs: linear warm-up of the rate.
-      layer_decay: the rate of a layer, as a part of that of the next one; the embeddings are below
+      learning_rate: peak, of the classifier; with a cosine decay.
+      warmup_epochs: linear warm-up of the learning rate.
+      layer_decay: learning rate of a layer relative to that of the next one; the embeddings are below
         the first layer, the classifier above the last.
       weight_decay, b1, b2: AdamW.
-      clip_norm: bound on the global norm of the gradient; 0 is none.
-      drop_path: probability of leaving out a branch of the last layer; it rises over the layers.
-      label_smoothing: part of the target spread over all classes.
+      clip_norm: upper bound on the global norm of the gradient; 0 is none.
+      drop_path: probability of dropping a residual branch of the last layer; it increases linearly over the layers.
+      label_smoothing: fraction of the target spread over all classes.
       mixup, cutmix: parameters of the Beta distribution of the mixture's weight (Zhang et al. 2018;
-        Yun et al. 2019); 0 is none; of both, an example takes either half of the time.
-      shift: images are moved by up to so many pixels (latents) on either axis, edges repeated.
-      crop_area: images are cropped at random to an area of at least this part, of a side ratio of
-        3/4 to 4/3, and scaled back; 1 is none. Flips are `config.data.flip`.
-      ema_decay: the weights' moving average is what is tested; 0 is none.
-      seed: of the data's order and all that is drawn.
-      checkpoint_epochs: epochs between checkpoints, from which the same command goes on.
+        Yun et al. 2019); 0 is none; with both, each example uses either with probability 1/2.
+      shift: images are shifted by at most this number of pixels (latents) on either axis, edges repeated.
+      crop_area: images are cropped at random to at least this fraction of their area, with an aspect
+        ratio of 3/4 to 4/3, and resized back; 1 is none. Flips are `config.data.flip`.
+      ema_decay: decay of the averaged weights that are tested; 0: the last weights are tested.
+      seed: of the order of the examples and all random numbers.
+      checkpoint_epochs: epochs between checkpoints, from which the same command continues.
     """
 
     epochs: int = 100
@@ -142,7 +141,7 @@ class FinetuneConfig:
 
 
 def _require_warmup(config: ProbeConfig | FinetuneConfig) -> None:
-    """Raises InputError where nothing is left after the warm-up."""
+    """Raises InputError if the warm-up is not shorter than training."""
     require(
         0.0 <= config.warmup_epochs < config.epochs,
         "warmup_epochs",

@@ -1,4 +1,4 @@
-"""Settings of training: its length, objective, optimizer, checkpoints and logging."""
+"""Settings of training: network, length, objective, optimizer, checkpoints and logging."""
 
 import dataclasses
 import math
@@ -7,26 +7,44 @@ from causalfusion_jax.common.errors import require, require_number, require_one_
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, num_visible_clean, places_per_t
 from causalfusion_jax.core.layouts import LAYOUTS, Layout
+from causalfusion_jax.models.config import Architecture, TransformerConfig
 from causalfusion_jax.models.flops import training_flops
-from causalfusion_jax.models.transformer import TransformerConfig
 
 SCHEDULES = ("constant", "cosine", "wsd")
 IMAGE_TOKENS = ("clean_and_noisy", "noisy")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The course of training.
+class ModelConfig(Architecture):
+    """The network: its architecture, and how images become tokens.
 
     Attributes:
-      steps: optimizer steps in all.
+      patch_size: side of a token in pixels (or latents).
+      class_dropout: probability of training an image without its class, for classifier-free guidance.
+    """
+
+    patch_size: int = 2
+    class_dropout: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_number("patch_size", self.patch_size, 1)
+        require_number("class_dropout", self.class_dropout, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and seed of training.
+
+    Attributes:
+      steps: number of optimizer steps.
       batch_size: images in a step, over all devices.
       seed: of initialization, data order and all noise.
-      grad_accum_steps: parts in which a batch is computed, to save memory.
-      length_buckets: where the batch shares drawn AR steps, so many programs of different
-        length leave out clean tokens that nobody looks at; 1: all are kept.
-      ema_decay: of the averaged weights that sampling uses.
-      max_nonfinite_steps: give up after so many steps in a row without a finite gradient.
+      grad_accum_steps: parts in which the gradient of a batch is accumulated, to save memory.
+      length_buckets: number of sequence-length buckets, if the batch shares drawn AR steps: each
+        bucket has a compiled program without the unattended clean tokens; 1: all clean tokens are kept.
+      ema_decay: decay of the averaged weights that sampling uses.
+      max_nonfinite_steps: training fails after this number of consecutive steps without a finite gradient.
     """
 
     steps: int = 1000
@@ -60,13 +78,13 @@ class OptimizerConfig:
     Attributes:
       learning_rate: peak.
       schedule: after the warm-up `constant` (CausalFusion), `cosine` to
-        `final_ratio`, or `wsd` (ACDiT): constant, then over the last
-        `decay_fraction` of training a fall by 0.5^(6 r), r in 0..1.
-      warmup_steps: linear warm-up from 0.
-      decay_fraction: part of training in which wsd decays.
-      final_ratio: last learning rate of cosine, as a part of the peak.
+        `final_ratio`, or `wsd` (ACDiT): constant, then decayed over the last
+        `decay_fraction` of training by 0.5^(6 r), r in 0..1.
+      warmup_steps: steps of linear warm-up from 0.
+      decay_fraction: fraction of training in which wsd decays.
+      final_ratio: last learning rate of cosine, as a fraction of the peak.
       b1, b2, eps, weight_decay: AdamW.
-      clip_norm: bound on the global norm of the gradient; 0 is none.
+      clip_norm: upper bound on the global norm of the gradient; 0 is none.
     """
 
     learning_rate: float = 1e-4
@@ -96,25 +114,25 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class JointConfig:
-    """What is learned of texts and images together; without a tokenizer nothing here counts.
+    """Joint training on texts and images; has no effect without a tokenizer.
 
     Attributes:
-      text_to_image, image_to_text, text, image: parts of the examples in which the image is
+      text_to_image, image_to_text, text, image: fractions of the examples in which the image is
         generated given the text, the text given the image, and either alone; sum to 1.
-      text_weight: of the cross-entropy (nats a token, averaged over each text) beside the
-        diffusion loss.
-      prompt_dropout: probability that text_to_image does without the text, for guidance.
-      word_dropout: probability that a token of a text that is generated is blanked where the
-        next ones look at it (Bowman et al. 2016, arXiv 1511.06349), so that they look at the
-        image more and at phrases that were learned by heart less.
-      class_dropout: probability that an example with a text goes without its class (1: a text
-        is never accompanied by one); `model.class_dropout` is that of an image alone.
-      image_tokens: `clean_and_noisy`, as CausalFusion; or `noisy` alone, as Transfusion, whose
+      text_weight: weight of the cross-entropy (nats per token, averaged over each text) relative
+        to the diffusion loss.
+      prompt_dropout: probability of dropping the text of text_to_image, for classifier-free guidance.
+      word_dropout: probability of blanking a token of a generated text in the input of the
+        following tokens (Bowman et al. 2016, arXiv 1511.06349), so that they depend more on the
+        image and less on memorized phrases.
+      class_dropout: probability of dropping the class of an example with a text (1: texts are
+        never trained with a class); `model.class_dropout` is that of an image alone.
+      image_tokens: `clean_and_noisy` as in CausalFusion, or only `noisy` as in Transfusion, whose
         images are one AR step.
-      read_in_one_step: an image that a text is generated from is one AR step, all tokens of
-        which see each other; False: it has drawn AR steps too.
-      read_noise: such an image has noise of a level drawn from 0..read_noise of the whole
-        schedule (Transfusion: 0.5); 0: none.
+      read_in_one_step: an image that a text is conditioned on is one AR step, whose tokens all
+        attend to each other; False: its AR steps are drawn as in training of images.
+      read_noise: upper bound of the noise level drawn for such an image, as a fraction of the
+        schedule (Transfusion: 0.5); 0: no noise.
     """
 
     text_to_image: float = 0.5
@@ -148,27 +166,27 @@ class JointConfig:
 
     @property
     def mixture(self) -> tuple[float, ...]:
-        """Part of each layout, in the order of `layouts.Layout`."""
+        """Fraction of each layout, in the order of `layouts.Layout`."""
         return tuple(getattr(self, name) for name in LAYOUTS)
 
-    def part(self, which: tuple[Layout, ...]) -> float:
-        """Part of the examples whose layout is one of `which`."""
-        return sum(self.mixture[layout] for layout in which)
+    def part(self, layouts: tuple[Layout, ...]) -> float:
+        """Fraction of the examples whose layout is one of `layouts`."""
+        return sum(self.mixture[layout] for layout in layouts)
 
     @property
     def drops_text(self) -> bool:
-        """Whether images are also generated without text, which guidance needs."""
+        """Whether images are also trained without text, which classifier-free guidance needs."""
         return self.image > 0 or self.text_to_image * self.prompt_dropout > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep.
+    """When checkpoints are saved, and which are kept.
 
     Attributes:
-      every: steps between checkpoints; the last step, and every step that is evaluated, is always saved.
-      keep: newest checkpoints kept.
-      keep_every: also keep every checkpoint at a multiple of this step; 0 is none.
+      every: steps between checkpoints; the last step and every evaluated step are always saved.
+      keep: number of newest checkpoints that are kept.
+      keep_every: checkpoints at multiples of this step are kept too; 0 is none.
     """
 
     every: int = 1000
@@ -183,10 +201,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What a person watches.
+    """Metric logging and sample grids.
 
     Attributes:
-      every: steps between metrics.
+      every: steps between logged metrics.
       sample_every: steps between sample grids; 0 is none.
       num_samples: images in a grid.
     """
@@ -203,15 +221,15 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is learned, statically.
+    """Static settings of the training objective.
 
     Attributes:
       model, factorization, diffusion: the network and the two axes.
       patch_size: side of a token in pixels (or latents).
-      class_dropout: probability that an image is trained without its class.
-      most_clean: the batch is known to look at no more than so many clean tokens, the
-        first; 0: it is not.
-      joint: what is learned of texts, where the model knows text; else None.
+      class_dropout: probability of training an image without its class.
+      most_clean: upper bound on the number of attended clean tokens in the batch, the first ones;
+        0: no bound is known.
+      joint: settings of a text-conditioned model; else None.
     """
 
     model: TransformerConfig
@@ -224,15 +242,15 @@ class ObjectiveConfig:
 
     @property
     def num_clean(self) -> int:
-        """Places with a clean token in the training sequence."""
+        """Number of clean tokens in the training sequence."""
         if self.joint is not None:
-            # Texts look at whole images.
+            # Texts attend to whole images.
             return self.model.num_tokens if self.joint.image_tokens == "clean_and_noisy" else 0
         return self.most_clean or num_visible_clean(self.factorization, self.model.num_tokens)
 
     @property
     def places_per_t(self) -> int:
-        """Consecutive places for which one t is drawn, where AR steps or tokens have their own."""
+        """Number of consecutive positions that share one t, if AR steps or tokens have their own."""
         shared = self.diffusion.t_shared_by == "step"
         return places_per_t(self.factorization, self.model.num_tokens) if shared else 1
 
@@ -249,11 +267,11 @@ class StepConfig:
     """Static settings of the training step.
 
     Attributes:
-      objective, optimizer: what is learned, and how.
+      objective, optimizer: the objective and its optimizer.
       total_steps: length of training, for the learning rate.
-      grad_accum_steps: parts in which a batch is computed, one after the other.
-      ema_decay: of the weights' exponential moving average; warmed up as
-        min(ema_decay, (1 + step) / (10 + step)) so that short runs are usable.
+      grad_accum_steps: parts in which the gradient of a batch is accumulated.
+      ema_decay: decay of the weights' exponential moving average; warmed up as
+        min(ema_decay, (1 + step) / (10 + step)), for short runs.
     """
 
     objective: ObjectiveConfig

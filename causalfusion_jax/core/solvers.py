@@ -28,42 +28,43 @@ class SolverConfig:
     """How the noise axis is integrated.
 
     Attributes:
-      name: `ddpm` (ancestral), `ddim`, `dpmpp_2m` (DPM-Solver++ 2M, midpoint), or for
+      solver: `ddpm` (ancestral), `ddim`, `dpmpp_2m` (DPM-Solver++ 2M, midpoint), or for
         schedule flow `euler` and `heun`.
-      steps: noise levels visited; Heun evaluates the network 2 steps - 1 times.
-      spacing: which timesteps of a discrete schedule. `respaced`: n rounded points of
+      solver_steps: noise levels visited in each AR step; Heun evaluates the network
+        2 solver_steps - 1 times.
+      spacing: which timesteps of a discrete schedule are visited. `respaced`: n rounded points of
         0..T-1, both ends included (DDPM as released with CausalFusion); `leading`: 0,
         T/n, 2T/n, ...; `trailing`: T/n, 2T/n, ..., T, less 1; `linspace`: n+1 rounded
         points of 0..T-1 without 0 (DPM-Solver++ as released with ACDiT). `auto`: linspace
         for dpmpp_2m, else respaced. A flow always takes n equal steps from T to 0.
-      variance: `large` (beta) or `small` (posterior), for ddpm.
-      eta: 0 is deterministic, 1 as noisy as ddpm with small variance, for ddim.
+      variance: noise of ddpm: `large` (beta) or `small` (posterior).
+      eta: noise of ddim: 0 is deterministic, 1 as noisy as ddpm with small variance.
     """
 
-    name: str = "ddpm"
-    steps: int = 50
+    solver: str = "ddpm"
+    solver_steps: int = 50
     spacing: str = "auto"
     variance: str = "large"
     eta: float = 0.0
 
     def __post_init__(self):
-        require_one_of("solver", self.name, SOLVERS)
+        require_one_of("solver", self.solver, SOLVERS)
         require_one_of("spacing", self.spacing, SPACINGS)
         require_one_of("variance", self.variance, VARIANCES)
-        require_number("solver_steps", self.steps, 1)
+        require_number("solver_steps", self.solver_steps, 1)
         require_number("eta", self.eta, 0.0, 1.0)
-        require(self.eta == 0.0 or self.name == "ddim", "eta", self.eta, f"must be 0 for solver {self.name}")
+        require(self.eta == 0.0 or self.solver == "ddim", "eta", self.eta, f"must be 0 for solver {self.solver}")
         require(
-            self.variance == "large" or self.name == "ddpm",
+            self.variance == "large" or self.solver == "ddpm",
             "variance",
             self.variance,
-            f"has no meaning for solver {self.name}; leave it large",
+            f"has no meaning for solver {self.solver}; leave it large",
         )
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the solver draws noise on its way."""
-        return self.name == "ddpm" or self.eta > 0.0
+        """Whether the solver adds noise between noise levels."""
+        return self.solver == "ddpm" or self.eta > 0.0
 
 
 class SolverTable(NamedTuple):
@@ -86,20 +87,20 @@ class SolverTable(NamedTuple):
     begins: np.ndarray
 
 
-def timesteps(solver: SolverConfig, diffusion: DiffusionConfig) -> np.ndarray:
+def timesteps(config: SolverConfig, diffusion: DiffusionConfig) -> np.ndarray:
     """Noise levels from the noisiest down, [steps]; int64, or float64 for the flow.
 
     Raises:
       InputError: more steps than timesteps, or a spacing the schedule does not have.
     """
-    T, n = diffusion.num_timesteps, solver.steps
+    T, n = diffusion.num_timesteps, config.solver_steps
     if diffusion.is_continuous:
-        require(solver.spacing == "auto", "spacing", solver.spacing, "schedule flow has equal steps; leave it auto")
+        require(config.spacing == "auto", "spacing", config.spacing, "schedule flow has equal steps; leave it auto")
         return T * (1.0 - np.arange(n) / n)
     require_number("solver_steps", n, 1, T)
-    spacing = solver.spacing
+    spacing = config.spacing
     if spacing == "auto":
-        spacing = "linspace" if solver.name == "dpmpp_2m" else "respaced"
+        spacing = "linspace" if config.solver == "dpmpp_2m" else "respaced"
     if spacing == "linspace":
         require_number("solver_steps", n, 1, T - 1)
         ascending = np.round(np.linspace(0, T - 1, n + 1))[1:]
@@ -113,35 +114,37 @@ def timesteps(solver: SolverConfig, diffusion: DiffusionConfig) -> np.ndarray:
     return ascending[::-1].astype(np.int64)
 
 
-def solver_table(solver: SolverConfig, diffusion: DiffusionConfig) -> SolverTable:
+def solver_table(config: SolverConfig, diffusion: DiffusionConfig) -> SolverTable:
     """The solver's coefficients on this schedule, float32 (t in the schedule's type).
 
     Raises:
       InputError: the solver does not fit the schedule.
     """
-    t = timesteps(solver, diffusion)
+    t = timesteps(config, diffusion)
     if diffusion.is_continuous:
         sigma = t / diffusion.num_timesteps
         alpha = 1.0 - sigma
     else:
         bar = alpha_bar_table(diffusion)[t]
         alpha, sigma = np.sqrt(bar), np.sqrt(1.0 - bar)
-    if solver.name in ("euler", "heun") and not diffusion.is_continuous:
+    if config.solver in ("euler", "heun") and not diffusion.is_continuous:
         raise InputError(
-            "solver", solver.name, f"integrates the flow, not schedule {diffusion.schedule}; use ddpm, ddim or dpmpp_2m"
+            "solver",
+            config.solver,
+            f"integrates the flow, not schedule {diffusion.schedule}; use ddpm, ddim or dpmpp_2m",
         )
     # Where each step leads: the next level, and from the last one to clean data.
     to_alpha, to_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     coefficients = {
-        "ddpm": lambda: _ancestral(alpha, sigma, to_alpha, to_sigma, solver.variance),
-        "ddim": lambda: _ddim(alpha, sigma, to_alpha, to_sigma, solver.eta),
+        "ddpm": lambda: _ancestral(alpha, sigma, to_alpha, to_sigma, config.variance),
+        "ddim": lambda: _ddim(alpha, sigma, to_alpha, to_sigma, config.eta),
         "dpmpp_2m": lambda: _dpmpp_2m(alpha, sigma, to_alpha, to_sigma),
         # On the flow the Euler step of dx/dt = eps - x_0 is the DDIM step.
         "euler": lambda: _ddim(alpha, sigma, to_alpha, to_sigma, 0.0),
     }
-    if solver.name == "heun":
+    if config.solver == "heun":
         return _heun_table(t, alpha, sigma, to_sigma)
-    return _table(t, alpha, sigma, **coefficients[solver.name]())
+    return _table(t, alpha, sigma, **coefficients[config.solver]())
 
 
 def _table(t, alpha, sigma, **coefficients) -> SolverTable:

@@ -22,9 +22,10 @@ from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan, num_visible_clean, training_layout
 from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, reading_threads
 from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import patchify
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.training.state import place_abstract
 
 

@@ -1,9 +1,10 @@
-"""A probe from its request to its result: which network, how it is probed, and where the result goes."""
+"""Runs a probe: opens the network, measures it and stores the result with its request."""
 
 import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,18 @@ from causalfusion_jax.common import distributed, files
 from causalfusion_jax.common.errors import require, require_one_of
 from causalfusion_jax.common.heat_map import Panel, heat_map
 from causalfusion_jax.common.pictures import save_png
+from causalfusion_jax.common.requests import plain, require_same
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.probe import PROBES
+from causalfusion_jax.config.workdir import EXECUTION
 from causalfusion_jax.data.class_names import names_difference
+from causalfusion_jax.data.pipeline import DataConfig
 from causalfusion_jax.evaluation.understanding import Study, combined
-from causalfusion_jax.sampling.trained import Trained, from_converted, from_run
+from causalfusion_jax.models.params import Params
+from causalfusion_jax.sampling.trained import Trained, WeightsChoice
+
+Networks = Mapping[str, Callable[[], Params]]
+"""Reads the weights of each network, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,84 +33,65 @@ class Probe:
 
     Attributes:
       kind: one of `config.probe.PROBES`.
-      workdir: the run whose network is probed; or None.
-      checkpoint: the converted checkpoint that is probed instead; or None.
-      weights, step: of a run, as of `trained.from_run`; None: the averaged weights of the newest intact step.
+      network: the weights that are probed.
       untrained: also probe the same network with fresh weights.
-      config: says on which data and how; None: the run's own settings.
+      config: data and settings of the probe; None: the run's own settings.
       out: the .json file of the result; None: probe_KIND.json in the run. Fine-tuning keeps its
         checkpoints in the folder of that name without .json.
 
     Raises:
-      InputError: settings that do not go together.
+      InputError: settings that do not fit together.
     """
 
     kind: str
-    workdir: str | None = None
-    checkpoint: str | None = None
-    weights: str | None = None
-    step: int | str | None = None
+    network: WeightsChoice
     untrained: bool = False
     config: ExperimentConfig | None = None
     out: str | None = None
 
     def __post_init__(self):
         require_one_of("kind", self.kind, PROBES)
-        given = (self.workdir is None) + (self.checkpoint is None)
-        require(given == 1, "workdir", self.workdir, "give --workdir, or --checkpoint, and not both")
+        converted = self.network.workdir is None
         allowed = "is needed with --checkpoint: it says on which images, and how"
-        require(self.config is not None or self.checkpoint is None, "config", None, allowed)
-        allowed = "is needed with --checkpoint: a .json file"
-        require(self.out is not None or self.workdir is not None, "out", None, allowed)
+        require(self.config is not None or not converted, "config", None, allowed)
+        require(self.out is not None or not converted, "out", None, "is needed with --checkpoint: a .json file")
         require(self.path.suffix == ".json", "out", str(self.path), "must be a .json file")
-        for name in ("weights", "step"):
-            value = getattr(self, name)
-            allowed = "a converted checkpoint has one; leave it out"
-            require(value is None or self.workdir is not None, name, value, allowed)
 
     @property
     def path(self) -> pathlib.Path:
         """The file of the result."""
-        return (
-            pathlib.Path(self.workdir or "") / f"probe_{self.kind}.json" if self.out is None else pathlib.Path(self.out)
-        )
-
-    def open(self) -> Trained:
-        """The network. Raises InputError where there is none."""
-        if self.workdir is None:
-            return from_converted(self.checkpoint)
-        return from_run(self.workdir, self.weights or "ema", self.step)
+        return pathlib.Path(self.out or f"{self.network.workdir}/probe_{self.kind}.json")
 
 
 def run_probe(probe: Probe) -> None:
-    """Probes a network, prints one JSON line, and writes it. A result that is already there is printed again.
+    """Probes a network, prints one JSON line and writes it to a file; a result that exists is only printed.
 
     Raises:
       InputError: the probe does not fit the network or the data, or its file holds another result.
-      Stopped, TrainingDiverged: as fine-tuning does.
+      Stopped, TrainingDiverged: see fine-tuning.
     """
-    trained = probe.open()
+    trained = probe.network.open()
     config = combined(trained.config, probe.config or trained.config)
     data = (probe.config or trained.config).data
     request = _request(probe.kind, trained, config, data)
-    done = _written(probe.path, request | {"untrained": probe.untrained})
-    if done is not None:
-        print(done)
+    result_line = _stored_result(probe.path, request | {"untrained": probe.untrained})
+    if result_line is not None:
+        print(result_line)
         return
     study = Study(config, data, _progress())
     renamed = names_difference(trained.class_names, study.source.class_names) if probe.config is None else None
     if renamed is not None and distributed.is_primary():
         print(f"warning: {renamed}: these are not the data that the run was trained on", file=sys.stderr)
-    # The result alone is on stdout.
+    # stdout has the result alone.
     networks = {"trained": lambda: trained.announced_params(sys.stderr)}
     networks |= {"untrained": study.untrained} if probe.untrained else {}
     if probe.kind == "map":
         result = _maps(study, networks)
     elif probe.kind == "finetune":
-        result = _finetuned(study, networks, probe.path.with_suffix(""), request)
+        result = fine_tuned(study, networks, probe.path.with_suffix(""), request)
     else:
         classified = {name: study.classify(probe.kind, params(), name) for name, params in networks.items()}
-        result = _beside(classified, study.described | {"layer": study.layer})
+        result = _with_untrained(classified, study.described | {"layer": study.layer})
     line = {"probe": probe.kind, **result}
     if distributed.is_primary():
         probe.path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,44 +103,39 @@ def run_probe(probe: Probe) -> None:
         print(json.dumps(line))
 
 
-def _request(kind: str, trained, config, data) -> dict[str, Any]:
-    """What decides the result, as plain values."""
-    learned = {"probe": dataclasses.asdict(config.probe)}
+def _request(kind: str, trained: Trained, config: ExperimentConfig, data: DataConfig) -> dict[str, Any]:
+    """The values that determine the result."""
+    settings = {"probe": dataclasses.asdict(config.probe)}
     if kind == "finetune":
-        learned["finetune"] = dataclasses.asdict(config.finetune)
-    of_data = {
-        name: value
-        for name, value in dataclasses.asdict(data).items()
-        if name not in ("workers", "verify", "max_corrupt")
-    }
-    request = {"kind": kind, "of": trained.origin, "data": of_data, **learned, "dtype": config.model.dtype}
-    return json.loads(json.dumps(request))
+        settings["finetune"] = dataclasses.asdict(config.finetune)
+    measured = {name: value for name, value in dataclasses.asdict(data).items() if f"data.{name}" not in EXECUTION}
+    return plain({"kind": kind, "of": trained.origin, "data": measured, **settings, "dtype": config.model.dtype})
 
 
-def _written(path: pathlib.Path, request: dict[str, Any]) -> str | None:
-    """The result that is there already; None where there is none. Raises InputError where it is another's."""
+def _stored_result(path: pathlib.Path, request: dict[str, Any]) -> str | None:
+    """The result line that is stored for this request, or None. Raises InputError for another request's result."""
     if not path.exists():
         return None
-    kept = files.read_json(path)
-    same = isinstance(kept, dict) and kept.pop("request", None) == request
-    require(same, "--out", str(path), "exists with another result; give a new file, or remove it")
-    return json.dumps(kept)
+    stored = files.read_json(path)
+    stored_request = stored.pop("request", None) if isinstance(stored, dict) else None
+    require_same("--out", path, stored_request, request, "exists with another result", "give a new file, or remove it")
+    return json.dumps(stored)
 
 
 def _claim(folder: pathlib.Path, request: dict[str, Any]) -> None:
-    """Makes a folder this fine-tuning's. Raises InputError where it holds anything else."""
+    """Stores the request in a new folder of a fine-tuning. Raises InputError for other content."""
     path = folder / "request.json"
     if path.is_file():
-        same = files.read_json(path) == request
-        require(same, "--out", str(folder), "holds fine-tuning by other settings; give a new --out, or remove it")
+        problem, remedy = "holds fine-tuning by other settings", "give a new --out, or remove it"
+        require_same("--out", folder, files.read_json(path), request, problem, remedy)
         return
     files.require_new("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, request)
 
 
-def _progress():
-    """Prints to stderr, which the result is not on, where a person watches."""
+def _progress() -> Callable[[str], None]:
+    """Prints progress to stderr if it is a terminal; the result is on stdout."""
 
     def show(line: str) -> None:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
@@ -159,37 +143,49 @@ def _progress():
     return show if sys.stderr.isatty() else lambda line: None
 
 
-def _beside(found: dict[str, dict[str, Any]], described: dict[str, Any]) -> dict[str, Any]:
-    """The trained network's result, how it was read, and the untrained one's result, if there is one."""
-    return {**found["trained"], **described, **{name: found[name] for name in found if name != "trained"}}
+def _with_untrained(results: dict[str, dict[str, Any]], described: dict[str, Any]) -> dict[str, Any]:
+    """The trained network's result, how images were read, and the untrained network's result, if there is one."""
+    others = {name: result for name, result in results.items() if name != "trained"}
+    return {**results["trained"], **described, **others}
 
 
-def _maps(study, of) -> dict[str, Any]:
-    """Tables of `top1`, and the best place of the first."""
-    maps = {name: study.map(params(), name) for name, params in of.items()}
-    best, columns = maps["trained"], list(study.columns())
-    layer, column = divmod(int(best.argmax()), best.shape[1])
+def _maps(study: Study, networks: Networks) -> dict[str, Any]:
+    """Tables of `top1` by layer and tokens, and the maximum of the trained network's."""
+    maps = {name: study.map(params(), name) for name, params in networks.items()}
+    table, columns = maps["trained"], list(study.columns())
+    layer, column = divmod(int(table.argmax()), table.shape[1])
     return {
-        "layers": list(range(1, len(best) + 1)),
+        "layers": list(range(1, len(table) + 1)),
         "tokens": columns,
-        "best": {"top1": float(best.max()), "layer": layer + 1, "tokens": columns[column]},
+        "best": {"top1": float(table.max()), "layer": layer + 1, "tokens": columns[column]},
         **{name: values.tolist() for name, values in maps.items()},
     }
 
 
-def _finetuned(study, of, folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies after fine-tuning. Raises Stopped or TrainingDiverged."""
-    tunings = {name: study.finetuning(name, folder / name) for name in of}
+def fine_tuned(study: Study, networks: Networks, folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Accuracies after fine-tuning.
+
+    Args:
+      study: data and settings.
+      networks: reads the initial weights, by name; each is fine-tuned in the folder of that name.
+      folder: where checkpoints are kept, of this request only.
+      request: the values that determine the result.
+
+    Raises:
+      InputError: the folder holds another fine-tuning.
+      Stopped, TrainingDiverged: see `evaluation.finetune`.
+    """
+    tunings = {name: study.finetuning(name, folder / name) for name in networks}
     for tuning in tunings.values():
         distributed.on_primary(lambda tuning=tuning: _claim(tuning.folder, request), None)
-    results = {name: study.finetune(tunings[name], params) for name, params in of.items()}
-    return _beside(results, study.described)
+    results = {name: study.finetune(tunings[name], params) for name, params in networks.items()}
+    return _with_untrained(results, study.described)
 
 
-def _draw(path: pathlib.Path, found: dict[str, Any]) -> None:
-    """The map as a picture."""
+def _draw(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Draws the maps."""
     panels = [
-        Panel(f"linear probe, {name}", np.array(found[name])) for name in ("trained", "untrained") if name in found
+        Panel(f"linear probe, {name}", np.array(result[name])) for name in ("trained", "untrained") if name in result
     ]
-    rows = [str(layer) for layer in found["layers"]]
-    save_png(path, heat_map(panels, rows, found["tokens"], "layer", "noise level t / T"))
+    rows = [str(layer) for layer in result["layers"]]
+    save_png(path, heat_map(panels, rows, result["tokens"], "layer", "noise level t / T"))

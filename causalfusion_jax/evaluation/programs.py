@@ -29,7 +29,7 @@ from causalfusion_jax.metrics.distribution import lower_precision_recall
 from causalfusion_jax.models import i3d, inception
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE, AutoencoderConfig, abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.prepare import encoding
+from causalfusion_jax.prepare import encoder
 from causalfusion_jax.sampling.generation import BATCH_SIZE, lower_replicate, lower_sampler, padded
 from causalfusion_jax.sampling.trained import check_autoencoder, decode_shared, open_autoencoder
 from causalfusion_jax.training.state import abstract_key, abstract_state, lower_create_state
@@ -66,12 +66,12 @@ def run_programs(job: SliceJob) -> Listing:
     return Listing(tuple(programs), impossible, tuple(notes))
 
 
-def encode_programs(job: SliceJob, settings: encoding.EncodeConfig) -> Listing:
+def encode_programs(job: SliceJob, settings: encoder.EncodeConfig) -> Listing:
     """Lists the program of `encode`, for the devices of one host. Raises InputError like `encode`."""
     data, evaluation = job.config.data, job.config.evaluation
     vae, notes = autoencoder_settings(evaluation.vae, data.channels if data.latents else None)
-    encoding.check_batch_size(settings, len(_host(job)))
-    pixels = encoding.pixel_data(data, vae)
+    encoder.check_batch_size(settings, len(_host(job)))
+    pixels = encoder.pixel_data(data, vae)
     lower = functools.partial(_lower_encoder, job, vae, pixels, settings)
     return Listing((Program("encoder", lower),), notes=tuple(notes))
 
@@ -253,8 +253,8 @@ def _lower_precision_recall(job: SliceJob, part: str):
     return lower_precision_recall(of_reference, num, pooled, device, inception_metrics.NUM_NEIGHBORS)[part]
 
 
-def _lower_encoder(job: SliceJob, vae: AutoencoderConfig, pixels, settings: encoding.EncodeConfig):
-    return encoding.lower_encoder(vae, pixels, settings, _host(job), job.topology.devices)
+def _lower_encoder(job: SliceJob, vae: AutoencoderConfig, pixels, settings: encoder.EncodeConfig):
+    return encoder.lower_encoder(vae, pixels, settings, _host(job), job.topology.devices)
 
 
 # --- After training ---------------------------------------------------------------

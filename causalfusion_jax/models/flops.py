@@ -1,6 +1,6 @@
 """Model FLOPs, counted from shapes."""
 
-from causalfusion_jax.models.transformer import TransformerConfig
+from causalfusion_jax.models.config import TransformerConfig
 
 
 def forward_flops(

@@ -13,7 +13,6 @@ Training passes roles and steps of the whole sequence. Sampling passes a KVCache
 the new tokens. Both run `Transformer.trunk`.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,170 +22,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from causalfusion_jax.common.errors import require, require_number, require_one_of
 from causalfusion_jax.common.sharding import constrain, platform
 from causalfusion_jax.core.factorization import training_layout
 from causalfusion_jax.models.attention.mask import attention_mask
 from causalfusion_jax.models.block import Block, Context, linear, modulation_layer, on_noisy, with_axes
+from causalfusion_jax.models.config import REMATS, TransformerConfig
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.layers import NORMS, Norm
-from causalfusion_jax.models.params import DTYPES, Params
-from causalfusion_jax.models.positions import ROPE_SPLITS, rope_table, sincos_table, timestep_features
-from causalfusion_jax.models.text import TEXT_HEADS, TextTokens
+from causalfusion_jax.models.layers import Norm
+from causalfusion_jax.models.params import Params
+from causalfusion_jax.models.positions import rope_table, sincos_table, timestep_features
+from causalfusion_jax.models.text import TextTokens
 
-CONDITIONINGS = ("in_context", "adaln")
-POSITIONS = ("learned", "sincos", "rope")
-ATTENTIONS = ("auto", "dense", "flash")
 FLASH_FROM = 1024
 FLASH_FROM_IN_TPU_TRAINING = 512
 """Keys from which `auto` computes attention in tiles (launch/bench/RESULTS.md)."""
-REMATS = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 TIMESTEP_FEATURES = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Static shape of the trunk.
-
-    Attributes:
-      hidden, heads, layers: width, attention heads, depth.
-      grid: token rows and columns of an image, after frames for a video.
-      token_dim: values in an image token, patch_size^2 * channels.
-      num_classes: classes; one more row of the label table stands for no class.
-      conditioning: how class and timestep reach the noisy tokens: `in_context` or `adaln`.
-      num_condition_tokens: condition tokens C that a class becomes; 0 for adaln.
-      condition_repeats: how often the C / condition_repeats tokens that are learned for a class
-        come one after the other; every repeat has positions of its own.
-      mlp_ratio: width of the MLP in units of `hidden`.
-      norm: `layer`, `rms`, or `plain` (LayerNorm without scale and bias).
-      positions: `learned` (initialized with sines and cosines), fixed `sincos`, or `rope`,
-        which turns queries and keys by the position on every axis.
-      rope_grid: the grid that rope's frequencies were trained for, where `grid` has been
-        enlarged; empty: `grid`.
-      qk_norm: normalize queries and keys per head.
-      qkv_bias, token_bias: biases of the query-key-value and the token projection.
-      attention: `dense`, `flash` (in tiles, without an array of [tokens, tokens]), or
-        `auto`: flash from FLASH_FROM keys on; without a cache on a TPU from
-        FLASH_FROM_IN_TPU_TRAINING.
-      dtype: compute type; parameters are float32.
-      remat: what the backward pass recomputes: `none`, all but the matrix products
-        (`dots`), or all of a block (`full`).
-      scan_unroll: layers unrolled in one iteration of the scan over layers.
-      text_vocab: text tokens there are; 0: the model knows no text.
-      text_tokens: the longest text, in tokens.
-      text_head: `tied` to the table of text tokens, or `separate`.
-    """
-
-    hidden: int
-    heads: int
-    layers: int
-    grid: tuple[int, int]
-    token_dim: int
-    num_classes: int
-    conditioning: str = "in_context"
-    num_condition_tokens: int = 4
-    condition_repeats: int = 1
-    mlp_ratio: float = 4.0
-    norm: str = "layer"
-    positions: str = "learned"
-    rope_grid: tuple[int, ...] = ()
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    token_bias: bool = True
-    attention: str = "auto"
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
-    text_vocab: int = 0
-    text_tokens: int = 0
-    text_head: str = "tied"
-
-    def __post_init__(self):
-        for name in ("hidden", "heads", "layers", "num_classes"):
-            require_number(name, getattr(self, name), 1)
-        require_one_of("conditioning", self.conditioning, CONDITIONINGS)
-        if self.conditioning == "in_context":
-            require_number("num_condition_tokens", self.num_condition_tokens, 1)
-        else:
-            require(
-                self.num_condition_tokens == 0,
-                "num_condition_tokens",
-                self.num_condition_tokens,
-                "must be 0 for conditioning adaln, which has no condition tokens",
-            )
-        require_number("condition_repeats", self.condition_repeats, 1)
-        require(
-            max(self.num_condition_tokens, 1) % self.condition_repeats == 0,
-            "condition_repeats",
-            self.condition_repeats,
-            f"must divide num_condition_tokens={self.num_condition_tokens}",
-        )
-        require(self.hidden % self.heads == 0, "heads", self.heads, f"must divide hidden={self.hidden}")
-        require_one_of("norm", self.norm, NORMS)
-        require_one_of("positions", self.positions, POSITIONS)
-        if self.positions == "rope":
-            unit = 2 * sum(ROPE_SPLITS[len(self.grid)])
-            require(
-                self.head_dim % unit == 0,
-                "heads",
-                self.heads,
-                f"hidden / heads={self.head_dim} must be a multiple of {unit} for rope on {len(self.grid)} axes",
-            )
-        else:
-            require(self.hidden % 4 == 0, "hidden", self.hidden, "must be a multiple of 4 (2D sines and cosines)")
-        require_number("mlp_ratio", self.mlp_ratio, 0.0, open_low=True)
-        require_number("scan_unroll", self.scan_unroll, 1, self.layers)
-        require_one_of("attention", self.attention, ATTENTIONS)
-        require_one_of("dtype", self.dtype, DTYPES)
-        require_one_of("remat", self.remat, REMATS)
-        require_one_of("text_head", self.text_head, TEXT_HEADS)
-        require_number("text_vocab", self.text_vocab, 0)
-        require_number("text_tokens", self.text_tokens, 2 if self.text_vocab else 0)
-
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens L."""
-        return math.prod(self.grid)
-
-    @property
-    def label_width(self) -> int:
-        """Values that are learned for a class."""
-        return max(self.num_condition_tokens, 1) // self.condition_repeats * self.hidden
-
-    @property
-    def head_dim(self) -> int:
-        """Values in a head."""
-        return self.hidden // self.heads
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Width of the MLP."""
-        return int(self.hidden * self.mlp_ratio)
-
-    def on_grid(self, grid: tuple[int, ...]) -> "TransformerConfig":
-        """The same network on another token grid, where its positions can be continued.
-
-        Raises:
-          InputError: positions are learned, one vector for each token of the trained grid.
-        """
-        if grid == self.grid:
-            return self
-        require(
-            self.positions != "learned",
-            "grid",
-            grid,
-            f"must be {self.grid}: positions are learned for that grid alone (sincos and rope continue)",
-        )
-        return dataclasses.replace(self, grid=grid, rope_grid=self.rope_grid or self.grid)
-
-    @property
-    def clean_depends_on_class(self) -> bool:
-        """Whether clean keys and values see the class, and guidance needs them twice."""
-        return self.conditioning == "in_context"
 
 
 class Transformer(nnx.Module):

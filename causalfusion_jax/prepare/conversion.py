@@ -1,4 +1,4 @@
-"""What each kind of released checkpoint is: how to recognise it, its names, our parameters."""
+"""The kinds of released checkpoints: how to recognise one, its names, and this package's parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from causalfusion_jax.common.errors import InputError, require_one_of
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.inception import abstract_inception
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.prepare import (
     names,
     released_autoencoders,
@@ -16,17 +17,23 @@ from causalfusion_jax.prepare import (
     released_inception,
     released_transformers,
 )
-from causalfusion_jax.prepare.exported import TRANSFORMERS, Exported
+from causalfusion_jax.prepare.exported import Exported
 from causalfusion_jax.prepare.released_transformers import Geometry, Shapes
+
+Settings = Mapping[str, Any]
+"""Settings of a converted checkpoint: of a transformer the sections of its config."""
+
+Network = Callable[[Settings], TransformerConfig]
+"""The network of the sections of a config; passed in, because configs are in a higher layer."""
 
 
 class Plan(NamedTuple):
-    """How a checkpoint becomes our parameters; made from names and shapes alone.
+    """How a checkpoint becomes parameters; made from names and shapes alone.
 
     Attributes:
-      settings: what is written beside the parameters, as plain values.
-      table: every array, released and ours.
-      shapes: our parameters as jax.ShapeDtypeStruct.
+      settings: plain values to store with the parameters.
+      table: released and own names of every array.
+      shapes: the parameters as jax.ShapeDtypeStruct.
       ignored: released names that are not used.
     """
 
@@ -36,44 +43,57 @@ class Plan(NamedTuple):
     ignored: list[str]
 
 
-Network = Callable[[Mapping[str, Any]], TransformerConfig]
-"""The network of the sections of a config; given from above, where configs live."""
+class Kind(NamedTuple):
+    """A kind of released checkpoint.
+
+    Attributes:
+      plan: recognises a released checkpoint by its names and shapes; arguments as of `make_plan`.
+      export: table and shapes of parameters with the given settings; arguments as of `export_table`.
+    """
+
+    plan: Callable[[Shapes, Mapping[str, Any], Geometry, Network], Plan]
+    export: Callable[[Settings, TransformerConfig | None], tuple[names.Table, Any]]
 
 
-def _transformer(recognise, table):
-    def plan(shapes: Shapes, metadata, geometry: Geometry, network: Network) -> Plan:
+def _transformer(recognise, table) -> Kind:
+    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
         sections = recognise(shapes, metadata, geometry)
         model = network(sections)
         return Plan(sections, table(model), abstract_model(model)[1], [])
 
-    return plan
+    return Kind(plan, lambda settings, model: (table(model), abstract_model(model)[1]))
 
 
-def _autoencoder(recognise, table):
-    def plan(shapes: Shapes, metadata, geometry: Geometry, network: Network) -> Plan:
+def _autoencoder(recognise, table) -> Kind:
+    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
         del metadata, network
         _refuse(geometry)
-        config: AutoencoderConfig = recognise(shapes)
+        config = recognise(shapes)
         ignored = released_autoencoders.ignored_names(shapes)
         return Plan(dataclasses.asdict(config), table(config, shapes), abstract_autoencoder(config)[1], ignored)
 
-    return plan
+    def export(settings: Settings, model: TransformerConfig | None) -> tuple[names.Table, Any]:
+        del model
+        config = autoencoder_config(settings)
+        return table(config), abstract_autoencoder(config)[1]
+
+    return Kind(plan, export)
 
 
-def _inception(shapes: Shapes, metadata, geometry: Geometry, network: Network) -> Plan:
-    del shapes, metadata, network
-    _refuse(geometry)
-    return Plan({}, released_inception.inception_table(), abstract_inception()[1], released_inception.ignored_names())
+def _fixed(abstract, table, ignored, recognise=None) -> Kind:
+    """A network without settings, whose released names may have several layouts."""
 
+    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
+        del metadata, network
+        _refuse(geometry)
+        layout = () if recognise is None else (recognise(shapes),)
+        return Plan({}, table(*layout), abstract()[1], ignored(*layout))
 
-def _i3d(shapes: Shapes, metadata, geometry: Geometry, network: Network) -> Plan:
-    del metadata, network
-    _refuse(geometry)
-    release = released_i3d.recognise(shapes)
-    return Plan({}, released_i3d.i3d_table(release), abstract_i3d()[1], released_i3d.ignored_names(release))
+    return Kind(plan, lambda settings, model: (table(), abstract()[1]))
 
 
 def _refuse(geometry: Geometry) -> None:
+    """Raises InputError if any geometry is given."""
     for name, value in geometry.items():
         if value is not None:
             raise InputError(f"--{name}", value, "has no meaning for this kind; leave it out")
@@ -84,9 +104,14 @@ KINDS = {
     "acdit": _transformer(released_transformers.acdit_config, released_transformers.acdit_table),
     "mar_vae": _autoencoder(released_autoencoders.mar_vae_config, released_autoencoders.mar_vae_table),
     "sd_vae": _autoencoder(released_autoencoders.sd_vae_config, released_autoencoders.sd_vae_table),
-    "fid_inception": _inception,
-    "fvd_i3d": _i3d,
+    "fid_inception": _fixed(abstract_inception, released_inception.inception_table, released_inception.ignored_names),
+    "fvd_i3d": _fixed(abstract_i3d, released_i3d.i3d_table, released_i3d.ignored_names, released_i3d.recognise),
 }
+
+
+def autoencoder_config(settings: Settings) -> AutoencoderConfig:
+    """An autoencoder's config from its settings as stored in JSON. Raises TypeError for unknown settings."""
+    return AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
 
 def make_plan(kind: str, shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
@@ -96,28 +121,28 @@ def make_plan(kind: str, shapes: Shapes, metadata: Mapping[str, Any], geometry: 
       kind: one of KINDS.
       shapes: names and shapes in the checkpoint.
       metadata: plain values in it.
-      geometry: what the user says of the token grid.
+      geometry: what the user gives of the token grid.
       network: the network of the sections of a config.
 
     Raises:
       InputError: it is not a checkpoint of this kind, or a name or shape is wrong.
     """
     require_one_of("--kind", kind, KINDS)
-    plan = KINDS[kind](shapes, metadata, geometry, network)
+    plan = KINDS[kind].plan(shapes, metadata, geometry, network)
     names.check_shapes(plan.table, shapes, plan.ignored)
     return plan
 
 
 def plan_of_exported(exported: Exported, shapes: Shapes, model: TransformerConfig | None) -> Plan:
-    """The plan of a file that this package exported: its settings are those it was exported with.
+    """The plan of a file that this package exported, with the settings in its metadata.
 
     Args:
-      exported: what the file says of itself, its kind one of KINDS.
-      shapes: names and shapes of its arrays.
+      exported: the metadata; its kind is one of KINDS.
+      shapes: names and shapes of the arrays.
       model: the network of its settings, for a transformer.
 
     Raises:
-      InputError: settings that are none of this kind, or a name or shape is wrong.
+      InputError: settings of another kind, or a wrong name or shape.
     """
     try:
         table, params = export_table(exported.kind, exported.settings, model)
@@ -127,8 +152,8 @@ def plan_of_exported(exported: Exported, shapes: Shapes, model: TransformerConfi
     return Plan(exported.settings, table, params, [])
 
 
-def export_table(kind: str, settings: Mapping[str, Any], model: TransformerConfig | None) -> tuple[names.Table, Any]:
-    """Released names, and our shapes, of parameters of a kind.
+def export_table(kind: str, settings: Settings, model: TransformerConfig | None) -> tuple[names.Table, Any]:
+    """Released names of the parameters of a kind, and their shapes.
 
     Args:
       kind: one of KINDS.
@@ -136,17 +161,6 @@ def export_table(kind: str, settings: Mapping[str, Any], model: TransformerConfi
       model: the network, for a transformer.
 
     Raises:
-      InputError: the network is not of the released architecture.
+      InputError: the network does not have the released architecture.
     """
-    if kind in TRANSFORMERS:
-        table = (
-            released_transformers.causalfusion_table if kind == "causalfusion" else released_transformers.acdit_table
-        )
-        return table(model), abstract_model(model)[1]
-    if kind == "fid_inception":
-        return released_inception.inception_table(), abstract_inception()[1]
-    if kind == "fvd_i3d":
-        return released_i3d.i3d_table(), abstract_i3d()[1]
-    config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-    table = released_autoencoders.mar_vae_table if kind == "mar_vae" else released_autoencoders.sd_vae_table
-    return table(config), abstract_autoencoder(config)[1]
+    return KINDS[kind].export(settings, model)

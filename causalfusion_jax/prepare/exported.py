@@ -1,4 +1,4 @@
-"""What an exported file says of itself in its metadata, so that it can be imported again without loss."""
+"""Metadata of an exported file, from which it can be imported again without loss."""
 
 import dataclasses
 import json
@@ -9,19 +9,19 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data.class_names import as_class_names
 
 TRANSFORMERS = ("causalfusion", "acdit")
-"""Kinds whose settings are the sections of a config."""
+"""Kinds of checkpoints whose settings are the sections of a config."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An exported checkpoint beside its arrays.
+    """What an exported file holds besides its arrays.
 
     Attributes:
       kind: causalfusion, acdit, mar_vae, ...
-      settings: all settings: of a transformer the sections of its config, else those of the network.
-      class_names: of a transformer's classes; () where they are not known.
-      weights: `ema` or `model`; None where it is not known.
-      step: of training; None where it is not known.
+      settings: of a transformer the sections of its config, else the settings of the network.
+      class_names: of a transformer's classes; () if they are not known.
+      weights: `ema` or `model` (those of the last step); None if it is not known.
+      step: of training; None if it is not known.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Exported:
     step: int | None = None
 
     def to_metadata(self) -> dict[str, str]:
-        """The metadata of a .safetensors file, which are strings."""
+        """As metadata of a .safetensors file, whose values are strings."""
         metadata = {"kind": self.kind, "settings": json.dumps(self.settings)}
         if self.class_names:
             metadata["class_names"] = json.dumps(self.class_names)
@@ -43,10 +43,10 @@ class Exported:
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Exported | None:
-    """Reads what `Exported.to_metadata` wrote; None of a file that was not exported by this package.
+    """Reads the metadata that `Exported.to_metadata` made; None for a file that this package did not export.
 
     Raises:
-      InputError: it was, and its metadata are damaged.
+      InputError: this package exported the file, and its metadata are damaged.
     """
     if not all(isinstance(metadata.get(name), str) for name in ("kind", "settings")):
         return None

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from causalfusion_jax.common.errors import InputError, require
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.models.transformer import TIMESTEP_FEATURES, TransformerConfig
+from causalfusion_jax.models.transformer import TIMESTEP_FEATURES
 from causalfusion_jax.prepare.names import Table, array, linear, norm
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -5,7 +5,6 @@ length; a `lax.while_loop` adds a token to every text until all have ended. Gree
 beam search with one beam.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -13,44 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from causalfusion_jax.common.errors import require, require_number
+from causalfusion_jax.config.sampling import CaptionConfig
 from causalfusion_jax.core.factorization import Role
 from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.data.tokenizers import BEGIN, END
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling.sampler import Prefix
 
 NEVER = -1e30
 """Log-probability of what must not happen; finite, so that sums of it stay ordered."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionConfig:
-    """How texts are generated.
-
-    Attributes:
-      num_beams: beams of beam search, the most probable of which is kept; 1: greedy.
-      temperature: tokens are drawn with logits divided by it; 0: not drawn.
-      top_k: only the k most probable tokens are drawn; 0: all.
-      top_p: only the most probable tokens that together reach it are drawn; 1: all.
-    """
-
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        require_number("num_beams", self.num_beams, 1)
-        require_number("temperature", self.temperature, 0.0)
-        require_number("top_k", self.top_k, 0)
-        require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        drawn = self.temperature > 0
-        require(not drawn or self.num_beams == 1, "num_beams", self.num_beams, "must be 1 with a temperature")
-        for name, neutral in (("top_k", 0), ("top_p", 1.0)):
-            value = getattr(self, name)
-            require(drawn or value == neutral, name, value, "needs temperature > 0: nothing is drawn without")
 
 
 class Texts(NamedTuple):

@@ -18,8 +18,8 @@ from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.core import factorization
 from causalfusion_jax.core.factorization import FactorizationConfig
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.patches import patchify
-from causalfusion_jax.models.transformer import TransformerConfig
 from causalfusion_jax.sampling.generation import Known, generate_images
 from causalfusion_jax.sampling.sampler import image_keys
 

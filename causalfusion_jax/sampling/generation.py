@@ -11,9 +11,10 @@ from causalfusion_jax.common import distributed, sharding
 from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import unpatchify
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling.sampler import image_keys, sample_tokens, sample_tokens_shared
 
 BATCH_SIZE = 250

@@ -25,9 +25,10 @@ from causalfusion_jax.core.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.core.factorization import CONDITION_STEP, EMPTY_STEP, FactorizationConfig, Role
 from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.core.solvers import solver_table
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.kv_cache import KVCache
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 
 
 def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, sizes) -> np.ndarray:
@@ -56,7 +57,7 @@ def sampling_flops(
     stands (twice where guided), and the commits of all AR steps but the last.
     """
     sizes = sampler.sizes(model.num_tokens)
-    table = solver_table(sampler.solver_config, diffusion)
+    table = solver_table(sampler, diffusion)
     scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
     prefixes = 2 if (scales != 1.0).any() and (model.clean_depends_on_class or text_tokens) else 1
     seen = model.num_condition_tokens + text_tokens
@@ -115,7 +116,7 @@ def generate(
     """
     num_known = 0 if known is None else known.shape[1]
     sizes = sampler.sizes(model.num_tokens - num_known)
-    table = solver_table(sampler.solver_config, diffusion)
+    table = solver_table(sampler, diffusion)
     scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
     order_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     if order is None:
@@ -311,7 +312,7 @@ def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shap
             x_0 = jnp.clip(x_0, -sampler.clip_x_0, sampler.clip_x_0)
         begin = jnp.where(c.begins, x, begin)
         x = c.c_x * x + c.c_begin * begin + c.c_x_0 * x_0 + c.c_previous * previous
-        if sampler.solver_config.is_stochastic:
+        if sampler.is_stochastic:
             x = x + sampler.temperature * c.c_noise * noise(row + 1)
         return (x, begin, x_0), None
 

@@ -1,8 +1,8 @@
-"""Samples on their way to disk: one file for each batch, joined when all are there.
+"""A folder of samples: one file for each batch while sampling, joined when all batches are there.
 
-A folder of samples holds samples.npz, grid.png (of videos also clips.gif) and request.json, which says how they were
-made and is written last. Until then its `parts` hold the same request and the batches that
-are done, so that any process, now or after an interruption, can make the others.
+The folder holds samples.npz, grid.png (for videos also clips.gif) and request.json, which
+describes the samples and is written last. Until then `parts` holds the same request and the
+finished batches, so that any process, now or after an interruption, can add the missing ones.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from causalfusion_jax.common import files
-from causalfusion_jax.common.errors import require
 from causalfusion_jax.common.npz import NpzWriter
 from causalfusion_jax.common.pictures import frames_in_rows, make_grid, save_gif, save_png
+from causalfusion_jax.common.requests import require_same
 
 GRID_IMAGES = 100
 GIF_COLUMNS = 10
@@ -26,9 +26,9 @@ class SampleFolder:
     """A folder of samples, complete or not.
 
     Args:
-      folder: where they go.
-      request: how they are made, as plain values; `labels` are those of all images.
-      batch_size: images of a part.
+      folder: the folder.
+      request: the values that determine the samples; `labels` has one entry for each image.
+      batch_size: images in a part.
     """
 
     def __init__(self, folder: pathlib.Path, request: dict[str, Any], batch_size: int):
@@ -38,39 +38,35 @@ class SampleFolder:
 
     @property
     def num_parts(self) -> int:
-        """Batches in all."""
+        """Number of batches."""
         return -(-self.num // self._batch_size)
 
     def check(self) -> None:
-        """Raises InputError where the folder holds samples of another request, or anything else."""
+        """Raises InputError if the folder holds samples of another request, or anything else."""
         if self._is_new():
             return
-        there = [files.read_json(folder / "request.json") for folder in (self._folder, self._parts)]
-        found = next((request for request in there if request is not None), None)
-        allowed = "exists with other content; give a new or empty folder"
-        if found is not None and found != self._request:
-            names = [name for name, value in self._request.items() if found.get(name, self) != value]
-            allowed = f"exists with other content: samples of another request ({', '.join(names) or 'more settings'})"
-            allowed += "; give a new or empty folder"
-        require(found == self._request, "--out", str(self._folder), allowed)
+        requests = [files.read_json(folder / "request.json") for folder in (self._folder, self._parts)]
+        stored = next((request for request in requests if request is not None), None)
+        problem = "exists with other content: samples of another request"
+        require_same("--out", self._folder, stored, self._request, problem)
 
     def _is_new(self) -> bool:
-        """Whether nothing is there, or no more than the folder of parts of a process that ended before its request."""
-        entries = [path for path in self._folder.iterdir()] if self._folder.is_dir() else []
+        """Whether the folder is empty but for the empty `parts` of a process that ended before storing its request."""
+        entries = list(self._folder.iterdir()) if self._folder.is_dir() else []
         return files.is_new(self._folder) or (entries == [self._parts] and files.is_new(self._parts))
 
     @property
     def is_done(self) -> bool:
-        """Whether everything is there."""
-        files_there = all((self._folder / name).is_file() for name in ("samples.npz", "grid.png"))
-        return files_there and files.read_json(self._folder / "request.json") == self._request
+        """Whether the samples of this request are complete."""
+        written = all((self._folder / name).is_file() for name in ("samples.npz", "grid.png"))
+        return written and files.read_json(self._folder / "request.json") == self._request
 
     def claim(self) -> None:
-        """Makes the folder this request's. Raises InputError as `check` does."""
+        """Stores the request in a new folder. Raises InputError as `check` does."""
         self.check()
         if self._is_new():
-            # At once with its request: hosts that do not know of each other may look at any moment.
-            # Refused where another host was first, or where the folder is a mount point.
+            # The folder appears together with its request, as other hosts may look at any moment. This fails
+            # if another host was first, or if the folder is a mount point.
             with contextlib.suppress(OSError):
                 files.write_folder(self._folder, lambda folder: self._put_request(folder / "parts"))
             self.check()
@@ -82,22 +78,22 @@ class SampleFolder:
             files.write_json(parts / "request.json", self._request)
 
     def missing(self, host: int = 0, hosts: int = 1) -> list[int]:
-        """Batches that are not there yet, of those that fall to one of several hosts."""
+        """Indices of the batches that are still to be sampled by one of several hosts."""
         return [index for index in range(host, self.num_parts, hosts) if not self._part(index).is_file()]
 
     def _part(self, index: int) -> pathlib.Path:
         return self._parts / f"{index:06d}.npy"
 
     def write(self, index: int, images: np.ndarray) -> None:
-        """Keeps a batch, whole or not at all."""
-        # Through memory: numpy's own errors of writing do not say why.
+        """Writes a batch, whole or not at all."""
+        # Through memory: numpy's own write errors do not give the reason.
         content = io.BytesIO()
         np.save(content, images)
         with files.replacing(self._part(index)) as part:
             part.write_bytes(content.getbuffer())
 
     def join(self, columns: int) -> None:
-        """Writes samples.npz and the grid of all parts, one part in memory at a time, and lets go of the parts.
+        """Writes samples.npz and the grid from all parts, with one part in memory at a time, and removes the parts.
 
         Args:
           columns: images in a row of the grid.
@@ -121,5 +117,5 @@ class SampleFolder:
         self.tidy()
 
     def tidy(self) -> None:
-        """Removes the parts of a folder that is done."""
+        """Removes the parts of a complete folder."""
         shutil.rmtree(self._parts, ignore_errors=True)

@@ -1,5 +1,6 @@
-"""What can be sampled from: a training run, or a converted checkpoint; and its autoencoder."""
+"""Trained weights, of a training run or a converted checkpoint, and the autoencoder of their latents."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
@@ -9,23 +10,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from causalfusion_jax.checkpoints.checkpoint import Checkpoints
 from causalfusion_jax.common import distributed
-from causalfusion_jax.common.errors import require
+from causalfusion_jax.common.errors import require, require_one_of
 from causalfusion_jax.common.sharding import partition, place, replicated
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.workdir import load_config
 from causalfusion_jax.data.class_names import stored_class_names
 from causalfusion_jax.data.pipeline import class_names
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.store import Converted, open_converted
 from causalfusion_jax.models.transformer import abstract_model
+from causalfusion_jax.prepare.conversion import autoencoder_config
 from causalfusion_jax.prepare.exported import TRANSFORMERS
 
 AUTOENCODERS = ("mar_vae", "sd_vae")
 DECODED_AT_A_TIME = 4
-"""Images in a device's memory while latents are decoded, perhaps beside a training state."""
+"""Images that a device decodes at a time, possibly with a training state in memory."""
 BEST = "best"
-"""In place of a step: the best checkpoint."""
+"""Instead of a step: the best checkpoint by the run's evaluations."""
+WEIGHTS = ("ema", "params")
+"""Averaged weights, and those of the last step."""
 
 
 class Trained(NamedTuple):
@@ -34,9 +39,9 @@ class Trained(NamedTuple):
     Attributes:
       config: all its settings.
       origin: plain values that identify its weights.
-      params: reads them, as host arrays.
-      description: which weights they are: of what file or run, and of which step.
-      class_names: of the classes it was trained on; () where they were not kept.
+      params: reads the weights, as host arrays.
+      description: the file or run of the weights, and their step.
+      class_names: of the classes it was trained on; () if they were not stored.
     """
 
     config: ExperimentConfig
@@ -46,14 +51,50 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...] = ()
 
     def read_class_names(self) -> tuple[str, ...]:
-        """`class_names`, or where they were not kept, what the data say. Raises InputError where those are gone."""
+        """`class_names`, or those of the data if none were stored. Raises InputError if the data cannot be read."""
         return self.class_names or class_names(self.config.data)
 
     def announced_params(self, file: TextIO | None = None) -> Params:
-        """`params()`; the primary process prints which they are to `file` [stdout]."""
+        """`params()`; the primary process prints their description to `file` [stdout]."""
         if distributed.is_primary():
             print(f"weights: {self.description}", file=file, flush=True)
         return self.params()
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsChoice:
+    """Which trained weights to use: those of a run, or of a converted checkpoint.
+
+    Attributes:
+      workdir: folder of the run; None: a converted checkpoint.
+      checkpoint: folder of the converted checkpoint; None: a run.
+      weights: of a run, one of WEIGHTS; None: `ema`.
+      step: of a run, see `from_run`.
+
+    Raises:
+      InputError: neither or both of workdir and checkpoint, or `weights` or `step` of a converted checkpoint.
+    """
+
+    workdir: str | None = None
+    checkpoint: str | None = None
+    weights: str | None = None
+    step: int | str | None = None
+
+    def __post_init__(self):
+        given = (self.workdir is None) + (self.checkpoint is None)
+        require(given == 1, "workdir", self.workdir, "give --workdir, or --checkpoint, and not both")
+        for name in ("weights", "step"):
+            value = getattr(self, name)
+            allowed = "a converted checkpoint has one set of weights; leave it out"
+            require(value is None or self.workdir is not None, name, value, allowed)
+        if self.weights is not None:
+            require_one_of("weights", self.weights, WEIGHTS)
+
+    def open(self) -> Trained:
+        """The model. Raises InputError if the run or checkpoint cannot be used."""
+        if self.workdir is None:
+            return from_converted(self.checkpoint)
+        return from_run(self.workdir, self.weights or "ema", self.step)
 
 
 def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) -> Trained:
@@ -61,14 +102,13 @@ def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) 
 
     Args:
       workdir: the run's folder.
-      weights: `ema` or `params`.
-      step: of the checkpoint, or `best`: the best by the run's evaluations; default: the
-        newest intact one.
+      weights: one of WEIGHTS.
+      step: step of the checkpoint, or BEST; default: that of the newest intact checkpoint.
 
     Raises:
-      InputError: no run, no intact checkpoint, or none that was evaluated.
+      InputError: no run, no intact checkpoint, or BEST of a run that was not evaluated.
     """
-    config = experiment.load(workdir)
+    config = load_config(workdir)
     checkpoints = Checkpoints(workdir, read_only=True)
     if step == BEST:
         best = checkpoints.best()
@@ -87,7 +127,7 @@ def from_run(workdir: str, weights: str = "ema", step: int | str | None = None) 
 
 
 def from_converted(folder: str) -> Trained:
-    """The weights of a converted checkpoint. Raises InputError where it is none."""
+    """The weights of a converted checkpoint. Raises InputError if `folder` does not hold one."""
     converted = open_converted("--checkpoint", folder, TRANSFORMERS)
     config = experiment.from_dict(converted.settings)
     shapes = abstract_model(config.transformer)[1]
@@ -101,14 +141,13 @@ def from_converted(folder: str) -> Trained:
 
 
 def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, AutoencoderConfig]:
-    """A converted autoencoder and its settings. Raises InputError where it is none."""
+    """A converted autoencoder and its settings. Raises InputError if `folder` does not hold one."""
     converted = open_converted(field, folder, AUTOENCODERS)
-    listed = {name: tuple(v) if isinstance(v, list) else v for name, v in converted.settings.items()}
-    return converted, AutoencoderConfig(**listed)
+    return converted, autoencoder_config(converted.settings)
 
 
 def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, field: str, folder: str) -> None:
-    """Raises InputError where a model's data are not the autoencoder's latents."""
+    """Raises InputError if the model's data are not latents of this autoencoder."""
     require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
     require(
         config.data.channels == settings.latent_channels,
@@ -125,9 +164,9 @@ class Autoencoder(NamedTuple):
       fingerprint: one checksum for settings and parameters.
       downsampling: side of a latent in pixels.
       encode: pixels in [-1, 1] [batch, H, W, image channels] to latents as the model takes
-        them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a draw.
-      decode: latents [batch, (frames,) h, w, channels] to pixels, on the devices that the
-        latents are on, which each decode their own.
+        them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a sample.
+      decode: latents [batch, (frames,) h, w, channels] to pixels; each device decodes the
+        latents that it holds.
     """
 
     fingerprint: str
@@ -140,32 +179,32 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
     """The autoencoder of a model's latents.
 
     Args:
-      folder: a converted autoencoder.
+      folder: of a converted autoencoder.
       config: the model's settings.
-      field: the option that names it, for errors.
+      field: the option that names the folder, for errors.
 
     Raises:
-      InputError: it is none, or the model's data are not its latents.
+      InputError: `folder` holds no autoencoder, or the model's data are not its latents.
     """
     converted, settings = open_autoencoder(folder, field)
     check_autoencoder(settings, config, field, folder)
     params = converted.params(abstract_autoencoder(settings)[1])
 
     @functools.cache
-    def beside(where: Sharding):
-        whole = replicated(where.mesh) if isinstance(where, NamedSharding) else where
+    def placed_params(latents: Sharding):
+        whole = replicated(latents.mesh) if isinstance(latents, NamedSharding) else latents
         return place(params, whole)
 
     def decode_latents(latents: jax.Array) -> jax.Array:
-        where = latents.sharding
-        if isinstance(where, NamedSharding):
-            return decode_shared(where.mesh, settings, beside(where), latents)
-        return decode_each(settings, beside(where), latents)
+        sharding = latents.sharding
+        if isinstance(sharding, NamedSharding):
+            return decode_shared(sharding.mesh, settings, placed_params(sharding), latents)
+        return decode_each(settings, placed_params(sharding), latents)
 
     return Autoencoder(
         converted.fingerprint,
         settings.downsampling,
-        lambda pixels: encode(settings, beside(SingleDeviceSharding(jax.local_devices()[0])), pixels),
+        lambda pixels: encode(settings, placed_params(SingleDeviceSharding(jax.local_devices()[0])), pixels),
         decode_latents,
     )
 
@@ -178,7 +217,7 @@ def decode_each(settings: AutoencoderConfig, params: Params, latents: jax.Array)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode_shared(mesh: Mesh, settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
-    """`decode_each` on a mesh whose devices share the latents and have all parameters; none waits for another."""
+    """`decode_each` on a mesh: each device has all parameters and decodes its part of the batch by itself."""
     split = partition(("batch",))
     run = jax.shard_map(
         functools.partial(decode_each, settings),

@@ -18,7 +18,6 @@ import hashlib
 import importlib.util
 import io
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -30,8 +29,10 @@ from PIL import Image
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require, require_number, require_one_of
 from causalfusion_jax.common.line_plot import line_plot
+from causalfusion_jax.common.requests import require_same
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.workdir import load_config, measured_settings
 from causalfusion_jax.data.scores import HIGHER_IS_BETTER, SCORES, measurable
 
 Overrides = Mapping[str, Any]
@@ -354,46 +355,12 @@ def samples_folder(workdir: pathlib.Path, run: Run, ar_steps: int, sweep: Sweep)
     return workdir / run.name / f"samples_ar{ar_steps}_n{sweep.num_samples}"
 
 
-NOT_MEASURED = (
-    "data.workers",
-    "data.verify",
-    "data.max_corrupt",
-    "model.attention",
-    "model.remat",
-    "model.scan_unroll",
-    "train.grad_accum_steps",
-    # A run fills it in; a sweep gives the file.
-    "text.checksum",
-)
-"""Settings, beside the free sections, that scores do not depend on."""
-
-
-def measured_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Every setting that scores depend on, by path, as plain values."""
-    # Sampling is free in training, but it is what a sweep measures.
-    free = set(experiment.FREE_SECTIONS) - {"sampling"}
-    settings = {
-        f"{section}.{name}": value
-        for section, values in experiment.to_dict(config).items()
-        if section not in free
-        for name, value in values.items()
-        if f"{section}.{name}" not in NOT_MEASURED
-    }
-    return json.loads(json.dumps(settings))
-
-
 def check_run(run: Run, folder: pathlib.Path) -> None:
     """Raises InputError where `folder` was trained by other settings than those of `run`."""
     if not (folder / "config.json").is_file():
         return
-    saved, ours = measured_settings(experiment.load(str(folder))), measured_settings(run.config)
-    changed = [f"{path}={value!r} (it has {saved[path]!r})" for path, value in ours.items() if saved[path] != value]
-    require(
-        not changed,
-        "--workdir",
-        str(folder),
-        f"was trained by other settings: {', '.join(changed)}; use another workdir",
-    )
+    stored, wanted = measured_settings(load_config(str(folder))), measured_settings(run.config)
+    require_same("--workdir", folder, stored, wanted, "was trained by other settings", "use another workdir")
 
 
 def gather(sweep: Sweep, runs: Iterable[Run], workdir: pathlib.Path, states: Mapping[str, str]) -> list[Result]:

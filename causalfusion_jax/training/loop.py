@@ -19,6 +19,7 @@ from causalfusion_jax.common import distributed, sharding
 from causalfusion_jax.common.pictures import save_png
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.workdir import Changes, claim_workdir, record_changes
 from causalfusion_jax.data.captions import check_captions
 from causalfusion_jax.data.class_names import check_class_names, store_class_names
 from causalfusion_jax.data.pipeline import BatchIterator, Source, describe, host_batches, make_source, reading_threads
@@ -117,19 +118,19 @@ def _make(name: str, every: int, make: Callable | None, args: tuple):
     return make(*args)
 
 
-def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> experiment.Changes:
+def _claim(workdir: str, config: ExperimentConfig, class_names: tuple[str, ...]) -> Changes:
     """Makes `workdir` that of this run, or checks that it is; stores the class names. Raises InputError."""
     check_class_names(workdir, class_names)
-    changes = experiment.claim_workdir(workdir, config)
+    changes = claim_workdir(workdir, config)
     store_class_names(workdir, class_names)
     return changes
 
 
-def _continue_from(run: "TrainingRun", changes: experiment.Changes, step: int) -> None:
+def _continue_from(run: "TrainingRun", changes: Changes, step: int) -> None:
     """Records from which step, and with which changed settings, the run continues; on process 0."""
     for name, (old, new) in changes.items():
         print(f"changed from step {step} on: {name} {old!r} -> {new!r}", flush=True)
-    experiment.record_changes(str(run.workdir), run.config, changes, step)
+    record_changes(str(run.workdir), run.config, changes, step)
     run.checkpoints.go_back(step)
 
 

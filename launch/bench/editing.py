@@ -18,7 +18,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import require
 from causalfusion_jax.common.pictures import edit_strip, save_png, to_uint8
 from causalfusion_jax.data.digit_pairs import DigitPairsSource, digit_pairs
@@ -127,4 +127,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    app.run(main)

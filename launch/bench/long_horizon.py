@@ -45,13 +45,14 @@ from absl import app, flags
 from common import interleaved, report, seconds
 from flax import nnx
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import machine
 from causalfusion_jax.compile_ahead import costs, hlo
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import Role
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model, init_params
+from causalfusion_jax.models.transformer import abstract_model, init_params
 from causalfusion_jax.sampling.sampler import _Denoiser
 
 _FRAMES = flags.DEFINE_integer("frames", 32, "The longest clip.")
@@ -369,7 +370,7 @@ def plot(setting: Setting, found, lengths, path: str) -> None:
 def main(argv):
     """Runs the benchmark."""
     del argv
-    cli.keep_freed_memory()
+    machine.keep_freed_memory()
     setting = Setting(
         tuple(int(side) for side in _GRID.value),
         _HIDDEN.value,

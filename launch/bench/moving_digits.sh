@@ -25,13 +25,13 @@ import sys
 
 import numpy as np
 
-from causalfusion_jax import experiment
+from causalfusion_jax.config.workdir import load_config
 from causalfusion_jax.data.pipeline import make_source
 from causalfusion_jax.evaluation.tracking import score_moving_digits
 from causalfusion_jax.sampling.images import to_uint8
 
 workdir = pathlib.Path(sys.argv[1])
-data = experiment.load(str(workdir / "run")).data
+data = load_config(str(workdir / "run")).data
 with np.load(workdir / "samples_64" / "samples.npz") as arrays:
     clips, labels = arrays["arr_0"], arrays["arr_1"]
 random = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from absl import app, flags
 from common import interleaved, machine_rates, print_profile, report, seconds, shares, utilization
 from ml_collections import config_flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import machine
 from causalfusion_jax.common import sharding
 from causalfusion_jax.config import experiment
 from causalfusion_jax.models.transformer import init_params
@@ -37,7 +37,7 @@ _PROFILE = flags.DEFINE_bool("profile", False, "Also time the operations.")
 def main(argv):
     """Runs the benchmark."""
     del argv
-    cli.keep_freed_memory()
+    machine.keep_freed_memory()
     config = experiment.from_dict(_CONFIG.value.to_dict())
     model, num = config.transformer, _NUM.value
     mesh = sharding.make_mesh(sharding.MeshConfig())

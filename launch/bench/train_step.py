@@ -21,7 +21,7 @@ from absl import app, flags
 from common import interleaved, machine_rates, print_profile, report, seconds, shares, utilization
 from ml_collections import config_flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import machine
 from causalfusion_jax.common import sharding
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
@@ -75,7 +75,7 @@ def main(argv):
     """Runs the benchmark."""
     del argv
     if _KEEP.value:
-        cli.keep_freed_memory()
+        machine.keep_freed_memory()
     config = experiment.from_dict(_CONFIG.value.to_dict())
     ways = _ATTENTION.value or [config.model.attention]
     steps = Steps(config, ways)

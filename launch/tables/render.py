@@ -13,7 +13,7 @@ import page
 import tables
 from absl import flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import require
 from causalfusion_jax.sweeps import sweep as sweeps
 
@@ -44,4 +44,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir",))
+    app.run(main, required=("workdir",))

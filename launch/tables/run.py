@@ -22,7 +22,7 @@ import sys
 import tables
 from absl import flags
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import require
 
 _TABLE = flags.DEFINE_list("table", [], f"Some of {', '.join(tables.TABLES)} [all].")
@@ -71,7 +71,7 @@ def main(argv, passed: list[str]):
                 ]
             )
         )
-        if statuses[-1] == cli.INTERRUPTED or statuses[-1] < 0:
+        if statuses[-1] == app.INTERRUPTED or statuses[-1] < 0:
             break
     sys.exit(next((status for status in statuses if status), 0))
 
@@ -79,4 +79,4 @@ def main(argv, passed: list[str]):
 if __name__ == "__main__":
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     sys.argv, to_sweep = sys.argv[:split], sys.argv[split + 1 :]
-    cli.run(lambda argv: main(argv, to_sweep), required=("workdir",))
+    app.run(lambda argv: main(argv, to_sweep), required=("workdir",))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"
 TPU = {"NAME": "tpu", "ZONE": "us-east5-b", "PROJECT": "project", "ACCELERATOR_TYPE": "v6e-16"}
@@ -175,7 +175,7 @@ def test_a_run_is_started_once_followed_stopped_and_resumed(cloud):
     assert "running" in tpu_vm("status", **kwargs).stdout
     assert tpu_vm("stop", **kwargs).returncode == 0
     shown = tpu_vm("logs", **kwargs)
-    assert shown.returncode == cli.INTERRUPTED
+    assert shown.returncode == app.INTERRUPTED
     assert "training: -m causalfusion_jax.train --multihost --config=c.py" in shown.stdout
     assert "--workdir=/it's here" in shown.stdout and "saved" in shown.stdout
     assert tpu_vm("stop", **kwargs).stdout == "not running\n"
@@ -192,10 +192,10 @@ def test_what_resume_cannot_have_now_it_asks_for_again(cloud):
     worker, kwargs = cloud
     (worker / "lost").touch()
     cut_off = tpu_vm("resume", "--command=true", **kwargs)
-    assert cut_off.returncode == cli.INTERRUPTED and "connection to tpu was lost" in cut_off.stderr
+    assert cut_off.returncode == app.INTERRUPTED and "connection to tpu was lost" in cut_off.stderr
     (worker / "state").write_text("FAILED\n")
     lost = tpu_vm("resume", **kwargs)
-    assert lost.returncode == cli.INTERRUPTED and "resume recreates it" in lost.stderr
+    assert lost.returncode == app.INTERRUPTED and "resume recreates it" in lost.stderr
     assert "delete tpu" in (worker.parent / "calls").read_text()
     unset = tpu_vm("resume", env=TPU, path=kwargs["path"])
     assert unset.returncode == 2 and "CONFIG, WORKDIR" in unset.stderr
@@ -234,7 +234,7 @@ def test_a_command_of_several_lines_has_ended_when_its_program_has_saved(cloud, 
     log = (worker / "run" / "log").read_text().splitlines()
     # What the stand-in for Python waits in is terminated, too.
     assert [line for line in log if line != "Terminated"] == ["training: train", "saved"]
-    assert (worker / "run" / "status").read_text() == f"{cli.INTERRUPTED}\n"
+    assert (worker / "run" / "status").read_text() == f"{app.INTERRUPTED}\n"
 
 
 def wait_for(path):
@@ -269,7 +269,7 @@ def test_an_interrupted_pod_restarts_the_jobset_without_counting():
     assert {rule["action"] for rule in rules} == {"FailJob"} and job["backoffLimit"] == 0
     (by_status,) = (rule["onExitCodes"] for rule in rules if "onExitCodes" in rule)
     (container,) = job["template"]["spec"]["containers"]
-    assert by_status == {"containerName": container["name"], "operator": "In", "values": [cli.INTERRUPTED]}
+    assert by_status == {"containerName": container["name"], "operator": "In", "values": [app.INTERRUPTED]}
     (condition,) = (rule["onPodConditions"] for rule in rules if "onPodConditions" in rule)
     assert condition == [{"type": "DisruptionTarget", "status": "True"}]
     (restart,) = jobset["spec"]["failurePolicy"]["rules"]
@@ -290,7 +290,7 @@ def test_a_stopped_pod_does_not_count_as_complete(tmp_path):
         time.sleep(0.05)
     pod.terminate()
     output, _ = pod.communicate(timeout=120)
-    assert pod.returncode == cli.INTERRUPTED
+    assert pod.returncode == app.INTERRUPTED
     assert "saved" in output and "training: -m causalfusion_jax.train --multihost" in output
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, command_env, expanded, finish_run
 
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.sweeps import sweep as sweeps
@@ -409,7 +409,7 @@ def test_results_and_jobs_of_other_settings_are_refused(tmp_path):
         [*args, "--results_only", "--sample_flags=--cfg_scale=2"],
     )
     for refused in found[:2]:
-        assert "trained by other settings: train.batch_size=16 (it has 48)" in refused
+        assert "trained by other settings (train.batch_size 48, now 16)" in refused
     # The jobs' flags are on record from here on.
     assert found[2] == 0 and "belongs to another sweep: --sample_flags=''" in found[3]
     assert found[4] == 0 and "| **1.500** |" in (workdir / "results.md").read_text()
@@ -447,7 +447,7 @@ def test_sweep_is_interrupted_resumed_extended_and_refused(tmp_path):
     wait_for(lambda: log.is_file() and "\nstep " in log.read_text(), 300)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == cli.INTERRUPTED and "SIGINT: 0 of 1 runs finished" in output
+    assert process.returncode == app.INTERRUPTED and "SIGINT: 0 of 1 runs finished" in output
     assert "SIGINT: saved step" in log.read_text()
 
     done = run_sweep(sweep + "+0.5", *args)
@@ -461,4 +461,4 @@ def test_sweep_is_interrupted_resumed_extended_and_refused(tmp_path):
     fewer = run_sweep(sweep, *args)
     assert "gamma=0.9  was there already" in fewer.stdout and "no longer of this sweep: gamma=0.5" in fewer.stdout
     other = run_sweep(sweep, *args, "--override=train.batch_size=16")
-    assert other.returncode == 2 and "train.batch_size=16 (it has 48)" in other.stderr
+    assert other.returncode == 2 and "train.batch_size 48, now 16" in other.stderr

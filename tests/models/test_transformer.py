@@ -12,10 +12,11 @@ from helpers import random_params
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import forward_flops, training_flops
 from causalfusion_jax.models.positions import sincos_table
 from causalfusion_jax.models.presets import ACDIT, PRESETS, preset
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model, count_params, init_params
+from causalfusion_jax.models.transformer import abstract_model, count_params, init_params
 
 TINY = TransformerConfig(hidden=32, heads=2, layers=2, grid=(3, 3), token_dim=4, num_classes=5)
 ADALN = dataclasses.replace(TINY, **ACDIT)

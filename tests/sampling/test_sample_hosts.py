@@ -67,7 +67,7 @@ def test_kill_and_resume(workdir, expected, tmp_path):
     process.kill()
     process.communicate()
     refused = command("sample", f"--workdir={workdir}", f"--out={out}", *ARGS, "--seed=6")
-    assert refused.returncode == 2 and "samples of another request (seed)" in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and "samples of another request (seed 5, now 6)" in refused.stderr, refused.stderr
     done = command("sample", f"--workdir={workdir}", f"--out={out}", *ARGS)
     assert done.returncode == 0, done.stderr
     assert "sampled 4/18" not in done.stdout, "the first batch is made once"

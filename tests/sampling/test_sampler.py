@@ -15,9 +15,10 @@ from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.core.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.core.factorization import CONDITION_STEP, FactorizationConfig, Role
 from causalfusion_jax.core.solvers import solver_table
+from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
+from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling.sampler import guidance_scales, image_keys, sample_tokens, sampling_flops
 
 MODEL = TransformerConfig(hidden=32, heads=2, layers=2, grid=(4, 4), token_dim=4, num_classes=5)
@@ -61,7 +62,7 @@ def uncached(config, sampler, diffusion, order, noise, known=None):
     batch = len(LABELS)
     clean = np.zeros((batch, 0, MODEL.token_dim), np.float32) if known is None else np.asarray(known)
     sizes = sampler.sizes(MODEL.num_tokens - clean.shape[1])
-    table = solver_table(sampler.solver_config, diffusion)
+    table = solver_table(sampler, diffusion)
     scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
     first_step = 1 if clean.shape[1] else 0
     step_of_clean = [0] * clean.shape[1]

@@ -1,4 +1,4 @@
-"""Samples on their way to disk."""
+"""A folder of samples, written part by part."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_parts_of_any_order_become_one_file(tmp_path):
     folder.claim()
     assert folder.missing() == [0, 1, 2] and folder.missing(1, 2) == [1]
     sample(folder, [2, 1])
-    # Another process goes on; what was being written when the first one ended does not count.
+    # Another process continues; a part that was being written when the first one ended does not count.
     (tmp_path / "out" / "parts" / ".000000.npy.part").write_bytes(b"half")
     other = SampleFolder(tmp_path / "out", REQUEST, 3)
     other.claim()
@@ -53,9 +53,12 @@ def test_another_request_is_refused(tmp_path, joined):
     sample(folder, range(3))
     if joined:
         folder.join(columns=3)
-    for change in ({"seed": 4}, {"labels": [0]}):
+    for change, words in (
+        ({"seed": 4}, "seed 3, now 4"),
+        ({"labels": [0]}, r"labels \[0, 1, 2, 0, 1, 2, 0\], now \[0\]"),
+    ):
         other = SampleFolder(tmp_path / "out", REQUEST | change, 3)
-        with pytest.raises(InputError, match=f"samples of another request \\({next(iter(change))}\\)"):
+        with pytest.raises(InputError, match=rf"samples of another request \({words}\)"):
             other.claim()
     assert folder.is_done == joined
     (tmp_path / "mine").mkdir()
@@ -66,7 +69,7 @@ def test_another_request_is_refused(tmp_path, joined):
 
 @pytest.mark.parametrize("made_before", [False, True])
 def test_claimed_while_others_look(tmp_path, monkeypatch, made_before):
-    """Neither the half-made folder of one host nor a host that was first is taken for another request."""
+    """Neither an incomplete folder of another host, nor one that was claimed first, is another request."""
     mine, other = (SampleFolder(tmp_path / "out", REQUEST, 3) for _ in range(2))
     if made_before:
         (tmp_path / "out").mkdir()

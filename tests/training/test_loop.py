@@ -16,11 +16,12 @@ import pytest
 from helpers import tiny_config
 
 from causalfusion_jax.checkpoints.checkpoint import Checkpoints
-from causalfusion_jax.cli import command as cli
+from causalfusion_jax.cli import app
 from causalfusion_jax.common import files, sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.config import experiment
+from causalfusion_jax.config.workdir import load_config
 from causalfusion_jax.training import loop, metric_log
 from causalfusion_jax.training.state import abstract_state, compile_train_step
 from causalfusion_jax.training.stopping import Stopped
@@ -197,7 +198,7 @@ def test_a_state_that_diverged_is_not_saved(course, tmp_path, monkeypatch):
 
 def test_a_stopped_command_exits_with_75(capsys):
     for error, status in ((Stopped("saved step 2 of 8"), 75), (loop.TrainingDiverged("lower it"), 1)):
-        with pytest.raises(SystemExit) as ended, cli.exit_status_of_training():
+        with pytest.raises(SystemExit) as ended, app.exit_status_of_training():
             raise error
         assert ended.value.code == status and str(error) in capsys.readouterr().err
 
@@ -224,8 +225,8 @@ def test_settings_that_may_change_are_reported_and_recorded(course, uninterrupte
     assert history[0]["changed"]["optimizer.learning_rate"] == {"old": 1e-4, "new": 5e-5}
     changed = {"optimizer.learning_rate", "train.grad_accum_steps", "logging.sample_every"}
     assert set(history[0]["changed"]) == changed
-    assert experiment.load(str(tmp_path)) == moved
-    with pytest.raises(InputError, match=r"model.hidden=16 \(the run has 8\)"):
+    assert load_config(str(tmp_path)) == moved
+    with pytest.raises(InputError, match=r"model.hidden 8, now 16"):
         course.train(tmp_path, dataclasses.replace(moved, model=dataclasses.replace(moved.model, hidden=16)))
 
 

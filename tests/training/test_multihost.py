@@ -14,7 +14,7 @@ from helpers import all_done, command, random_params, start_processes
 from tiny_data import write_vae
 
 from causalfusion_jax.checkpoints.checkpoint import Checkpoints
-from causalfusion_jax.cli.command import INTERRUPTED
+from causalfusion_jax.cli.app import INTERRUPTED
 from causalfusion_jax.common.distributed import initialize
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.sampling.trained import make_autoencoder
