@@ -19,7 +19,9 @@ from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.data import latents
-from causalfusion_jax.data.pipeline import DataConfig, host_batches, make_source
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.pipeline import host_batches
+from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.models.autoencoder import moments
 from causalfusion_jax.prepare import encoding
 from causalfusion_jax.prepare.encoding import EncodeConfig, encode

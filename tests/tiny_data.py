@@ -9,7 +9,7 @@ import numpy as np
 from helpers import GOLDENS, inception_weights
 from PIL import Image
 
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.digits import digits
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.store import write_converted

@@ -31,7 +31,7 @@ from causalfusion_jax.config.training import (
 )
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, static_steps
-from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer, with_checksum
 from causalfusion_jax.models.transformer import TransformerConfig
 

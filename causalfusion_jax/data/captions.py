@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from causalfusion_jax.common.errors import InputError, require
-from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.data.records import CorruptRecord
 from causalfusion_jax.data.tokenizers import TextConfig, to_slots
 
 

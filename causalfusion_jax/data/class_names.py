@@ -52,7 +52,7 @@ def names_difference(stored: Sequence[str], names: Sequence[str]) -> str | None:
     """The first difference between a run's names and those of data; None where there is none, or one has no names."""
     if not stored or not names:
         return None
-    for label, (ours, theirs) in enumerate(zip(stored, names)):
+    for label, (ours, theirs) in enumerate(zip(stored, names, strict=False)):
         if ours != theirs:
             return f"class {label} is {ours!r} in the run and {theirs!r} in the data"
     if len(stored) != len(names):

@@ -10,7 +10,7 @@ import numpy as np
 
 from causalfusion_jax.common import files
 from causalfusion_jax.data.batches import InThreads
-from causalfusion_jax.data.sources import CorruptRecord, Listing, record_error
+from causalfusion_jax.data.records import CorruptRecord, Listing, record_error
 
 MAX_SIZES, MAX_EXAMPLES = 4096, 64
 """The number of files, evenly spaced, whose sizes count (on a mounted bucket each is a request), and of examples,

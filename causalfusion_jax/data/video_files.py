@@ -10,7 +10,8 @@ from PIL import Image
 
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, CorruptRecord, read_file, record_error
+from causalfusion_jax.data.image_files import IMAGE_SUFFIXES
+from causalfusion_jax.data.records import CorruptRecord, read_file, record_error
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 """What PyAV decodes."""

@@ -23,7 +23,6 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.config.experiment import ExperimentConfig, check_model_mesh
 from causalfusion_jax.config.slices import Listing, Program, Spec, devices
-from causalfusion_jax.data.scores import INCEPTION_METRICS
 from causalfusion_jax.evaluation import features, finetune, inception_metrics, periodic, probe, video_metrics
 from causalfusion_jax.metrics.distribution import lower_precision_recall
 from causalfusion_jax.models import i3d, inception
@@ -159,7 +158,7 @@ def _evaluator_networks(spec: Spec) -> tuple[dict[str, int], list[str]]:
         decoder = {name: weights[name] for name in ("decoder", "post_quant_conv")}
         networks["decoder weights"] = device_bytes(decoder)
         networks["encoder weights"] = device_bytes(weights) - networks["decoder weights"]
-    if config.evaluation.metric in INCEPTION_METRICS:
+    if config.evaluation.needs_inception:
         networks["Inception weights"] = device_bytes(_placed(inception.abstract_inception()[1], whole))
         if not pathlib.Path(config.evaluation.inception).exists():
             notes.append(f"config.evaluation.inception={config.evaluation.inception} is not there: Inception is known")
@@ -201,7 +200,7 @@ def _scoring(spec: Spec, networks: dict[str, int]) -> Iterator[Program]:
     without = lambda name: {key: value for key, value in beside.items() if key != name}
     if evaluation.vae:
         yield Program("decoder", functools.partial(_lower_decoder, spec, size), without("decoder weights"))
-    if evaluation.metric in INCEPTION_METRICS:
+    if evaluation.needs_inception:
         size = min(inception_metrics.BATCH_SIZE, evaluation.num_images)
         yield Program("Inception, resizing", functools.partial(_lower_inception, spec, size, "resize"), beside)
         lower = functools.partial(_lower_inception, spec, size, "features")

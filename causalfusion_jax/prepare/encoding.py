@@ -28,9 +28,12 @@ from causalfusion_jax.common.errors import InputError, require, require_number
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.data import latents
 from causalfusion_jax.data.batches import InThreads
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.fingerprint import fingerprint
-from causalfusion_jax.data.pipeline import ENCODED, BatchIterator, DataConfig, Source, make_source, reading_threads
-from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.data.pipeline import BatchIterator
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import make_source, require_encodable
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, moments
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.store import Converted
@@ -72,12 +75,7 @@ def pixel_data(data: DataConfig, vae: AutoencoderConfig) -> DataConfig:
       InputError: its latents are not the model's, or the source holds latents already.
     """
     if data.latents:
-        require(
-            data.source in ENCODED,
-            "config.data.source",
-            data.source,
-            f"must be one of images to encode, {', '.join(ENCODED)}",
-        )
+        require_encodable(data)
         require(
             data.channels == vae.latent_channels,
             "config.data.channels",
@@ -353,7 +351,7 @@ def _encode_shards(shards: _Shards, todo: list[int], encoder: _Encoder) -> None:
 def _read(shards: _Shards, todo: list[int]) -> Iterator[dict[str, Any]]:
     """Batches of all `todo`, read ahead; ends where too many records are corrupt."""
     noted = [json.loads(path.read_text()) for path in map(shards.note, range(shards.count)) if path.is_file()]
-    threads = reading_threads(shards.data.source)
+    threads = shards.data.kind.reading_threads
     dataset = grain.MapDataset.source(shards.batches(todo)).map(_ReadBatch(shards.source, threads))
     iterator = BatchIterator(dataset, 0, shards.data.workers, min(threads, 4), shards.max_corrupt)
     try:

@@ -22,7 +22,9 @@ from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.captions import check_captions
 from causalfusion_jax.data.class_names import check_class_names, store_class_names
-from causalfusion_jax.data.pipeline import BatchIterator, Source, describe, host_batches, make_source, reading_threads
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.registry import describe, make_source
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.models.transformer import count_params
 from causalfusion_jax.training import metric_log as metrics_lib
 from causalfusion_jax.training.state import TrainState, abstract_state, compile_train_step, create_state
@@ -215,7 +217,7 @@ class _Run:
         batches = host_batches(
             self.source, config.data, config.train.batch_size, config.train.seed, self.share.rows, config.text
         )
-        threads = reading_threads(config.data.source)
+        threads = config.data.kind.reading_threads
         self.iterator = BatchIterator(batches, position, config.data.workers, threads, config.data.max_corrupt)
         self._program(self.length_of.lengths[-1])
         self.peak_flops = metrics_lib.peak_flops(self.mesh.devices.flat[0]) * self.mesh.devices.size

@@ -10,8 +10,11 @@ from tiny_data import write_clip
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import video_files
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, class_names, host_batches, make_source
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.image_files import ImageFormat
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import class_names, make_source
 
 KINDS = ("gif", "mp4", "webm", "avi", "mov", "mkv", "folder")
 
@@ -70,7 +73,9 @@ def test_a_file_that_tells_more_frames_than_it_has(clips, monkeypatch):
     """The number of frames that can be decoded counts in the end."""
     real = video_files._decode
     monkeypatch.setattr(video_files, "_decode_times", lambda *args: {})
-    monkeypatch.setattr(video_files, "_decode", lambda path: (frame for frame, _ in zip(real(path), range(20))))
+    monkeypatch.setattr(
+        video_files, "_decode", lambda path: (frame for frame, _ in zip(real(path), range(20), strict=False))
+    )
     last = lambda count: video_files.clip_indices("x", count, 2, 1, lambda first: first - 1)
     frames = video_files.read_frames(clips[1]["mp4"], last)
     assert numbers(frames) == [18, 19]
@@ -193,7 +198,7 @@ def test_what_is_no_folder_of_clips(clips, tmp_path, monkeypatch):
     for changes, words in (
         (dict(frames=1), "frames=1: must be >= 2"),
         (dict(frame_stride=0), "frame_stride=0"),
-        (dict(source="image_folder", frames=1, frame_stride=2), "is of videos of sources clip_folder and tfds"),
+        (dict(source="image_folder", frames=1, frame_stride=2), "is a setting of source clip_folder or tfds only"),
         (dict(path=""), "needs the folder's path"),
     ):
         with pytest.raises(InputError, match=words):

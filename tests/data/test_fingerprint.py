@@ -5,8 +5,9 @@ import pytest
 from tiny_data import write_clip, write_tars
 
 from causalfusion_jax.data import fingerprint as module
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.fingerprint import fingerprint
-from causalfusion_jax.data.pipeline import DataConfig, make_source
+from causalfusion_jax.data.registry import make_source
 
 
 def image_folder(root):

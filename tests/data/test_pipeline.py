@@ -8,8 +8,12 @@ from helpers import train_run
 from PIL import Image
 
 from causalfusion_jax.common.errors import InputError
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, describe, host_batches, make_source
-from causalfusion_jax.data.sources import DigitsSource, ImageFolderSource, center_crop, digits
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.digits import DigitsSource, digits
+from causalfusion_jax.data.image_files import center_crop
+from causalfusion_jax.data.image_folder import ImageFolderSource
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.registry import describe, make_source
 
 
 @pytest.fixture

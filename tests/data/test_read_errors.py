@@ -15,8 +15,10 @@ from tiny_data import write_clip, write_tars
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import latents, tar_shards, video_files
-from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.image_files import ImageFormat
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import make_source
 
 
 @pytest.fixture

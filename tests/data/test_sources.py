@@ -10,9 +10,13 @@ from PIL import Image
 from tiny_data import NAMES, digit_file, write_tars, write_tfds
 
 from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.digits import digits
 from causalfusion_jax.data.fingerprint import fingerprint
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, class_names, host_batches, make_source
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, center_crop, digits
+from causalfusion_jax.data.image_files import ImageFormat, center_crop
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import class_names, make_source
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from tiny_data import write_inception
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config.evaluation import EvaluationConfig
-from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.data.scores import INCEPTION_METRICS, METRICS, is_better
-from causalfusion_jax.evaluation.images import of_source, open_images
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.registry import make_source
+from causalfusion_jax.data.scores import is_better, metrics
+from causalfusion_jax.evaluation.images import images_of_source, open_images
 from causalfusion_jax.evaluation.inception_metrics import (
     Collected,
     Inception,
@@ -27,7 +28,9 @@ from causalfusion_jax.evaluation.inception_metrics import (
     make_reference,
 )
 from causalfusion_jax.metrics import distribution
+from causalfusion_jax.metrics.registry import FEATURE_METRICS, POOLED_FEATURES, POOLED_STATISTICS
 
+INCEPTION_METRICS = [name for name, metric in FEATURE_METRICS.items() if metric.network == "inception"]
 GOLDEN = np.load(GOLDENS / "inception_fid.npz")
 
 
@@ -123,11 +126,11 @@ def test_reference_of_images_alone_and_of_statistics_alone(tmp_path, samples, in
     images = Reference("--reference", str(tmp_path / "images.npz"))
     images.prepare(["fid", "kid"], inception)
     with np.load(reference) as arrays:
-        assert relative_error(images.statistics("2048")[1], arrays["sigma"]) < 1e-6
+        assert relative_error(images[POOLED_STATISTICS].cov, arrays["sigma"]) < 1e-6
         np.savez(tmp_path / "statistics.npz", **{name: arrays[name] for name in arrays if name != "arr_0"})
         np.savez(tmp_path / "half.npz", mu=arrays["mu"])
         np.savez(tmp_path / "wrong.npz", **{name: arrays[name][:5] for name in arrays if name != "arr_0"})
-    assert images.features.shape == (10, 2048)
+    assert images[POOLED_FEATURES].features.shape == (10, 2048)
     statistics = Reference("--reference", str(tmp_path / "statistics.npz"))
     assert statistics.supports("sfid") and not statistics.supports("kid")
     with pytest.raises(InputError, match="has no images .* which kid needs"):
@@ -153,7 +156,7 @@ def test_images_of_folders_and_data(tmp_path):
     for size in (1, 2, 9):
         np.testing.assert_array_equal(np.concatenate(list(folder.batches(size))), in_order)
     data = DataConfig(source="image_folder", path=str(tmp_path / "images"), image_size=6, channels=3, num_classes=2)
-    source = of_source("config.data", make_source(data))
+    source = images_of_source("config.data", make_source(data))
     np.testing.assert_array_equal(np.concatenate(list(source.batches(3))), in_order)
     Image.fromarray(pixels[0, :3]).save(tmp_path / "images" / "class0" / "other.png")
     with pytest.raises(InputError, match="other.png.*crop them alike"):
@@ -167,7 +170,7 @@ def test_images_of_folders_and_data(tmp_path):
 
 
 def test_small_samples_are_called_biased():
-    assert bias_warning(["kid"], 10) is None and bias_warning(METRICS, 50_000) is None
+    assert bias_warning(["kid"], 10) is None and bias_warning(metrics(), 50_000) is None
     assert "singular" in bias_warning(["fid"], 2048) and "singular" not in bias_warning(["fid"], 2049)
     assert "singular" not in bias_warning(["precision"], 100)
 
