@@ -64,17 +64,17 @@ def test_the_frames_that_were_asked_for(clips, kind, monkeypatch):
         return
     # What seeking finds is, to the bit, what decoding from the start finds; also where seeking finds nothing.
     sought = video_files.read_frames(path, lambda count: [11, 17])
-    monkeypatch.setattr(video_files, "_decode_times", lambda *args: {})
+    monkeypatch.setattr(video_files, "decode_times", lambda *args: {})
     for a, b in zip(sought, video_files.read_frames(path, lambda count: [11, 17]), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_a_file_that_tells_more_frames_than_it_has(clips, monkeypatch):
     """The number of frames that can be decoded counts in the end."""
-    real = video_files._decode
-    monkeypatch.setattr(video_files, "_decode_times", lambda *args: {})
+    real = video_files.decode_all
+    monkeypatch.setattr(video_files, "decode_times", lambda *args: {})
     monkeypatch.setattr(
-        video_files, "_decode", lambda path: (frame for frame, _ in zip(real(path), range(20), strict=False))
+        video_files, "decode_all", lambda path: (frame for frame, _ in zip(real(path), range(20), strict=False))
     )
     last = lambda count: video_files.clip_indices("x", count, 2, 1, lambda first: first - 1)
     frames = video_files.read_frames(clips[1]["mp4"], last)
@@ -113,7 +113,7 @@ def test_damaged_frames_are_no_frames():
         is_corrupt = True
 
     with pytest.raises(ValueError, match="damaged frame"):
-        video_files._picture(Frame())
+        video_files.to_image(Frame())
 
 
 def test_a_folder_of_clips(clips):

@@ -298,11 +298,11 @@ def test_flip_is_of_seed_index_and_epoch_alone():
     source, config = Ramps(12), folder_config("unused", flip=True)
 
     def flips(batch, seed):
-        found = {}
+        flips = {}
         images = np.concatenate([b["image"] for b in labels_of(source, config, batch, 36 // batch, seed=seed)])
-        for place, image in enumerate(images):
-            found[place // 12, int(image[0, 0, 0] // 10)] = image[0, 0, 0] > image[0, 1, 0]
-        return found
+        for position, image in enumerate(images):
+            flips[position // 12, int(image[0, 0, 0] // 10)] = image[0, 0, 0] > image[0, 1, 0]
+        return flips
 
     one = flips(3, seed=3)
     assert one == flips(12, seed=3) != flips(12, seed=4)

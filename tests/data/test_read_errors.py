@@ -162,7 +162,7 @@ def test_packets_of_a_video_are_not_kept():
                 del packet
                 assert sum(reference() is not None for reference in alive) <= 1
 
-    assert video_files._frame_times(Container, None) == [0, 1, 2, 3]
+    assert video_files.frame_times(Container, None) == [0, 1, 2, 3]
     assert len(alive) == 4
 
 

@@ -215,8 +215,8 @@ def test_corrupt_records_are_skipped_by_name_and_nothing_else_moves(tmp_path, ca
     )
     assert changed.reshape(2, 12).sum(1).tolist() == [2, 2]  # in each epoch, their two places alone
     for hosts, workers in ((2, 0), (4, 0), (1, 2)):
-        other, found = batches_of(config, 6, hosts, workers)
-        assert found == corrupt
+        other, other_corrupt = batches_of(config, 6, hosts, workers)
+        assert other_corrupt == corrupt
         for a, b in zip(batches, other, strict=True):
             np.testing.assert_array_equal(a["image"], b["image"])
             np.testing.assert_array_equal(a["label"], b["label"])

@@ -53,11 +53,11 @@ def test_fvd_of_known_normals(tmp_path):
     exact = values.astype(np.float64)
     spread = np.square(exact.mean(0)).sum() + exact.var(0, ddof=1).sum()
     cases = ("same", values, 0.0), ("shifted", values + 5, 10_000.0), ("double", 2 * values, spread)
-    for name, made, expected in cases:
-        videos = open_videos("--samples", opened(tmp_path, name, made), 9)
+    for name, generated, expected in cases:
+        videos = open_videos("--samples", opened(tmp_path, name, generated), 9)
         seen = []
-        found = score_videos(videos, reference, FirstFrame(), seen.append)
-        np.testing.assert_allclose(found["fvd"], expected, rtol=1e-6, atol=1e-2)
+        scores = score_videos(videos, reference, FirstFrame(), seen.append)
+        np.testing.assert_allclose(scores["fvd"], expected, rtol=1e-6, atol=1e-2)
         assert seen == [7, 14, 21, 28, 30]
 
 
@@ -169,13 +169,13 @@ def test_the_commands_at_full_size(tmp_path):
     done = command("evaluate", "--make_reference", f"--samples={tmp_path / 'real.npz'}", *network,
                    f"--out={tmp_path / 'ref.npz'}")  # fmt: skip
     assert done.returncode == 0 and "statistics of 3 videos of 16 frames" in done.stdout, done.stderr
-    found = {}
+    scores = {}
     for name, reference in (("real", "ref"), ("shifted", "ref"), ("shifted", "real")):
         done = command("evaluate", f"--samples={tmp_path / name}.npz", f"--reference={tmp_path / reference}.npz",
                        *network)  # fmt: skip
         assert done.returncode == 0 and "fvd of 3 videos is biased" in done.stderr, done.stderr
         line = json.loads(done.stdout.splitlines()[-1])
         assert (line["num"], line["frames"], line["resize"]) == (3, 16, "tf1")
-        found[name, reference] = line["fvd"]
-    assert abs(found["real", "ref"]) < 1e-3 * found["shifted", "ref"]
-    np.testing.assert_allclose(found["shifted", "ref"], found["shifted", "real"], rtol=1e-4)
+        scores[name, reference] = line["fvd"]
+    assert abs(scores["real", "ref"]) < 1e-3 * scores["shifted", "ref"]
+    np.testing.assert_allclose(scores["shifted", "ref"], scores["shifted", "real"], rtol=1e-4)
