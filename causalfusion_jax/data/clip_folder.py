@@ -12,7 +12,6 @@ from causalfusion_jax.data.image_files import (
     class_folders,
     files_of_classes,
     names_of_class_folders,
-    require_class_folders,
 )
 from causalfusion_jax.data.records import Listing
 from causalfusion_jax.data.source import DataSettings, SourceKind, require_path
@@ -95,14 +94,6 @@ class ClipFolderSource:
         return {"image": np.stack([self.format.fit(image) for image in frames]), "label": self.labels[index]}
 
 
-def _open(settings: DataSettings, captions: bool) -> ClipFolderSource:
-    source = ClipFolderSource(
-        settings.path, settings.frames, settings.frame_stride, settings.image_size, settings.channels
-    )
-    require_class_folders(settings, source.num_classes)
-    return source
-
-
 def _check(settings: DataSettings) -> None:
     require_path(settings)
     require_number("frames", settings.frames, 2)
@@ -111,7 +102,9 @@ def _check(settings: DataSettings) -> None:
 CLIP_FOLDER = SourceKind(
     name="clip_folder",
     summary="videos, GIFs and folders of frames in one folder for each class",
-    open=_open,
+    open=lambda settings, captions: ClipFolderSource(
+        settings.path, settings.frames, settings.frame_stride, settings.image_size, settings.channels
+    ),
     fixed={"image_width": 0},
     own=("frame_stride",),
     check=_check,

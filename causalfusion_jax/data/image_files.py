@@ -91,13 +91,6 @@ def class_folders(root: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in root.iterdir() if path.is_dir())
 
 
-def require_class_folders(settings: DataSettings, num: int) -> None:
-    """Raises InputError unless `num`, the class folders in `settings.path`, is `num_classes`."""
-    require(
-        num == settings.num_classes, "num_classes", settings.num_classes, f"{settings.path} has {num} class folders"
-    )
-
-
 def names_of_class_folders(settings: DataSettings) -> tuple[str, ...]:
     """Names of the class folders in `settings.path`. Raises InputError for another number than `num_classes`."""
     root = pathlib.Path(settings.path)

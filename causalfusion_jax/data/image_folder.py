@@ -13,10 +13,9 @@ from causalfusion_jax.data.image_files import (
     class_folders,
     files_of_classes,
     names_of_class_folders,
-    require_class_folders,
 )
 from causalfusion_jax.data.records import Listing
-from causalfusion_jax.data.source import DataSettings, SourceKind, require_path
+from causalfusion_jax.data.source import SourceKind, require_path
 
 
 class ImageFolderSource:
@@ -64,16 +63,12 @@ class ImageFolderSource:
         return str(self.paths[index])
 
 
-def _open(settings: DataSettings, captions: bool) -> ImageFolderSource:
-    source = ImageFolderSource(settings.path, settings.image_size, settings.channels, settings.verify)
-    require_class_folders(settings, source.num_classes)
-    return source
-
-
 IMAGE_FOLDER = SourceKind(
     name="image_folder",
     summary="image files in one folder for each class",
-    open=_open,
+    open=lambda settings, captions: ImageFolderSource(
+        settings.path, settings.image_size, settings.channels, settings.verify
+    ),
     fixed={"image_width": 0, "frames": 1},
     check=require_path,
     needs_path=True,

@@ -45,7 +45,10 @@ def make_source(config: DataSettings, captions: bool = False) -> Source:
     # Checked here and not with the settings: configs are complete except for where the data are.
     needed = f"source {config.source} needs the path of its folder"
     require(bool(config.path) or not kind.needs_path, "config.data.path", config.path, needed)
-    return kind.open(config, captions)
+    source = kind.open(config, captions)
+    same = source.num_classes == config.num_classes
+    require(same, "num_classes", config.num_classes, f"{config.name or config.path} has {source.num_classes} classes")
+    return source
 
 
 def make_held_out_source(config: DataSettings, path: str = "", split: str = "validation") -> Source:

@@ -268,21 +268,10 @@ def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(settings: DataSettings, captions: bool) -> TfdsSource:
-    source = TfdsSource(settings, captions)
-    require(
-        source.num_classes == settings.num_classes,
-        "num_classes",
-        settings.num_classes,
-        f"{source.dataset} has {source.num_classes}",
-    )
-    return source
-
-
 TFDS = SourceKind(
     name="tfds",
     summary="images or videos prepared by TensorFlow Datasets",
-    open=_open,
+    open=TfdsSource,
     fixed={"image_width": 0},
     own=("split", "image_key", "label_key", "caption_key", "frame_stride"),
     class_names=lambda settings: data_set_class_names(settings, settings.path),

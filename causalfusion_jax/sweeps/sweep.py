@@ -113,7 +113,7 @@ class Sweep:
         tuple of them for each of `overrides`.
       num_samples: images sampled at each.
       metric: score by which the runs are sorted; "": the first that can be measured of their
-        samples (`evaluation.settings.measurable`).
+        samples (`data.scores.measurable`).
     """
 
     config: str

@@ -191,7 +191,7 @@ def test_what_is_no_folder_of_clips(clips, tmp_path, monkeypatch):
     for path, changes, words in (
         (tmp_path / "none", {}, "must be a folder"),
         (tmp_path, {}, "holds no clips"),
-        (clips[0], dict(num_classes=3), "has 2 class folders"),
+        (clips[0], dict(num_classes=3), "has 2 classes"),
     ):
         with pytest.raises(InputError, match=words):
             make_source(clip_config(path, **changes))

@@ -136,7 +136,7 @@ def test_folder_errors_name_the_problem(folder, tmp_path_factory):
         ImageFolderSource(str(empty), 8, 3)
     with pytest.raises(InputError, match="must be a folder"):
         ImageFolderSource(str(empty / "nowhere"), 8, 3)
-    with pytest.raises(InputError, match="has 3 class folders"):
+    with pytest.raises(InputError, match="has 3 classes"):
         make_source(folder_config(folder, num_classes=4))
     whole = (folder / "dog" / "1.png").read_bytes()
     (folder / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
