@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_refused(encoded, tars, vae, tmp_path):
         (dict(channels=16), "shape .4, 4, 4.; the config's .4, 4, 16."),
         (dict(num_classes=9), "has 10 classes"),
         (dict(path=str(tmp_path)), "holds no latents"),
-        (dict(path=""), "needs the folder that encode wrote"),
+        (dict(path=""), "source latents needs the path of its folder"),
     ):
         with pytest.raises(InputError, match=words):
             make_source(latent_config(**{"out": out, **changes} if "path" not in changes else {"out": "", **changes}))

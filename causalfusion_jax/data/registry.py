@@ -74,7 +74,7 @@ def make_held_out_source(config: DataSettings, path: str = "", split: str = "val
         field, value = "config.probe.held_out_path", path
         different = bool(path) and pathlib.Path(path).resolve() != pathlib.Path(config.path).resolve()
         held_out = dataclasses.replace(config, path=path)
-    require(different, field, value, "must name images other than those trained on")
+    require(different, field, value, "must name images that were not trained on")
     source, trained = make_source(held_out), class_names(config)
     both_named = bool(source.class_names) and bool(trained)
     same = not both_named or tuple(source.class_names) == trained
