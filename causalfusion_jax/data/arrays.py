@@ -82,7 +82,7 @@ def _check(settings: DataSettings) -> None:
 
 ARRAYS = SourceKind(
     name="arrays",
-    summary="images, videos or latents of any number in image.npy, their classes in label.npy",
+    summary="images, videos or latents in image.npy in `path`, their classes in label.npy",
     open=lambda settings, captions: ArraysSource(settings.path, settings.shape, settings.latents, settings.num_classes),
     check=_check,
     needs_path=True,

@@ -116,7 +116,7 @@ class CaptionFolderSource:
 
 CAPTION_FOLDER = SourceKind(
     name="caption_folder",
-    summary="images and their captions, listed in captions.jsonl",
+    summary="images and their captions, which captions.jsonl in `path` lists",
     open=lambda settings, captions: CaptionFolderSource(settings.path, settings.shape, captions),
     fixed={"frames": 1, "latents": False, "num_classes": 1},
     check=require_path,

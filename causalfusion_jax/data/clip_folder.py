@@ -1,19 +1,12 @@
 """Clips of any length in folders of classes; training takes a few frames of each."""
 
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
 from causalfusion_jax.common.errors import require, require_number
-from causalfusion_jax.data.image_files import (
-    IMAGE_SUFFIXES,
-    ImageFormat,
-    class_folders,
-    files_of_classes,
-    names_of_class_folders,
-)
-from causalfusion_jax.data.records import Listing
+from causalfusion_jax.data.class_folders import ClassFolderSource, names_of_class_folders
+from causalfusion_jax.data.image_files import IMAGE_SUFFIXES, ImageFormat
 from causalfusion_jax.data.source import DataSettings, SourceKind, require_path
 from causalfusion_jax.data.video_files import (
     CLIP_SUFFIXES,
@@ -25,7 +18,7 @@ from causalfusion_jax.data.video_files import (
 )
 
 
-class ClipFolderSource:
+class ClipFolderSource(ClassFolderSource):
     """Clips at `root/class/*.gif|mp4|...`, or `root/class/clip/*.png|jpg`; classes are the folders, sorted by name.
 
     `image` is float32 [frames, size, size, channels] in [-1, 1], every frame scaled and cropped
@@ -44,39 +37,19 @@ class ClipFolderSource:
     """
 
     def __init__(self, root: str, frames: int, stride: int, image_size: int, channels: int):
-        self.root, self.frames, self.stride = pathlib.Path(root), frames, stride
-        self.format = ImageFormat(image_size, channels)
-        require(self.root.is_dir(), "path", root, "must be a folder with one folder of clips for each class")
-        folders = class_folders(self.root)
-        clips, self.skipped = files_of_classes(
-            folders, lambda path: path.suffix.lower() in CLIP_SUFFIXES or path.is_dir()
-        )
+        super().__init__(root, "clips", lambda path: path.suffix.lower() in CLIP_SUFFIXES or path.is_dir())
+        self.frames, self.stride, self.format = frames, stride, ImageFormat(image_size, channels)
         require(
-            any(path.is_file() or frame_files(path) for path, _ in clips),
+            any(path.is_file() or frame_files(path) for path in self.paths),
             "path",
             root,
             f"holds no clips: need {root}/CLASS/*{'|'.join(CLIP_SUFFIXES)}, or frames as "
             f"{root}/CLASS/CLIP/*{'|'.join(IMAGE_SUFFIXES)}",
         )
-        self.class_names = tuple(folder.name for folder in folders)
-        self.num_classes = len(folders)
-        self.paths = [path for path, _ in clips]
-        self.labels = np.array([label for _, label in clips], np.int32)
-        for path in self.paths:
-            if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-                require_decoder(path)
-                break
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def listing(self) -> Listing:
-        """The clips' files and folders."""
-        return Listing(self.root, self.paths)
-
-    def name(self, index: int) -> str:
-        """The clip's path."""
-        return str(self.paths[index])
+        videos = (path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+        video = next(videos, None)
+        if video is not None:
+            require_decoder(video)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self._example(index, lambda count: (count - 1) // 2)
@@ -101,7 +74,7 @@ def _check(settings: DataSettings) -> None:
 
 CLIP_FOLDER = SourceKind(
     name="clip_folder",
-    summary="videos, GIFs and folders of frames in one folder for each class",
+    summary="videos, GIFs and folders of frames; `path` has one folder for each class",
     open=lambda settings, captions: ClipFolderSource(
         settings.path, settings.frames, settings.frame_stride, settings.image_size, settings.channels
     ),

@@ -1,17 +1,13 @@
-"""Encoded images: decoding, centre crops, and folders with one folder for each class."""
+"""Encoded images: decoding and centre crops."""
 
-import collections
 import io
 import pathlib
-from collections.abc import Callable, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from causalfusion_jax.common.errors import require
 from causalfusion_jax.data.records import read_file, record_error
-from causalfusion_jax.data.source import DataSettings
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -60,49 +56,6 @@ class ImageFormat(NamedTuple):
                 return image.convert(self.mode)
         except Exception as error:  # Pillow raises many kinds for damaged files
             raise record_error(field, name, error, "image") from None
-
-
-def files_of_classes(
-    folders: Sequence[pathlib.Path], is_example: Callable[[pathlib.Path], bool]
-) -> tuple[list[tuple[pathlib.Path, int]], dict[str, int]]:
-    """The contents of class folders.
-
-    Args:
-      folders: one for each class, in the order of the labels.
-      is_example: whether a path is that of an example.
-
-    Returns:
-      (path, label) of each example; and the number of other entries by kind: `*.SUFFIX`, `folders`
-      or `files without suffix`.
-    """
-    examples, skipped = [], collections.Counter()
-    for label, folder in enumerate(folders):
-        for path in sorted(folder.iterdir()):
-            if is_example(path):
-                examples.append((path, label))
-            else:
-                kind = f"*{path.suffix.lower()}" if path.suffix else "files without suffix"
-                skipped["folders" if path.is_dir() else kind] += 1
-    return examples, dict(skipped.most_common())
-
-
-def class_folders(root: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of classes below `root`, in the order of their labels."""
-    return sorted(path for path in root.iterdir() if path.is_dir())
-
-
-def names_of_class_folders(settings: DataSettings) -> tuple[str, ...]:
-    """Names of the class folders in `settings.path`. Raises InputError for another number than `num_classes`."""
-    root = pathlib.Path(settings.path)
-    require(root.is_dir(), "data.path", settings.path, "must be a folder with one folder for each class")
-    names = tuple(folder.name for folder in class_folders(root))
-    require(
-        len(names) == settings.num_classes,
-        "data.path",
-        settings.path,
-        f"has {len(names)} class folders, the config {settings.num_classes} classes",
-    )
-    return names
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

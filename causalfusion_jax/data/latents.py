@@ -172,7 +172,7 @@ def _class_names(settings: DataSettings) -> tuple[str, ...]:
 
 LATENTS = SourceKind(
     name="latents",
-    summary="latents written by `encode`",
+    summary="latents in `path`, which `encode` wrote (its --out)",
     open=lambda settings, captions: LatentsSource(settings.path, settings.shape, settings.num_classes, captions),
     fixed={"image_width": 0, "latents": True},
     needs_path=True,

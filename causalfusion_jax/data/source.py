@@ -20,10 +20,7 @@ class DataSettings:
 
     Attributes:
       source: name of an entry of `data.registry.SOURCES`, whose summary says what it holds.
-      path: of image_folder and clip_folder, a folder with one folder for each class; of
-        caption_folder, the folder of captions.jsonl; of tfds, its data_dir ("": the default
-        one); of tar, the folder of shards; of latents, the folder that `encode` wrote (its
-        --out); of arrays, a folder with image.npy and label.npy.
+      path: folder of the data; see the summary of the source. "" for built-in sources.
       name: the data set's TFDS name, `NAME`, `NAME/CONFIG` or `NAME:VERSION`; for sources whose
         classes have no names of their own, the data set that names them.
       split: of tfds, for example `train` or `train[:90%]`.
@@ -33,10 +30,10 @@ class DataSettings:
       image_width: width if it is not `image_size`, which is then the height; 0: square.
       channels: 1 or 3; any number for latents.
       frames: 1 for images; the number of frames for videos.
-      frame_stride: of clip_folder and tfds, take every n-th frame of a video. The first frame is
-        drawn anew each epoch; evaluation and `encode` take the middle of a video.
-      latents: the model takes an autoencoder's latents. Arrays hold them, scaled as models take
-        them; sources of image files have to be encoded first.
+      frame_stride: of sources of video files, take every n-th frame of a video. The first frame
+        is drawn anew each epoch; evaluation and `encode` take the middle of a video.
+      latents: the model takes an autoencoder's latents, scaled; sources of image files have to be
+        encoded first.
       num_classes: number of classes; must be that of the source.
       flip: flip half of the images, drawn anew each epoch; for latents, take half of them from
         the mirrored images, which are encoded too.

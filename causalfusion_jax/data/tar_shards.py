@@ -241,7 +241,7 @@ def _class_names(settings: DataSettings) -> tuple[str, ...]:
 
 TAR = SourceKind(
     name="tar",
-    summary="tar shards in WebDataset's layout",
+    summary="tar shards in WebDataset's layout in `path`",
     open=lambda settings, captions: TarSource(
         settings.path, settings.image_size, settings.channels, settings.num_classes, captions
     ),

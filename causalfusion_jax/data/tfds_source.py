@@ -270,7 +270,7 @@ def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
 
 TFDS = SourceKind(
     name="tfds",
-    summary="images or videos prepared by TensorFlow Datasets",
+    summary="images or videos prepared by TensorFlow Datasets in `path`, its data_dir ('': the default one)",
     open=TfdsSource,
     fixed={"image_width": 0},
     own=("split", "image_key", "label_key", "caption_key", "frame_stride"),

@@ -83,9 +83,17 @@ POOLED_FEATURES = Summary("2048", 2048, KeptFeatures)
 CLASS_PROBABILITIES = Summary("logits_unbiased", 1008, lambda dim: InceptionScore())
 
 
-def _frechet(name: str) -> Callable[[Any, Any], dict[str, float]]:
-    """The Fréchet distance; both sides have `mean` and `cov`."""
-    return lambda ours, real: {name: frechet_from_statistics(ours.mean, ours.cov, real.mean, real.cov)}
+def _frechet_metric(name: str, meaning: str, summary: Summary, published_samples: int, **needs) -> Metric:
+    """A Fréchet distance of features; both sides have `mean` and `cov`."""
+    return Metric(
+        name,
+        f"Fréchet distance {meaning}",
+        reference="statistics",
+        summary=summary,
+        compute=lambda ours, real: {name: frechet_from_statistics(ours.mean, ours.cov, real.mean, real.cov)},
+        published_samples=published_samples,
+        **needs,
+    )
 
 
 def _inception_score(ours: InceptionScore, real: None) -> dict[str, float]:
@@ -105,24 +113,19 @@ def _kid(ours: KeptFeatures, real: KeptFeatures) -> dict[str, float]:
     return {"kid": mean, "kid_std": std, "kid_subset_size": size}
 
 
+_OF_IMAGES = {"network": "inception", "reference": "images", "summary": POOLED_FEATURES}
+_MANIFOLDS = _OF_IMAGES | {
+    "higher_is_better": True,
+    "compute": _precision_recall,
+    "min_samples": NUM_NEIGHBORS + 1,
+    "published_samples": 50_000,
+}
 _ALL = (
-    Metric(
-        "fid",
-        "Fréchet distance of Inception's pooled features (arXiv 1706.08500)",
-        network="inception",
-        reference="statistics",
-        summary=POOLED_STATISTICS,
-        compute=_frechet("fid"),
-        published_samples=50_000,
+    _frechet_metric(
+        "fid", "of Inception's pooled features (arXiv 1706.08500)", POOLED_STATISTICS, 50_000, network="inception"
     ),
-    Metric(
-        "sfid",
-        "Fréchet distance of Inception's spatial features (arXiv 2103.03841)",
-        network="inception",
-        reference="statistics",
-        summary=SPATIAL_STATISTICS,
-        compute=_frechet("sfid"),
-        published_samples=50_000,
+    _frechet_metric(
+        "sfid", "of Inception's spatial features (arXiv 2103.03841)", SPATIAL_STATISTICS, 50_000, network="inception"
     ),
     Metric(
         "inception_score",
@@ -133,45 +136,11 @@ _ALL = (
         compute=_inception_score,
         published_samples=50_000,
     ),
-    Metric(
-        "precision",
-        "share of samples in the manifold of the reference images (arXiv 1904.06991)",
-        higher_is_better=True,
-        network="inception",
-        reference="images",
-        summary=POOLED_FEATURES,
-        compute=_precision_recall,
-        min_samples=NUM_NEIGHBORS + 1,
-        published_samples=50_000,
-    ),
-    Metric(
-        "recall",
-        "share of reference images in the manifold of the samples (arXiv 1904.06991)",
-        higher_is_better=True,
-        network="inception",
-        reference="images",
-        summary=POOLED_FEATURES,
-        compute=_precision_recall,
-        min_samples=NUM_NEIGHBORS + 1,
-        published_samples=50_000,
-    ),
-    Metric(
-        "kid",
-        "kernel distance of Inception's pooled features, unbiased (arXiv 1801.01401)",
-        network="inception",
-        reference="images",
-        summary=POOLED_FEATURES,
-        compute=_kid,
-    ),
-    Metric(
-        "fvd",
-        "Fréchet distance of I3D's logits of videos (arXiv 1812.01717)",
-        of_videos=True,
-        network="i3d",
-        reference="statistics",
-        summary=I3D_STATISTICS,
-        compute=_frechet("fvd"),
-        published_samples=2048,
+    Metric("precision", "share of samples in the manifold of the real images (arXiv 1904.06991)", **_MANIFOLDS),
+    Metric("recall", "share of real images in the manifold of the samples (arXiv 1904.06991)", **_MANIFOLDS),
+    Metric("kid", "kernel distance of Inception's pooled features (arXiv 1801.01401)", **_OF_IMAGES, compute=_kid),
+    _frechet_metric(
+        "fvd", "of I3D's logits of videos (arXiv 1812.01717)", I3D_STATISTICS, 2048, network="i3d", of_videos=True
     ),
 )
 FEATURE_METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
