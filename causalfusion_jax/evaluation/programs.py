@@ -25,6 +25,7 @@ from causalfusion_jax.config.experiment import ExperimentConfig, check_model_mes
 from causalfusion_jax.config.slices import Listing, Program, Spec, devices
 from causalfusion_jax.evaluation import features, finetune, inception_metrics, periodic, probe, video_metrics
 from causalfusion_jax.metrics.distribution import lower_precision_recall
+from causalfusion_jax.metrics.registry import NUM_NEIGHBORS, POOLED_FEATURES
 from causalfusion_jax.models import i3d, inception
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE, AutoencoderConfig, abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
@@ -246,10 +247,9 @@ def _lower_inception(spec: Spec, num: int, part: str):
 
 
 def _lower_precision_recall(spec: Spec, part: str):
-    pooled = inception_metrics.DIMS[inception_metrics.POOLED]
     num, of_reference = spec.config.evaluation.num_images, inception_metrics.NUM_REFERENCE_IMAGES
     device = devices(spec.topology)[0]
-    return lower_precision_recall(of_reference, num, pooled, device, inception_metrics.NUM_NEIGHBORS)[part]
+    return lower_precision_recall(of_reference, num, POOLED_FEATURES.dim, device, NUM_NEIGHBORS)[part]
 
 
 def _lower_encoder(spec: Spec, vae: AutoencoderConfig, pixels, settings: encoding.EncodeConfig):
