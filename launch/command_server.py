@@ -87,7 +87,7 @@ class Forked:
 
 def import_all() -> None:
     """Imports what commands import; starts no device."""
-    import causalfusion_jax.evaluation.scores
+    import causalfusion_jax.evaluation.periodic
     import causalfusion_jax.prepare.conversion
     import causalfusion_jax.prepare.tensors
     import causalfusion_jax.sampling.trained

@@ -410,12 +410,13 @@ def read_sweep():
 
 def check_can_score(sweep, runs) -> None:
     """Raises InputError where runs would only fail once they are trained, or about to be."""
-    from causalfusion_jax.data.scores import INCEPTION_METRICS, OF_CLASSES, VIDEO_METRICS
+    from causalfusion_jax.data.scores import metrics as known_metrics
 
-    needed = "inception" if sweep.metric in INCEPTION_METRICS else "i3d" if sweep.metric in VIDEO_METRICS else None
+    metric = known_metrics()[sweep.metric]
+    needed = metric.network
     given = {word.lstrip("-").partition("=")[0]: word for word in shlex.split(_EVALUATE_FLAGS.value)}
     require(
-        needed is None or needed in given,
+        not needed or needed in given,
         "--evaluate_flags",
         _EVALUATE_FLAGS.value,
         f"must hold --{needed}=FOLDER: {sweep.metric} is measured with it",
@@ -430,7 +431,7 @@ def check_can_score(sweep, runs) -> None:
     for run in runs:
         data = run.config.data
         require(
-            data.source in ("digits", "digit_pairs", "moving_digits", "tfds") or bool(data.path),
+            not data.kind.needs_path or bool(data.path),
             "config.data.path",
             data.path,
             f"source {data.source} needs the path of its folder; give --override=data.path=FOLDER",
@@ -442,7 +443,7 @@ def check_can_score(sweep, runs) -> None:
             "must hold --vae=FOLDER: what a model of latents samples is scored as pixels",
         )
         require(
-            sweep.metric not in OF_CLASSES or run.config.knows_classes or "--prompt" in _SAMPLE_FLAGS.value,
+            not metric.needs_classes or run.config.knows_classes or "--prompt" in _SAMPLE_FLAGS.value,
             "--sample_flags",
             _SAMPLE_FLAGS.value,
             f"must hold --prompts=FILE: {sweep.metric} compares images with what they were sampled for",

@@ -13,6 +13,7 @@ from tiny_data import TINY_VAE
 from causalfusion_jax.common import distributed, sharding
 from causalfusion_jax.config import experiment
 from causalfusion_jax.evaluation.inception_metrics import Collected
+from causalfusion_jax.metrics.registry import CLASS_PROBABILITIES, POOLED_FEATURES, POOLED_STATISTICS
 from causalfusion_jax.models.autoencoder import abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling.generation import image_batches, image_shares
@@ -81,8 +82,9 @@ def main() -> None:
     split = sharding.place(random_params(CONFIG.transformer), where)
     found |= sampled(split, make_autoencoder(f"{given.folder}/vae", CONFIG).decode)
     whole = collected_by(range(given.process_id, 7, given.num_processes)).of_all_processes()
-    statistics = whole.statistics["2048"]
-    found |= {"mean": statistics.mean, "cov_row": statistics.cov[0], "score": whole.score.result(), "kept": whole.kept}
+    statistics, kept = whole[POOLED_STATISTICS], whole[POOLED_FEATURES].features
+    score = whole[CLASS_PROBABILITIES].result()
+    found |= {"mean": statistics.mean, "cov_row": statistics.cov[0], "score": score, "kept": kept}
     found["plain"] = distributed.on_primary(lambda: {"pi": np.pi * 1e-9, "nan": float("nan")})["pi"]
     np.savez(f"{given.folder}/{given.process_id}.npz", **found)
 

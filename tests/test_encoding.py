@@ -19,7 +19,9 @@ from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.data import latents
-from causalfusion_jax.data.pipeline import DataConfig, host_batches, make_source
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.pipeline import host_batches
+from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.models.autoencoder import abstract_autoencoder, moments
 from causalfusion_jax.prepare import encoding, latent_shards
 from causalfusion_jax.prepare.encoder import EncodeConfig
@@ -232,7 +234,7 @@ def test_what_does_not_fit_is_refused(encoded, tars, vae, tmp_path):
         (dict(channels=16), "shape .4, 4, 4.; the config's .4, 4, 16."),
         (dict(num_classes=9), "has 10 classes"),
         (dict(path=str(tmp_path)), "holds no latents"),
-        (dict(path=""), "needs the folder that encode wrote"),
+        (dict(path=""), "source latents needs the path of its folder"),
     ):
         with pytest.raises(InputError, match=words):
             make_source(latent_config(**{"out": out, **changes} if "path" not in changes else {"out": "", **changes}))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import tiny_config
+from tiny_data import write_tokenizer
 
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
@@ -57,15 +58,15 @@ def test_papers_combine(sections):
 
 
 def test_run_keeps_the_checksum_of_its_tokenizer(tmp_path):
-    words = tmp_path / "words.txt"
-    words.write_text("three\nseven\n")
-    config = experiment.from_dict(tiny_config(text=dict(tokenizer="words", path=str(words), max_tokens=4)))
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer(path, "three", "seven")
+    config = experiment.from_dict(tiny_config(text=dict(tokenizer="huggingface", path=str(path), max_tokens=4)))
     for _ in range(2):
         claim_workdir(str(tmp_path / "run"), config)
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["text"]
-    assert kept["checksum"] == files.describe_file(words)["sha256"]
+    assert kept["checksum"] == files.describe_file(path)["sha256"]
     assert load_config(str(tmp_path / "run")).text.checksum == kept["checksum"]
-    words.write_text("seven\nthree\n")
+    write_tokenizer(path, "seven", "three")
     make_tokenizer.cache_clear()
     for use in (load_config, lambda workdir: claim_workdir(workdir, config)):
         with pytest.raises(InputError, match="is another file than the run began with"):

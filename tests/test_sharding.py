@@ -11,7 +11,8 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.sharding import PRESETS, MeshConfig, make_mesh
 from causalfusion_jax.config import experiment
-from causalfusion_jax.data.pipeline import host_batches, make_source
+from causalfusion_jax.data.pipeline import host_batches
+from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.training.state import abstract_state, compile_train_step, create_state
 

@@ -6,10 +6,11 @@ import tarfile
 
 import jax
 import numpy as np
+import pytest
 from helpers import GOLDENS, inception_weights
 from PIL import Image
 
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.digits import digits
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.store import write_converted
@@ -28,6 +29,16 @@ TINY_VAE = AutoencoderConfig(
 """16x16x3 to 4x4x4."""
 
 NAMES = digits("train").class_names
+
+
+def write_tokenizer(path, *words: str) -> str:
+    """Writes a Hugging Face tokenizer.json with one token for each word; the path as text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return str(path)
 
 
 def digit_file(index: int, kind: str = "JPEG") -> bytes:

@@ -2,23 +2,25 @@
 
 import dataclasses
 
-from causalfusion_jax.common.errors import require, require_number
-from causalfusion_jax.data.scores import INCEPTION_METRICS, WITHOUT_REFERENCE, check_metrics
+from causalfusion_jax.common.errors import require, require_number, require_one_of
+from causalfusion_jax.data.scores import metrics
+from causalfusion_jax.metrics.registry import Metric
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation during training: images from the averaged weights, scored.
+    """Evaluation during training: scores of images sampled from the averaged weights.
 
     Attributes:
-      eval_every: steps between evaluations; 0 is none. The last step is always evaluated.
-      metric: what is logged, and what the best checkpoint is best in: a pixel metric of the source
-        (`pixel_metrics`), or with `inception` fid, sfid, inception_score, precision, recall or kid.
-      num_images: images sampled as `config.sampling` says, by the run's seed: all classes in turn,
-        or for a model of text, captions of examples all over the training data.
+      eval_every: steps between evaluations; 0: none. The last step is always evaluated.
+      metric: the metric that is logged and that selects the best checkpoint: a metric of the
+        source's pixels (`data.scores.pixel_metrics`), or with `inception` one of
+        `metrics.registry.FEATURE_METRICS` that is of images.
+      num_images: images sampled with `config.sampling` and the run's seed: all classes in turn, or
+        for a text-conditioned model, captions of examples spread over the training data.
       sample_batch_size: images sampled at a time, over all devices.
       inception: folder of the converted Inception.
-      reference: .npz of reference statistics, as of `evaluate --make_reference`.
+      reference: .npz of reference statistics, as written by `evaluate --make_reference`.
       vae: folder of the converted autoencoder, for a model of latents.
     """
 
@@ -32,15 +34,20 @@ class EvaluationConfig:
 
     def __post_init__(self):
         require_number("eval_every", self.eval_every, 0)
-        check_metrics("metric", [self.metric])
+        require_one_of("metric", self.metric, [name for name, metric in metrics().items() if not metric.of_videos])
         require_number("num_images", self.num_images, 2)
         require_number("sample_batch_size", self.sample_batch_size, 1)
-        if self.eval_every and self.metric in INCEPTION_METRICS:
-            require(bool(self.inception), "inception", self.inception, f"metric {self.metric} needs it")
-            needs_reference = self.metric not in WITHOUT_REFERENCE
-            require(
-                bool(self.reference) or not needs_reference,
-                "reference",
-                self.reference,
-                f"metric {self.metric} needs it",
-            )
+        if self.eval_every and self.scored.network:
+            needs_it = f"metric {self.metric} needs it"
+            require(bool(self.inception), "inception", self.inception, needs_it)
+            require(bool(self.reference) or not self.scored.reference, "reference", self.reference, needs_it)
+
+    @property
+    def scored(self) -> Metric:
+        """The entry of `metric`."""
+        return metrics()[self.metric]
+
+    @property
+    def needs_inception(self) -> bool:
+        """Whether `metric` is of Inception's features."""
+        return self.scored.network == "inception"

@@ -29,7 +29,7 @@ from causalfusion_jax.config.training import (
 )
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, static_steps
-from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.tokenizers import TextConfig, make_tokenizer
 from causalfusion_jax.models.config import Architecture, TransformerConfig
 

@@ -1,1 +1,1 @@
-"""Parts: image sources and the Grain input pipeline."""
+"""Data sources, their registry, and the Grain input pipeline."""

@@ -1,4 +1,4 @@
-"""Records of ArrayRecord files, and which errors of reading them are the system's."""
+"""Records of ArrayRecord files; errors of the system are distinguished from damaged records."""
 
 import errno
 import os
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from causalfusion_jax.common import files
 
 _FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]*)")
-"""How Riegeli, which reads the files, reports a system call: `open() failed: Too many open files; opening ...`"""
+"""A failed system call as reported by Riegeli, which reads the files: `open() failed: Too many open files; ...`"""
 
 
 def read_record(records: Sequence[bytes], index: int) -> bytes:
     """A record as bytes.
 
     Args:
-      records: an ArrayRecordDataSource, which raises RuntimeError for everything.
-      index: which.
+      records: an ArrayRecordDataSource, which raises RuntimeError for all errors.
+      index: index of the record.
 
     Raises:
       OSError: the system could not read it.

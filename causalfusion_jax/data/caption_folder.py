@@ -7,7 +7,9 @@ import numpy as np
 
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require
-from causalfusion_jax.data.sources import ImageFormat, Listing, center_crop
+from causalfusion_jax.data.image_files import ImageFormat, center_crop
+from causalfusion_jax.data.records import Listing
+from causalfusion_jax.data.source import SourceKind, require_path
 
 CAPTIONS = "captions.jsonl"
 
@@ -18,9 +20,9 @@ def read_captions(root: pathlib.Path, field: str) -> list[tuple[str, tuple[str, 
     `caption` is a text, or a list of several.
 
     Raises:
-      InputError: no such file, or a line that is none of these; `field` names the option.
+      InputError: no such file, or a line of another kind; `field` names the option.
     """
-    path, found = root / CAPTIONS, []
+    path, records = root / CAPTIONS, []
     require(path.is_file(), field, str(path), 'no such file; each line of it is {"file_name": ..., "caption": ...}')
     for number, line in enumerate(files.read_lines(field, path), 1):
         try:
@@ -31,18 +33,18 @@ def read_captions(root: pathlib.Path, field: str) -> list[tuple[str, tuple[str, 
                 field, str(path), f'line {number} must be {{"file_name": ..., "caption": ...}}, not {line[:80]}'
             ) from None
         captions = tuple(captions) if isinstance(captions, list) else (captions,)
-        texts = bool(captions) and all(isinstance(caption, str) and caption for caption in captions)
-        require(texts, field, str(path), f"line {number}: {name} has no caption")
-        found.append((name, captions))
-    require(bool(found), field, str(path), "is empty")
-    return found
+        are_texts = bool(captions) and all(isinstance(caption, str) and caption for caption in captions)
+        require(are_texts, field, str(path), f"line {number}: {name} has no caption")
+        records.append((name, captions))
+    require(bool(records), field, str(path), "is empty")
+    return records
 
 
 def load_image(path: pathlib.Path, shape: tuple[int, int, int], field: str) -> np.ndarray:
     """An image file as float32 [height, width, channels] in [-1, 1].
 
-    Square models take any image, scaled and cropped at the centre as in training; others one of
-    just their size.
+    For square models any image is scaled and cropped at the centre as in training; for others it
+    must be of their size.
 
     Raises:
       CorruptRecord: it cannot be decoded.
@@ -67,11 +69,11 @@ class CaptionFolderSource:
     Args:
       root: the folder.
       shape: height, width and channels.
-      captions: examples hold "caption" too, the first where there are several, a random one in
+      captions: examples have "caption" too: the first if there are several, a random one in
         `draw`.
 
     Raises:
-      InputError: captions.jsonl is missing or wrong, or an image is not there.
+      InputError: captions.jsonl is missing or wrong, or an image is missing.
     """
 
     num_classes = 1
@@ -91,7 +93,7 @@ class CaptionFolderSource:
         return self._example(index, 0)
 
     def draw(self, index: int, rng: np.random.Generator) -> dict:
-        """Example `index` with one of its captions, drawn."""
+        """The example with a random one of its captions."""
         return self._example(index, int(rng.integers(len(self.records[index][1]))))
 
     def captions_of(self, index: int) -> list[str]:
@@ -106,7 +108,18 @@ class CaptionFolderSource:
         """The image's path."""
         return str(self.root / self.records[index][0])
 
-    def _example(self, index: int, which: int) -> dict:
+    def _example(self, index: int, caption: int) -> dict:
         name, captions = self.records[index]
         example = {"image": load_image(self.root / name, self.shape, "data.path"), "label": np.int32(0)}
-        return example | {"caption": captions[which]} if self.captions else example
+        return example | {"caption": captions[caption]} if self.captions else example
+
+
+CAPTION_FOLDER = SourceKind(
+    name="caption_folder",
+    summary="images and their captions, which captions.jsonl in `path` lists",
+    open=lambda settings, captions: CaptionFolderSource(settings.path, settings.shape, captions),
+    fixed={"frames": 1, "latents": False, "num_classes": 1},
+    check=require_path,
+    needs_path=True,
+    has_captions=True,
+)

@@ -7,12 +7,12 @@ import grain
 import numpy as np
 
 from causalfusion_jax.common.errors import InputError, require
-from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.data.records import CorruptRecord
 from causalfusion_jax.data.tokenizers import TextConfig, to_slots
 
 
 def tokenize(example: dict[str, Any], config: TextConfig) -> dict[str, Any]:
-    """An example with `text`, int32 [max_tokens], in place of `caption`. Raises InputError where there is none."""
+    """An example with `text`, int32 [max_tokens], instead of `caption`. Raises InputError without a caption."""
     caption = example.get("caption")
     require(isinstance(caption, str), "caption", caption, "an example has no caption")
     others = {name: value for name, value in example.items() if name != "caption"}
@@ -25,7 +25,7 @@ def with_text(dataset: grain.MapDataset, config: TextConfig) -> grain.MapDataset
 
 
 def check_captions(source, config: TextConfig) -> None:
-    """Raises InputError where a source's first readable example has no caption that the tokenizer can read."""
+    """Raises InputError if a source's first readable example has no caption that the tokenizer can read."""
     example = _readable(source, 0)
     try:
         tokenize(example, config)
@@ -34,7 +34,7 @@ def check_captions(source, config: TextConfig) -> None:
 
 
 def example_prompts(source, config: TextConfig, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Texts and labels of `num` examples all over the source: prompts to watch training by.
+    """Texts and labels of `num` evenly spaced examples: prompts for sampling during training.
 
     Returns:
       text: int32 [num, max_tokens].
@@ -46,10 +46,10 @@ def example_prompts(source, config: TextConfig, num: int) -> tuple[np.ndarray, n
 
 
 def _readable(source, index: int) -> dict[str, Any]:
-    """Example `index`, or the next one that is not corrupt. Raises CorruptRecord where all are."""
-    for place in range(index, index + len(source)):
+    """Example `index`, or the next one that is not corrupt. Raises CorruptRecord if all are."""
+    for candidate in range(index, index + len(source)):
         try:
-            return source[place % len(source)]
+            return source[candidate % len(source)]
         except CorruptRecord as error:
             corrupt = error
     raise corrupt

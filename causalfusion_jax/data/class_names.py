@@ -1,4 +1,4 @@
-"""The class names that a run keeps: the folders that they come from may change or move after training."""
+"""The class names that a run stores, because the folders that they come from may change or move."""
 
 import json
 import pathlib
@@ -11,9 +11,9 @@ _FILE = "classes.json"
 
 
 def stored_class_names(workdir: str | pathlib.Path) -> tuple[str, ...]:
-    """The names kept in a run, class 0 first; () where it keeps none.
+    """The names stored in a run, class 0 first; () if there are none.
 
-    Raises InputError where its classes.json cannot be read.
+    Raises InputError if its classes.json cannot be read.
     """
     path = pathlib.Path(workdir) / _FILE
     if not path.exists():
@@ -32,7 +32,7 @@ def as_class_names(values: object) -> tuple[str, ...]:
 
 
 def check_class_names(workdir: str | pathlib.Path, names: Sequence[str]) -> None:
-    """Raises InputError where a run keeps other names than those of its data, which may have none."""
+    """Raises InputError if a run stores other names than those of its data; either may have none."""
     problem = names_difference(stored_class_names(workdir), names)
     require(
         problem is None,
@@ -43,16 +43,16 @@ def check_class_names(workdir: str | pathlib.Path, names: Sequence[str]) -> None
 
 
 def store_class_names(workdir: str | pathlib.Path, names: Sequence[str]) -> None:
-    """Keeps the names of a run's classes, where they have any."""
+    """Stores the names of a run's classes, if they have any."""
     if names and stored_class_names(workdir) != tuple(names):
         files.write_json(pathlib.Path(workdir) / _FILE, list(names))
 
 
 def names_difference(stored: Sequence[str], names: Sequence[str]) -> str | None:
-    """The first difference between a run's names and those of data; None where there is none, or one has no names."""
+    """The first difference between a run's names and those of data; None if equal or if one has no names."""
     if not stored or not names:
         return None
-    for label, (ours, theirs) in enumerate(zip(stored, names)):
+    for label, (ours, theirs) in enumerate(zip(stored, names, strict=False)):
         if ours != theirs:
             return f"class {label} is {ours!r} in the run and {theirs!r} in the data"
     if len(stored) != len(names):

@@ -1,4 +1,4 @@
-"""What identifies the examples of a source, so that work on some is not continued on others."""
+"""A checksum that identifies the examples of a source, so that work is not resumed with others."""
 
 import hashlib
 import json
@@ -10,18 +10,18 @@ import numpy as np
 
 from causalfusion_jax.common import files
 from causalfusion_jax.data.batches import InThreads
-from causalfusion_jax.data.sources import CorruptRecord, Listing, record_error
+from causalfusion_jax.data.records import CorruptRecord, Listing, record_error
 
 MAX_SIZES, MAX_EXAMPLES = 4096, 64
-"""The number of files, evenly spaced, whose sizes count (on a mounted bucket each is a request), and of examples,
-evenly spaced, that are compared where there is no listing; all of them where there are fewer."""
+"""Maximum number of files whose sizes are compared (on a mounted bucket each is a request), and of examples that are
+compared without a listing; both evenly spaced."""
 
 
 def fingerprint(source: Any) -> str:
-    """SHA-256 of a source's listing, the same wherever the same data lie.
+    """SHA-256 of a source's listing, independent of the folder of the data.
 
     Args:
-      source: of examples; without `listing()`, a sample of the examples themselves is compared.
+      source: the examples; without `listing()`, a sample of them is compared.
 
     Raises:
       InputError: a file cannot be read.
@@ -36,10 +36,10 @@ def _listed(listing: Listing) -> Iterable[Any]:
     """Details, the names of all files and the sizes of at most MAX_SIZES of them."""
     yield from listing.details
     yield from (path.relative_to(listing.root).as_posix() for path in listing.paths)
-    yield from InThreads(_sizes, 16)([listing.paths[i] for i in _spaced(len(listing.paths), MAX_SIZES)])
+    yield from InThreads(file_sizes, 16)([listing.paths[i] for i in _spaced(len(listing.paths), MAX_SIZES)])
 
 
-def _sizes(path: pathlib.Path) -> list:
+def file_sizes(path: pathlib.Path) -> list:
     """The size of a file, or the names and sizes of those of a folder."""
     try:
         if path.is_dir():

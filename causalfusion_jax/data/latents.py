@@ -2,8 +2,8 @@
 
 A record is the safetensors of one image: `mean` and `std`, bfloat16 [2, (frames,) height, width,
 channels], of the autoencoder's Gaussian, not scaled, upright and mirrored left to right;
-`label` int32 []; `index` int64 [], its place in the source; `caption` uint8 [bytes], all its
-captions in UTF-8, one a line, where they were encoded too.
+`label` int32 []; `index` int64 [], its index in the source; `caption` uint8 [bytes], all its
+captions in UTF-8, one a line, if they were encoded too.
 """
 
 import json
@@ -17,7 +17,9 @@ import safetensors.numpy
 
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.data.array_records import read_record
-from causalfusion_jax.data.sources import CorruptRecord, record_error
+from causalfusion_jax.data.records import CorruptRecord, record_error
+from causalfusion_jax.data.source import DataSettings, SourceKind
+from causalfusion_jax.data.tfds_source import data_set_class_names
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress"
@@ -27,7 +29,7 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 def shard_name(number: int, shards: int) -> str:
-    """File of a shard."""
+    """File name of a shard."""
     return f"latents-{number:05d}-of-{shards:05d}.array_record"
 
 
@@ -40,18 +42,18 @@ _TYPES = {"BF16": ml_dtypes.bfloat16, "I32": np.int32, "I64": np.int64, "U8": np
 
 
 def unpack(serialized: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a record. Raises ValueError or KeyError where it is none."""
+    """The arrays of a record. Raises ValueError or KeyError for other bytes."""
     try:
-        found = safetensors.deserialize(serialized)
+        arrays = safetensors.deserialize(serialized)
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from None
-    return {name: np.frombuffer(v["data"], _TYPES[v["dtype"]]).reshape(v["shape"]) for name, v in found}
+    return {name: np.frombuffer(v["data"], _TYPES[v["dtype"]]).reshape(v["shape"]) for name, v in arrays}
 
 
 def read_manifest(root: str) -> dict[str, Any]:
-    """What a folder of latents says of itself.
+    """The manifest of a folder of latents.
 
-    Raises InputError where there is none, `encode` is not finished, or a shard is missing.
+    Raises InputError if there is none, `encode` is not finished, or a shard is missing.
     """
     folder = pathlib.Path(root)
     require(
@@ -82,16 +84,16 @@ def read_manifest(root: str) -> dict[str, Any]:
 class LatentsSource:
     """Encoded images (or videos), latents times the autoencoder's scaling factor.
 
-    By index, the mean of the upright image; `draw` takes a sample of the Gaussian.
+    By index, the mean of the upright image; `draw` samples from the Gaussian.
 
     Args:
       root: folder that `encode` has written.
-      shape: of one example, [(frames,) height, width, channels].
-      num_classes: what the config says.
-      captions: give "caption" too: the first by index, a random one in `draw`.
+      shape: shape of one example, [(frames,) height, width, channels].
+      num_classes: that of the config.
+      captions: examples have "caption" too: the first by index, a random one in `draw`.
 
     Raises:
-      InputError: they are not there, not finished, or of another shape or other classes.
+      InputError: they are missing, not finished, or of another shape or number of classes.
     """
 
     def __init__(self, root: str, shape: tuple[int, ...], num_classes: int, captions: bool = False):
@@ -99,8 +101,10 @@ class LatentsSource:
 
         self.root, self.captions = root, captions
         self.manifest = read_manifest(root)
-        found = tuple(self.manifest["shape"])
-        require(found == shape, "data.path", root, f"holds latents of shape {list(found)}; the config's {list(shape)}")
+        stored = tuple(self.manifest["shape"])
+        require(
+            stored == shape, "data.path", root, f"holds latents of shape {list(stored)}; the config's {list(shape)}"
+        )
         self.num_classes, self.class_names = self.manifest["num_classes"], tuple(self.manifest["class_names"])
         require(
             self.num_classes == num_classes, "data.num_classes", num_classes, f"{root} has {self.num_classes} classes"
@@ -118,7 +122,7 @@ class LatentsSource:
         return len(self._records)
 
     def name(self, index: int) -> str:
-        """File of a record, and its place there."""
+        """File of a record, and its index there."""
         for file, records in self._names:
             if index < records:
                 return f"{pathlib.Path(self.root) / file}[{index}]"
@@ -126,7 +130,7 @@ class LatentsSource:
         raise IndexError(index)
 
     def record(self, index: int) -> dict[str, np.ndarray]:
-        """All that is kept of an image. Raises CorruptRecord, or InputError for an I/O error."""
+        """All stored arrays of an image. Raises CorruptRecord, or InputError for an I/O error."""
         try:
             record = unpack(read_record(self._records, index))
             stored = record["mean"].shape[1:]
@@ -141,12 +145,12 @@ class LatentsSource:
         return self._example(record, record["mean"][0].astype(np.float32), 0)
 
     def draw(self, index: int, rng: np.random.Generator, mirrored: bool = False) -> dict[str, Any]:
-        """A sample of the image's Gaussian, and a random one of its captions.
+        """A sample from the image's Gaussian, and a random one of its captions.
 
         Args:
-          index: of the image.
-          rng: of the sample.
-          mirrored: of the image mirrored left to right.
+          index: index of the image.
+          rng: random generator of both.
+          mirrored: whether to sample the latents of the image mirrored left to right.
         """
         record = self.record(index)
         mean, std = (record[name][int(mirrored)].astype(np.float32) for name in ("mean", "std"))
@@ -159,3 +163,21 @@ class LatentsSource:
         if self.captions:
             example["caption"] = bytes(record["caption"]).decode().split("\n")[caption]
         return example
+
+
+def _class_names(settings: DataSettings) -> tuple[str, ...]:
+    names = tuple(read_manifest(settings.path)["class_names"]) if settings.path else ()
+    return names or data_set_class_names(settings)
+
+
+LATENTS = SourceKind(
+    name="latents",
+    summary="latents in `path`, which `encode` wrote (its --out)",
+    open=lambda settings, captions: LatentsSource(settings.path, settings.shape, settings.num_classes, captions),
+    fixed={"image_width": 0, "latents": True},
+    needs_path=True,
+    class_names=_class_names,
+    reading_threads=2,
+    has_captions=True,
+    stores_mirrored=True,
+)

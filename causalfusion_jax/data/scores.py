@@ -1,53 +1,123 @@
-"""What can be measured, which way is better, and when training does it."""
+"""Scores of samples against the training data, and the metrics that can be measured of samples."""
 
+import functools
 import math
-from collections.abc import Iterable
 
-from causalfusion_jax.common.errors import require_one_of
-from causalfusion_jax.data.pipeline import DataConfig
+import numpy as np
 
-PIXEL_METRICS_OF = {
-    "digits": ("fd", "accuracy"),
-    "digit_pairs": ("accuracy", "left", "right"),
-    "moving_digits": ("accuracy", "motion_error", "accuracy_beyond", "motion_error_beyond"),
-}
-"""What `evaluation.scores` measures against the training data, by source; of images of all others, `fd`."""
-PIXEL_METRICS = ("fd", *dict.fromkeys(name for names in PIXEL_METRICS_OF.values() for name in names if name != "fd"))
-OF_CLASSES = ("accuracy", "accuracy_beyond", "left", "right")
-"""Pixel metrics that compare an image with the class it was sampled for."""
-INCEPTION_METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
-"""Of `evaluation.inception_metrics`: they need a converted Inception."""
-METRICS = ("fd", "accuracy", "left", "right", *INCEPTION_METRICS)
-"""Those of images, which training can evaluate."""
-VIDEO_METRICS = ("fvd",)
-"""Of `evaluation.video_metrics`: they need a converted I3D."""
-WITHOUT_REFERENCE = ("inception_score",)
-OF_REFERENCE_IMAGES = ("precision", "recall", "kid")
-"""Compare images with images, where the others compare statistics."""
-SCORES = (*PIXEL_METRICS, *INCEPTION_METRICS, *VIDEO_METRICS)
-"""Everything that `evaluate` measures of samples; what else it reports (`num`, `frames`) says how."""
-HIGHER_IS_BETTER = (*OF_CLASSES, "inception_score", "precision", "recall")
-"""Of all other scores the lowest is best."""
+from causalfusion_jax.common.errors import require
+from causalfusion_jax.data.image_files import scale_pixels
+from causalfusion_jax.data.registry import SOURCES, make_source
+from causalfusion_jax.data.source import DataSettings, PixelScores
+from causalfusion_jax.metrics.distribution import frechet_distance
+from causalfusion_jax.metrics.registry import FD, FEATURE_METRICS, Metric
+
+MAX_SIDE = 16
+"""Images are averaged down to this side before their pixels are compared."""
 
 
-def pixel_metrics(data: DataConfig) -> tuple[str, ...]:
-    """What can be measured of samples against these training data, pixel by pixel; () for latents."""
-    return () if data.latents else PIXEL_METRICS_OF.get(data.source, ("fd",) if data.frames == 1 else ())
+def shrink(image: np.ndarray) -> np.ndarray:
+    """Averages [side, side, channels] down to at most MAX_SIDE pixels a side."""
+    side = image.shape[0]
+    factor = -(-side // MAX_SIDE)
+    kept = side // factor * factor
+    blocks = image[:kept, :kept].reshape(kept // factor, factor, kept // factor, factor, -1)
+    return blocks.mean(axis=(1, 3))
 
 
-def measurable(data: DataConfig) -> tuple[str, ...]:
-    """All metrics of samples of a model of these data, the one to compare models by first."""
-    return (*pixel_metrics(data), *(INCEPTION_METRICS if data.frames == 1 else VIDEO_METRICS))
+@functools.lru_cache(maxsize=1)
+def training_pixels(config: DataSettings) -> np.ndarray:
+    """All training images, shrunk, [num, height, width, channels]; cached."""
+    source = make_source(config)
+    return np.stack([shrink(source[i]["image"]) for i in range(len(source))])
+
+
+def _score_pixels(config: DataSettings, images: np.ndarray, labels: np.ndarray) -> dict:
+    """`fd` of images against all training images."""
+    real, generated = training_pixels(config), np.stack([shrink(image) for image in scale_pixels(images)])
+    distance = frechet_distance(generated.reshape(len(generated), -1), real.reshape(len(real), -1))
+    return {"fd": distance, "fd_pixels": list(real.shape[1:])}
+
+
+TRAINING_PIXELS = PixelScores((FD,), _score_pixels)
+"""Scores of images of sources that declare none."""
+
+
+def _pixel_scores(config: DataSettings) -> PixelScores | None:
+    """How samples of a model of these data are compared with the data; None for latents and most videos."""
+    if config.latents:
+        return None
+    return SOURCES[config.source].scores or (TRAINING_PIXELS if config.frames == 1 else None)
+
+
+def pixel_metrics(config: DataSettings) -> dict[str, Metric]:
+    """Metrics of samples against these training data, pixel by pixel; none for latents."""
+    scores = _pixel_scores(config)
+    return {metric.name: metric for metric in scores.metrics} if scores else {}
+
+
+def measurable(config: DataSettings) -> dict[str, Metric]:
+    """All metrics of samples of a model of these data, the default one to compare models by first."""
+    of_videos = config.frames > 1
+    of_features = {name: metric for name, metric in FEATURE_METRICS.items() if metric.of_videos == of_videos}
+    return pixel_metrics(config) | of_features
+
+
+def metrics() -> dict[str, Metric]:
+    """All metrics of samples: those of pixels, of every source, then those of features."""
+    scores = (TRAINING_PIXELS, *(kind.scores for kind in SOURCES.values() if kind.scores))
+    return {metric.name: metric for part in scores for metric in part.metrics} | FEATURE_METRICS
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a higher value of the metric is better; False for names that are not metrics."""
+    known = metrics()
+    return metric in known and known[metric].higher_is_better
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    """Whether `value` beats `best`. A value that is not a number beats nothing, and any number beats it."""
+    """Whether `value` is better than `best`. NaN is worse than any number, and not better than NaN."""
     if math.isnan(best):
         return not math.isnan(value)
-    return value > best if metric in HIGHER_IS_BETTER else value < best
+    return value > best if higher_is_better(metric) else value < best
 
 
-def check_metrics(field: str, names: Iterable[str], known: Iterable[str] = METRICS) -> None:
-    """Raises InputError for a metric that is not known; suggests the nearest."""
-    for name in names:
-        require_one_of(field, name, known)
+def score(config: DataSettings, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Scores of samples against the training data.
+
+    Args:
+      config: settings of the training data.
+      images: uint8 [num, (frames,) height, width, channels]; videos of any length.
+      labels: int [num], the class that each was sampled for; `num_classes`: none, which leaves out
+        metrics that need classes.
+
+    Returns:
+      Values of `pixel_metrics` by name, and values that say how they were measured.
+
+    Raises:
+      InputError: samples of another size, fewer than two images, or data without pixel scores;
+        nothing to measure without classes.
+    """
+    scores = _pixel_scores(config)
+    require(
+        scores is not None,
+        "--workdir",
+        config.source,
+        "was not trained on images, and only images are compared pixel by pixel",
+    )
+    shape = config.shape[-3:]
+    fits = images.shape[-3:] == shape and images.ndim == 4 + (config.frames > 1)
+    samples = "videos" if config.frames > 1 else "images"
+    require(fits, "--samples", images.shape, f"must be {samples} of {shape}, as the run's")
+    require(config.frames > 1 or len(images) >= 2, "--samples", len(images), "need at least two images")
+    values = scores.score(config, images, labels)
+    if np.any(labels == config.num_classes):
+        known = pixel_metrics(config)
+        values = {name: value for name, value in values.items() if name not in known or not known[name].needs_classes}
+        require(
+            bool(values),
+            "--samples",
+            f"class {config.num_classes}",
+            f"images of source {config.source} are scored by their classes or prompts, and these have none",
+        )
+    return values

@@ -1,7 +1,7 @@
 """Tar shards in WebDataset's layout: members KEY.jpg|png, KEY.cls (or KEY.json), KEY.txt.
 
-All shards are walked once, header by header; where every image lies is then kept in an index
-beside them, so that examples are read by offset.
+The headers of all shards are read once; the offset of every image is then kept in an index
+beside them, from which examples are read.
 """
 
 import contextlib
@@ -20,12 +20,15 @@ import numpy as np
 
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES, ImageFormat, Listing, record_error
+from causalfusion_jax.data.image_files import IMAGE_SUFFIXES, ImageFormat
+from causalfusion_jax.data.records import Listing, record_error
+from causalfusion_jax.data.source import DataSettings, SourceKind
+from causalfusion_jax.data.tfds_source import data_set_class_names
 
 INDEX = "index.npz"
 CLASSES = "classes.txt"
 MAX_IDLE_FILES = 64
-"""Shards that a process keeps open beside those being read: systems often allow 1,024 open files."""
+"""Shards that a process keeps open besides those being read: systems often allow 1,024 open files."""
 _COLUMNS = ("name", "shard", "offset", "size", "label", "caption_offset", "caption_size")
 
 
@@ -33,14 +36,14 @@ class TarSource:
     """The examples of all *.tar of a folder, in the order of their names.
 
     KEY.cls holds the label as a number; without it KEY.json's "label" does. KEY.txt holds the
-    caption. `classes.txt` in the folder, if there is one, names the classes, one a line.
+    caption. `classes.txt` in the folder, if present, names the classes, one a line.
 
     Args:
       root: the folder.
       image_size: side in pixels; images are scaled and cropped at the centre.
       channels: 1 (grey) or 3 (RGB).
       num_classes: labels are in 0..num_classes-1.
-      captions: give "caption" too.
+      captions: examples have "caption" too.
 
     Raises:
       InputError: no such folder, no shards or images in it, a broken shard, an image without
@@ -72,7 +75,7 @@ class TarSource:
         return len(self.index["label"])
 
     def listing(self) -> Listing:
-        """The shards, and names, places, sizes and labels of all their images."""
+        """The shards, and names, offsets, sizes and labels of all their images."""
         columns = {name: hashlib.sha256(column.tobytes()).hexdigest() for name, column in self.index.items()}
         return Listing(self.root, self.shards, [columns])
 
@@ -93,24 +96,24 @@ class TarSource:
         return example | {"caption": text} if self.captions else example
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard. Raises OSError, or ValueError where it ends before them."""
-        found = files.retry_io(lambda: self._files.read(shard, offset, size))
-        if len(found) != size:
-            raise ValueError(f"{len(found)} of {size} bytes")
-        return found
+        """Bytes of a shard. Raises OSError, or ValueError if it ends before them."""
+        content = files.retry_io(lambda: self._files.read(shard, offset, size))
+        if len(content) != size:
+            raise ValueError(f"{len(content)} of {size} bytes")
+        return content
 
 
 class _OpenFiles:
-    """Reads parts of many files, of which few stay open. For several threads; pickled, none is open.
+    """Reads parts of many files and keeps few of them open. Thread-safe; a pickled copy has none open.
 
     Args:
       paths: the files.
-      max_idle: files kept open that no thread is reading.
+      max_idle: files kept open while no thread reads them.
     """
 
     def __init__(self, paths: list[pathlib.Path], max_idle: int):
         self.paths, self.max_idle = paths, max_idle
-        # (number of the file, descriptor), the last one used last; one that is being read is not in it.
+        # (number of the file, descriptor), least recently used first; files being read are not in it.
         self._idle: list[tuple[int, int]] = []
         self._lock = threading.Lock()
 
@@ -122,16 +125,16 @@ class _OpenFiles:
             os.close(descriptor)
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """`size` bytes of a file from `offset` on, fewer where it ends before. Raises OSError."""
+        """`size` bytes of a file from `offset` on, fewer if it ends before. Raises OSError."""
         with self._borrowed(number) as descriptor:
             return os.pread(descriptor, size, offset)
 
     @contextlib.contextmanager
     def _borrowed(self, number: int) -> Iterator[int]:
-        """A descriptor that no other thread uses, and none closes, meanwhile."""
+        """A descriptor that no other thread uses or closes meanwhile."""
         with self._lock:
-            place = next((i for i, (kept, _) in enumerate(self._idle) if kept == number), None)
-            descriptor = None if place is None else self._idle.pop(place)[1]
+            index = next((i for i, (idle, _) in enumerate(self._idle) if idle == number), None)
+            descriptor = None if index is None else self._idle.pop(index)[1]
         if descriptor is None:
             descriptor = os.open(self.paths[number], os.O_RDONLY)
         try:
@@ -141,53 +144,53 @@ class _OpenFiles:
             raise
         with self._lock:
             self._idle.append((number, descriptor))
-            unwanted = self._idle.pop(0)[1] if len(self._idle) > self.max_idle else None
-        if unwanted is not None:
-            os.close(unwanted)
+            surplus = self._idle.pop(0)[1] if len(self._idle) > self.max_idle else None
+        if surplus is not None:
+            os.close(surplus)
 
 
 def class_names(root: pathlib.Path) -> tuple[str, ...]:
-    """What the shards' classes are called; () where nothing says so."""
+    """Names of the classes from `classes.txt`; () without one."""
     path = root / CLASSES
     return tuple(files.read_lines("data.path", path)) if path.is_file() else ()
 
 
 def _open_index(root: pathlib.Path, shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
-    """Where every image lies; built where no index of these very shards is kept."""
-    seen = json.dumps([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards])
-    kept = root / INDEX
-    index = _read_index(kept, seen)
+    """Shard, offset and label of every image; read from the stored index if it is of the same shards, else built."""
+    shards_key = json.dumps([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards])
+    path = root / INDEX
+    index = _read_index(path, shards_key)
     if index is not None:
         return index
-    rows = [row for number, path in enumerate(shards) for row in _walk(number, path)]
+    rows = [row for number, shard in enumerate(shards) for row in _walk(number, shard)]
     types = ("S", np.int32, np.int64, np.int64, np.int64, np.int64, np.int64)
     index = {
         name: np.array([row[i] for row in rows], kind)
         for i, (name, kind) in enumerate(zip(_COLUMNS, types, strict=True))
     }
-    # Where it cannot be kept (a folder that is read only, a full disk), the shards are walked each time.
+    # If it cannot be stored (a read-only folder, a full disk), the headers are read each time.
     with contextlib.suppress(OSError):
-        _keep_index(kept, seen, index)
+        _store_index(path, shards_key, index)
     return index
 
 
-def _read_index(kept: pathlib.Path, seen: str) -> dict[str, np.ndarray] | None:
-    """The index of just the shards `seen`; None where there is none, or a broken one."""
+def _read_index(path: pathlib.Path, shards_key: str) -> dict[str, np.ndarray] | None:
+    """The stored index; None if there is none, it is damaged, or it is of other shards than `shards_key`."""
     try:
-        with np.load(kept, allow_pickle=False) as stored:
-            return {name: stored[name] for name in _COLUMNS} if str(stored["shards"]) == seen else None
-    except Exception:  # a damaged zip archive raises many kinds; another index is made in any case
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in _COLUMNS} if str(stored["shards"]) == shards_key else None
+    except Exception:  # a damaged zip archive raises many kinds; a new index is made in any case
         return None
 
 
-def _keep_index(kept: pathlib.Path, seen: str, index: dict[str, np.ndarray]) -> None:
-    """Writes the index whole or not at all; several hosts may do so at once. Raises OSError."""
-    handle, part = tempfile.mkstemp(".part", f".{INDEX}.", kept.parent)
+def _store_index(path: pathlib.Path, shards_key: str, index: dict[str, np.ndarray]) -> None:
+    """Writes the index atomically; several hosts may do so at once. Raises OSError."""
+    handle, part = tempfile.mkstemp(".part", f".{INDEX}.", path.parent)
     try:
         with open(handle, "wb") as file:
-            np.savez(file, shards=seen, **index)
+            np.savez(file, shards=shards_key, **index)
         os.chmod(part, 0o644)
-        os.replace(part, kept)
+        os.replace(part, path)
     except BaseException:
         pathlib.Path(part).unlink(missing_ok=True)
         raise
@@ -203,29 +206,48 @@ def _walk(number: int, path: pathlib.Path) -> list[tuple]:
                     continue
                 folder, _, file = member.name.rpartition("/")
                 stem, _, suffix = file.partition(".")
-                found = samples.setdefault(f"{folder}/{stem}", {})
-                place = (member.offset_data, member.size)
+                sample = samples.setdefault(f"{folder}/{stem}", {})
+                extent = (member.offset_data, member.size)
                 if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    found["image"] = (member.name, *place)
+                    sample["image"] = (member.name, *extent)
                 elif suffix == "txt":
-                    found["caption"] = place
+                    sample["caption"] = extent
                 elif suffix in ("cls", "json"):
-                    found[suffix] = shard.extractfile(member).read()
+                    sample[suffix] = shard.extractfile(member).read()
     except (tarfile.TarError, OSError) as error:
         raise InputError("data.path", str(path), f"not a readable tar file ({error})") from None
     rows = []
-    for found in samples.values():
-        if "image" in found:
-            name, offset, size = found["image"]
-            rows.append((name.encode(), number, offset, size, _label(path, found), *found.get("caption", (-1, -1))))
+    for sample in samples.values():
+        if "image" in sample:
+            name, offset, size = sample["image"]
+            rows.append((name.encode(), number, offset, size, _label(path, sample), *sample.get("caption", (-1, -1))))
     return rows
 
 
-def _label(path: pathlib.Path, found: dict[str, Any]) -> int:
-    """The label of an image's neighbours; -1 where they have none."""
+def _label(path: pathlib.Path, sample: dict[str, Any]) -> int:
+    """The label in the .cls or .json of an image; -1 without one."""
     try:
-        if "cls" in found:
-            return int(found["cls"])
-        return int(json.loads(found["json"])["label"]) if "json" in found else -1
+        if "cls" in sample:
+            return int(sample["cls"])
+        return int(json.loads(sample["json"])["label"]) if "json" in sample else -1
     except (ValueError, KeyError, TypeError):
-        raise InputError("data.path", f"{path}/{found['image'][0]}", "its .cls or .json holds no label") from None
+        raise InputError("data.path", f"{path}/{sample['image'][0]}", "its .cls or .json holds no label") from None
+
+
+def _class_names(settings: DataSettings) -> tuple[str, ...]:
+    names = class_names(pathlib.Path(settings.path)) if settings.path else ()
+    return names or data_set_class_names(settings)
+
+
+TAR = SourceKind(
+    name="tar",
+    summary="tar shards in WebDataset's layout in `path`",
+    open=lambda settings, captions: TarSource(
+        settings.path, settings.image_size, settings.channels, settings.num_classes, captions
+    ),
+    fixed={"image_width": 0, "frames": 1},
+    needs_path=True,
+    class_names=_class_names,
+    has_captions=True,
+    encodable=True,
+)

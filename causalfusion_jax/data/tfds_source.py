@@ -1,7 +1,7 @@
 """Data sets prepared by TensorFlow Datasets, read from ArrayRecord without TensorFlow.
 
-Nothing is ever downloaded or prepared here: what is not on disk is an error that names the
-command which prepares it.
+Nothing is downloaded or prepared here: a data set that is not on disk is an error that names the
+command to prepare it.
 """
 
 import functools
@@ -15,30 +15,39 @@ import numpy as np
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, nearest, require
 from causalfusion_jax.data.array_records import read_record
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, Listing, record_error
+from causalfusion_jax.data.image_files import ImageFormat
+from causalfusion_jax.data.records import CorruptRecord, Listing, record_error
+from causalfusion_jax.data.source import DataSettings, SourceKind
 
 
 class Keys(NamedTuple):
-    """Which features of an example are what; nested ones as `outer/inner`, "" for none."""
+    """Names of the features of an example; nested ones as `outer/inner`, "" for none."""
 
     image: str = "image"
     label: str = "label"
     caption: str = ""
 
 
-WIRED = {
+KNOWN = {
     "imagenet2012": Keys(),
     "cifar10": Keys(),
     "ucf101": Keys(image="video"),
     "coco_captions": Keys(label="", caption="captions/text"),
 }
-"""Data sets whose features are known; others are given theirs in the config."""
+"""Features of known data sets; those of others are set in the config."""
 
 
-def keys_of(name: str, image: str = "", label: str = "", caption: str = "") -> Keys:
-    """The features of a data set: as given, else as known, else `image` and `label`."""
-    known = WIRED.get(name.partition("/")[0].partition(":")[0], Keys())
-    return Keys(image or known.image, label or known.label, caption or known.caption)
+def keys_of(settings: DataSettings) -> Keys:
+    """The features of a data set: those set, else the known ones, else `image` and `label`."""
+    known = KNOWN.get(plain_name(settings.name), Keys())
+    return Keys(
+        settings.image_key or known.image, settings.label_key or known.label, settings.caption_key or known.caption
+    )
+
+
+def plain_name(name: str) -> str:
+    """The name of a data set without config and version."""
+    return name.partition("/")[0].partition(":")[0]
 
 
 @functools.cache
@@ -49,12 +58,12 @@ def imagenet_class_names() -> tuple[str, ...]:
 
 
 def builder_info(name: str, path: str) -> Any:
-    """What is known of a prepared data set (tfds.core.DatasetInfo).
+    """The tfds.core.DatasetInfo of a prepared data set.
 
     Args:
       name: as `tfds.load` takes it: `NAME`, `NAME/CONFIG`, `NAME:VERSION`.
-      path: folder of all data sets (`data_dir`), or of this version of this one; "" is the
-        default one, TFDS_DATA_DIR or ~/tensorflow_datasets.
+      path: folder of all data sets (`data_dir`), or of this version of this one; "": the
+        default folder, TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises:
       InputError: it is not prepared there.
@@ -69,7 +78,7 @@ def _builder(name: str, path: str):
     if path and (pathlib.Path(path).expanduser() / "dataset_info.json").is_file():
         return tfds.builder_from_directory(str(pathlib.Path(path).expanduser()))
     require(bool(name), "data.name", name, "source tfds needs the data set's name, for example imagenet2012")
-    # Found by its files alone: the code of a data set would ask the network about it.
+    # From the files alone: the code of a data set would access the network.
     try:
         return read_only_builder.builder_from_files(name, data_dir=path or None)
     except registered.DatasetNotFoundError:
@@ -84,7 +93,7 @@ def _suggestion(name: str) -> str:
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
-    plain = name.partition("/")[0].partition(":")[0]
+    plain = plain_name(name)
     return "" if plain in known else nearest(plain, known)
 
 
@@ -98,42 +107,26 @@ def prepare(name: str, path: str) -> str:
 class TfdsSource:
     """A split of a prepared data set.
 
-    Of a video, `frames` frames `stride` apart: the middle ones by index, from a random first one
-    in `draw`; the last frame is repeated where the video is shorter.
+    Of a video, `frames` frames `frame_stride` apart: the middle ones by index, from a random first
+    one in `draw`; the last frame is repeated if the video is shorter. Without a label feature all
+    labels are 0.
 
     Args:
-      name, path: as of `builder_info`.
-      split: for example `train`, `train[:1%]`.
-      keys: which features are what; without a label all labels are 0.
-      image_size: side in pixels; images are scaled and cropped at the centre.
-      channels: 1 (grey) or 3 (RGB).
-      frames: 1 for images.
-      captions: give "caption" too: the first by index, a random one in `draw`.
-      stride: every so many-th frame of a video is taken.
+      settings: name, path, split, features, shape and stride of the data.
+      captions: examples have "caption" too: the first by index, a random one in `draw`.
 
     Raises:
       InputError: not prepared as ArrayRecord, no such split, or no such features.
     """
 
-    def __init__(
-        self,
-        name: str,
-        path: str,
-        split: str,
-        keys: Keys,
-        image_size: int,
-        channels: int,
-        frames: int = 1,
-        captions: bool = False,
-        stride: int = 1,
-    ):
+    def __init__(self, settings: DataSettings, captions: bool = False):
         import tensorflow_datasets as tfds
 
-        builder = _builder(name, path)
-        info = builder.info
-        self.folder, self.split, self.keys = str(builder.data_path), split, keys
-        self.format, self.captions = ImageFormat(image_size, channels), captions
-        self.frames, self.stride = frames, stride
+        builder = _builder(settings.name, settings.path)
+        info, keys, frames = builder.info, keys_of(settings), settings.frames
+        self.folder, self.split, self.keys = str(builder.data_path), settings.split, keys
+        self.format, self.captions = ImageFormat(settings.image_size, settings.channels), captions
+        self.frames, self.stride = frames, settings.frame_stride
         self.dataset = info.name
         features = _flat(info.features)
         is_image = isinstance(features.get(keys.image), tfds.features.Image if frames == 1 else tfds.features.Sequence)
@@ -161,17 +154,17 @@ class TfdsSource:
         except NotImplementedError:
             raise InputError(
                 "data.path",
-                path,
+                settings.path,
                 f"{info.name} is prepared as {info.file_format.value}, which is not random access:"
-                f" {prepare(name, '')}, with another data_dir",
+                f" {prepare(settings.name, '')}, with another data_dir",
             ) from None
         except (ValueError, KeyError) as error:
-            raise InputError("data.split", split, f"{info.name} has {', '.join(info.splits)} ({error})") from None
-        require(self._length > 0, "data.split", split, "holds no examples")
+            raise InputError("data.split", self.split, f"{info.name} has {', '.join(info.splits)} ({error})") from None
+        require(self._length > 0, "data.split", self.split, "holds no examples")
 
     @functools.cached_property
     def _records(self):
-        """Random access to serialized examples; opened anew in every process."""
+        """Random access to serialized examples; each process opens its own."""
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(self.folder)
@@ -184,7 +177,7 @@ class TfdsSource:
         return self._length
 
     def listing(self) -> Listing:
-        """The shards of the split, and which of their records it holds."""
+        """The shards of the split, and the records of each that it holds."""
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(self.folder)
@@ -193,7 +186,7 @@ class TfdsSource:
         return Listing(pathlib.Path(self.folder), [pathlib.Path(part.filename) for part in parts], details)
 
     def name(self, index: int) -> str:
-        """Data set, split and place of a record."""
+        """Data set, split and index of a record."""
         return f"{self.dataset} {self.split}[{index}]"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -210,7 +203,7 @@ class TfdsSource:
     def _example(
         self, index: int, pick: Callable[[int], int], rng: np.random.Generator | None = None
     ) -> dict[str, Any]:
-        """The example; `pick` chooses the first of so many possible frames."""
+        """The example; `pick` maps the number of possible first frames to one of them."""
         encoded, label, texts = self._parse(index)
         example = {"image": self._images(self.name(index), encoded, pick), "label": np.int32(label)}
         if self.captions:
@@ -227,7 +220,7 @@ class TfdsSource:
             encoded = list(parsed[self.keys.image].bytes_list.value)
             label = parsed[self.keys.label].int64_list.value[0] if self.keys.label else 0
             texts = [text.decode() for text in parsed[self.keys.caption].bytes_list.value] if self.captions else []
-        except Exception as error:  # of ArrayRecord's and the proto's own kinds
+        except Exception as error:  # ArrayRecord and protobuf raise kinds of their own
             raise record_error("data", name, error) from None
         if not encoded or (self.captions and not texts):
             raise CorruptRecord("data", name, "not a whole record (no image, or no caption)")
@@ -238,19 +231,31 @@ class TfdsSource:
         if self.frames == 1:
             return self.format.decode(name, io.BytesIO(encoded[0]))
         first = pick(max(len(encoded) - (self.frames - 1) * self.stride, 1))
-        chosen = np.minimum(first + self.stride * np.arange(self.frames), len(encoded) - 1)
-        return np.stack([self.format.decode(name, io.BytesIO(encoded[i])) for i in chosen])
+        indices = np.minimum(first + self.stride * np.arange(self.frames), len(encoded) - 1)
+        return np.stack([self.format.decode(name, io.BytesIO(encoded[i])) for i in indices])
+
+
+def data_set_class_names(settings: DataSettings, path: str = "") -> tuple[str, ...]:
+    """Class names of the prepared data set `settings.name` in `path` ("": the default folder); () without a name.
+
+    Raises InputError if it is not prepared there; ImageNet's names need no files.
+    """
+    if not settings.name:
+        return ()
+    if plain_name(settings.name) == "imagenet2012":
+        return imagenet_class_names()
+    return class_names_of(builder_info(settings.name, path), keys_of(settings))
 
 
 def class_names_of(info: Any, keys: Keys) -> tuple[str, ...]:
-    """The names of a data set's classes, from its info; of ImageNet, English rather than WordNet's numbers."""
+    """The names of a data set's classes, from its info; for ImageNet in English, not WordNet's numbers."""
     label = _flat(info.features).get(keys.label)
     names = tuple(getattr(label, "names", None) or ())
     return imagenet_class_names() if names[:1] == ("n01440764",) and len(names) == 1000 else names
 
 
 def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
-    """Features by the names that they have in a record: nested ones as `outer/inner`."""
+    """Features by their names in a record: nested ones as `outer/inner`."""
     flat = {}
     for name, feature in features.items():
         inner = getattr(feature, "feature", None)
@@ -261,3 +266,15 @@ def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = feature
     return flat
+
+
+TFDS = SourceKind(
+    name="tfds",
+    summary="images or videos prepared by TensorFlow Datasets in `path`, its data_dir ('': the default one)",
+    open=TfdsSource,
+    fixed={"image_width": 0},
+    own=("split", "image_key", "label_key", "caption_key", "frame_stride"),
+    class_names=lambda settings: data_set_class_names(settings, settings.path),
+    has_captions=True,
+    encodable=True,
+)

@@ -20,8 +20,10 @@ from causalfusion_jax.config.probe import ProbeConfig
 from causalfusion_jax.core import diffusion as noise_axis
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan, num_visible_clean, training_layout
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, reading_threads
-from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.pipeline import BatchIterator
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import patchify
@@ -253,7 +255,7 @@ def images_in_order(
     indices = np.arange(len(source)) if indices is None else indices
     parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     # A thread reads a whole batch here, not one example.
-    threads = min(reading_threads(data.source), 4)
+    threads = min(data.kind.reading_threads, 4)
     reads = grain.MapDataset.source(parts).map(_ReadIndices(source))
     batches = BatchIterator(reads, 0, data.workers, threads, data.max_corrupt)
     try:

@@ -20,7 +20,9 @@ from causalfusion_jax.common import distributed, files, sharding
 from causalfusion_jax.common.errors import require
 from causalfusion_jax.config.probe import FinetuneConfig, ProbeConfig
 from causalfusion_jax.config.training import OptimizerConfig
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, host_batches, reading_threads
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.evaluation.augment import cropped, mixed, shifted, smooth_one_hot
 from causalfusion_jax.evaluation.features import (
     Reading,
@@ -328,7 +330,7 @@ class Finetuning:
             batches = host_batches(
                 self.source, self.data, self.settings.batch_size, self.settings.seed, self.share.rows
             )
-            threads = reading_threads(self.data.source)
+            threads = self.data.kind.reading_threads
             iterator = BatchIterator(batches, position, self.data.workers, threads, self.data.max_corrupt)
             try:
                 with StopSignal() as stop, jax.transfer_guard("disallow"):

@@ -1,4 +1,4 @@
-"""Images and videos to be scored, a batch at a time: of an .npz file, of a folder, of a data set."""
+"""Images and videos to score, in batches: from an .npz file, a folder or a data set."""
 
 import concurrent.futures
 import itertools
@@ -13,18 +13,18 @@ from PIL import Image
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.common.npz import NpzReader
 from causalfusion_jax.common.pictures import to_uint8
-from causalfusion_jax.data.pipeline import Source
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES
+from causalfusion_jax.data.image_files import IMAGE_SUFFIXES
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, clip_indices, read_frames
 
 
-class Images(NamedTuple):
-    """Images (or videos) that are read anew at every pass.
+class ImageSet(NamedTuple):
+    """Images (or videos) that are read again at every pass.
 
     Attributes:
-      num: how many.
-      shape: of one: ((frames,) height, width, channels).
-      batches: size -> uint8 [size, *shape] of all images in order, the last one shorter.
+      num: number of images.
+      shape: shape of one: ((frames,) height, width, channels).
+      batches: size -> uint8 [size, *shape] of all images in order, the last batch shorter.
     """
 
     num: int
@@ -32,7 +32,7 @@ class Images(NamedTuple):
     batches: Callable[[int], Iterator[np.ndarray]]
 
 
-def open_images(field: str, path: str) -> Images:
+def open_images(field: str, path: str) -> ImageSet:
     """Images of an .npz (`arr_0`), of a folder with samples.npz, or of a folder of image files.
 
     Args:
@@ -40,67 +40,67 @@ def open_images(field: str, path: str) -> Images:
       path: the file or folder.
 
     Raises:
-      InputError: it is none of these, or its images are not uint8 and of one size.
+      InputError: it is something else, or its images are not uint8 and of one size.
     """
-    place = _samples_file(field, path)
-    if place.is_dir():
-        return _folder(field, place)
-    reader = NpzReader(field, place)
+    file = _samples_file(field, path)
+    if file.is_dir():
+        return _folder(field, file)
+    reader = NpzReader(field, file)
     shape, dtype = reader.shape("arr_0")
     require(
         dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3),
         field,
-        str(place),
+        str(file),
         f"not images: arr_0 must be uint8 [num, height, width, 1 or 3]; it is {dtype} {list(shape)}"
         + (" (latents; sample with --vae=FOLDER)" if dtype.kind == "f" else ""),
     )
-    return Images(shape[0], shape[1:], lambda size: reader.batches("arr_0", size))
+    return ImageSet(shape[0], shape[1:], lambda size: reader.batches("arr_0", size))
 
 
-def open_videos(field: str, path: str, frames: int) -> Images:
+def open_videos(field: str, path: str, frames: int) -> ImageSet:
     """The first frames of videos of an .npz (`arr_0`), of a folder with samples.npz, or of a folder of clips.
 
     Args:
       field: the option that names it, for errors.
       path: the file, or the folder: video files and GIFs anywhere below it, and folders of frames.
-      frames: of a video.
+      frames: number of frames to take of each.
 
     Raises:
-      InputError: it is none of these, or its videos are too short, not uint8 or not of one size.
+      InputError: it is something else, or its videos are too short, not uint8 or not of one size.
     """
-    place = _samples_file(field, path)
-    if place.is_dir():
-        return _clips(field, place, frames)
-    reader = NpzReader(field, place)
+    file = _samples_file(field, path)
+    if file.is_dir():
+        return _clips(field, file, frames)
+    reader = NpzReader(field, file)
     shape, dtype = reader.shape("arr_0")
     require(
         dtype == np.uint8 and len(shape) == 5 and shape[-1] in (1, 3) and shape[1] >= frames,
         field,
-        str(place),
+        str(file),
         f"not videos: arr_0 must be uint8 [num, frames >= {frames}, height, width, 1 or 3]; it is {dtype} {list(shape)}"
         + (" (latents; sample with --vae=FOLDER)" if dtype.kind == "f" else ""),
     )
-    return Images(
+    return ImageSet(
         shape[0], (frames, *shape[2:]), lambda size: (batch[:, :frames] for batch in reader.batches("arr_0", size))
     )
 
 
 def _samples_file(field: str, path: str) -> pathlib.Path:
-    """The samples.npz of a folder that `sample` wrote; else what was given."""
-    place = pathlib.Path(path)
-    if not place.is_dir():
-        return place
-    if (place / "samples.npz").is_file():
-        return place / "samples.npz"
-    require(not (place / "parts").is_dir(), field, path, "is not complete; run the same `sample` command again")
-    return place
+    """The samples.npz of a folder that `sample` wrote; else `path` itself."""
+    file = pathlib.Path(path)
+    if not file.is_dir():
+        return file
+    if (file / "samples.npz").is_file():
+        return file / "samples.npz"
+    require(not (file / "parts").is_dir(), field, path, "is not complete; run the same `sample` command again")
+    return file
 
 
-def _clips(field: str, folder: pathlib.Path, frames: int) -> Images:
+def _clips(field: str, folder: pathlib.Path, frames: int) -> ImageSet:
     """All clips below a folder, by name."""
-    found = {path for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file()}
-    found |= {path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
-    paths = sorted(found)
+    clips = {path for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file()}
+    clips |= {path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
+    paths = sorted(clips)
     kinds = ", ".join(CLIP_SUFFIXES)
     require(bool(paths), field, str(folder), f"holds neither samples.npz nor clips ({kinds}, folders of frames)")
 
@@ -116,8 +116,8 @@ def _clips(field: str, folder: pathlib.Path, frames: int) -> Images:
     return _of_files(field, paths, load)
 
 
-def _of_files(field: str, paths: list[pathlib.Path], load: Callable[[pathlib.Path], np.ndarray]) -> Images:
-    """Images (or videos) of files, all of the first one's shape."""
+def _of_files(field: str, paths: list[pathlib.Path], load: Callable[[pathlib.Path], np.ndarray]) -> ImageSet:
+    """Images (or videos) of files, all of the same shape."""
     shape = load(paths[0]).shape
 
     def load_same(path: pathlib.Path) -> np.ndarray:
@@ -125,10 +125,10 @@ def _of_files(field: str, paths: list[pathlib.Path], load: Callable[[pathlib.Pat
         require(image.shape == shape, field, str(path), f"is {image.shape}, the first one {shape}; crop them alike")
         return image
 
-    return Images(len(paths), shape, lambda size: _loaded(load_same, paths, size))
+    return ImageSet(len(paths), shape, lambda size: _loaded(load_same, paths, size))
 
 
-def _folder(field: str, folder: pathlib.Path) -> Images:
+def _folder(field: str, folder: pathlib.Path) -> ImageSet:
     """All image files below a folder, by name."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     require(bool(paths), field, str(folder), f"holds neither samples.npz nor images ({', '.join(IMAGE_SUFFIXES)})")
@@ -143,11 +143,11 @@ def _folder(field: str, folder: pathlib.Path) -> Images:
     return _of_files(field, paths, load)
 
 
-def of_source(field: str, source: Source, frames: int = 1) -> Images:
-    """The images of a data set, in its order; or the first so many `frames` of its videos.
+def images_of_source(field: str, source: Source, frames: int = 1) -> ImageSet:
+    """The images of a data set, in its order; or the first `frames` frames of its videos.
 
     Raises:
-      InputError: it holds no images (or videos so long) of one or three channels.
+      InputError: it holds no images (or no videos of that length) of one or three channels.
     """
     shape = np.shape(source[0]["image"])
     if frames == 1:
@@ -170,11 +170,11 @@ def of_source(field: str, source: Source, frames: int = 1) -> Images:
         image = source[index]["image"]
         return to_uint8(image if frames == 1 else image[:frames])
 
-    return Images(len(source), shape, lambda size: _loaded(load, range(len(source)), size))
+    return ImageSet(len(source), shape, lambda size: _loaded(load, range(len(source)), size))
 
 
 def _loaded(load: Callable, items, size: int) -> Iterator[np.ndarray]:
-    """`load` of every item in batches, decoded by several threads, one batch ahead."""
+    """`load` of every item, in batches; several threads decode one batch ahead."""
     items = iter(items)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         start = lambda: [pool.submit(load, item) for item in itertools.islice(items, size)]

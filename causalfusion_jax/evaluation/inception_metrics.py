@@ -1,16 +1,16 @@
-"""FID and its kin in one pass over the images, in the convention of ADM (arXiv 2105.05233).
+"""Metrics of Inception's features in one pass over the images, in ADM's convention (arXiv 2105.05233).
 
-Images are uint8. FID and sFID compare means and covariances of Inception's pooled and
-spatial features, the Inception Score is of parts of 5,000, precision and recall (k = 3) and
-KID compare the features of single images, which are the one thing that is kept of them.
-Reference statistics are an .npz of ADM's layout: `mu`, `sigma`, `mu_s`, `sigma_s` of all
-images, and `arr_0`, some of the images, for what compares single ones.
+Images are uint8. The metrics are declared in `metrics.registry`; of the features only the
+summaries that they name are kept. Reference statistics are an .npz in ADM's layout: `mu`,
+`sigma`, `mu_s`, `sigma_s` of all images, and `arr_0`, some of the images, for metrics that
+compare single images.
 """
 
 import collections
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,49 +18,51 @@ import numpy as np
 from causalfusion_jax.common import distributed, sharding
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.common.npz import NpzReader, NpzWriter
-from causalfusion_jax.data.scores import OF_REFERENCE_IMAGES, WITHOUT_REFERENCE
-from causalfusion_jax.evaluation.images import Images
-from causalfusion_jax.metrics.distribution import (
-    FeatureStatistics,
-    InceptionScore,
-    frechet_from_statistics,
-    kernel_inception_distance,
-    precision_recall,
+from causalfusion_jax.evaluation.images import ImageSet
+from causalfusion_jax.metrics.registry import (
+    FEATURE_METRICS,
+    I3D_STATISTICS,
+    POOLED_STATISTICS,
+    SPATIAL_STATISTICS,
+    Accumulator,
+    Summary,
 )
-from causalfusion_jax.models import i3d
-from causalfusion_jax.models.inception import SPATIAL_CHANNELS, abstract_inception, inception_features
+from causalfusion_jax.models.inception import abstract_inception, inception_features
 from causalfusion_jax.models.store import open_converted
 
-NUM_PUBLISHED = 50_000
-"""Images that published values are of."""
 NUM_REFERENCE_IMAGES = 10_000
-"""Images that ADM's references hold."""
-NUM_NEIGHBORS = 3
+"""Images in ADM's references."""
 BATCH_SIZE = 64
-KID_SUBSET_SIZE = 1000
-POOLED, SPATIAL, LOGITS, I3D_LOGITS = "2048", "spatial", "logits_unbiased", "i3d_logits"
-STATISTICS = {POOLED: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s"), I3D_LOGITS: ("mu_i3d", "sigma_i3d")}
-"""Names of mean and covariance in ADM's layout (of I3D in our own), by feature."""
-FRECHET = {"fid": POOLED, "sfid": SPATIAL, "fvd": I3D_LOGITS}
-"""The feature whose Fréchet distance a metric is."""
-DIMS = {POOLED: int(POOLED), SPATIAL: SPATIAL_CHANNELS * 17 * 17, I3D_LOGITS: i3d.LOGITS}
+STATISTICS = {
+    POOLED_STATISTICS: ("mu", "sigma"),
+    SPATIAL_STATISTICS: ("mu_s", "sigma_s"),
+    I3D_STATISTICS: ("mu_i3d", "sigma_i3d"),
+}
+"""Names of mean and covariance in ADM's layout (those of I3D are our own)."""
 
 Features = dict[str, np.ndarray]
 
 
-class Network:
-    """A converted network whose features are compared, whole on every device, which share a batch.
+class Moments(NamedTuple):
+    """Mean [dim] and covariance [dim, dim] of a feature, float64."""
 
-    Of several processes, each computes features of images of its own, on its own devices.
+    mean: np.ndarray
+    cov: np.ndarray
+
+
+class Network:
+    """A converted network whose features are compared: replicated on the devices, which share a batch.
+
+    Each of several processes computes features of its own images, on its own devices.
 
     Args:
       field: the option that names the folder, for errors.
-      folder: of kind KIND.
-      devices: those of them that are this process's are used; default: all.
+      folder: a converted checkpoint of kind KIND.
+      devices: the devices; those of other processes are ignored; default: all.
       batch_size: images (or videos) at a time; rounded up to a multiple of the devices.
 
     Raises:
-      InputError: it is not one.
+      InputError: the folder holds no such checkpoint.
     """
 
     KIND: str
@@ -82,11 +84,11 @@ class Network:
         raise NotImplementedError
 
     def features(self, batches: Callable[[int], Iterator[np.ndarray]], names: Iterable[str]) -> Iterator[Features]:
-        """Features of all images, batch by batch; the device computes one batch ahead.
+        """Features of all images, in batches; the device computes one batch ahead.
 
         Args:
-          batches: size -> uint8 [size, (frames,) height, width, 1 or 3], as of `Images`.
-          names: of the features wanted.
+          batches: size -> uint8 [size, (frames,) height, width, 1 or 3], as of `ImageSet`.
+          names: names of the features to return.
         """
         ahead = None
         for images in batches(self._batch_size):
@@ -102,11 +104,11 @@ class Network:
         return self.features(lambda n: (images[i : i + n] for i in range(0, len(images), n)), names)
 
     def _start(self, images: np.ndarray, names: Iterable[str]):
-        # Filled up, so that one program serves all batches.
+        # The last batch is padded, so that one program serves all.
         filled = np.zeros((self._batch_size, *images.shape[1:-1], 3), np.uint8)
         filled[: len(images)] = images
-        found = self._devices.run(self._compute, filled)
-        return [{name: part[name] for name in names} for part in found], len(images)
+        by_device = self._devices.run(self._compute, filled)
+        return [{name: part[name] for name in names} for part in by_device], len(images)
 
     @staticmethod
     def _fetch(features, num: int) -> Features:
@@ -126,45 +128,38 @@ class Inception(Network):
 
 
 class Collected:
-    """What is kept of the features of images that are seen once.
+    """Summaries of the features of samples that are seen once.
 
     Args:
-      metrics: of `settings.INCEPTION_METRICS` or VIDEO_METRICS; what none of them needs is not kept.
+      metrics: names of FEATURE_METRICS; what none of them needs is not kept.
     """
 
     def __init__(self, metrics: Iterable[str]):
         self._metrics = frozenset(metrics)
         self.count = 0
-        self.statistics = {
-            name: FeatureStatistics(DIMS[name]) for metric, name in FRECHET.items() if metric in self._metrics
-        }
-        self.score = InceptionScore() if "inception_score" in self._metrics else None
-        # Image numbers, and their pooled features.
-        self._kept = [] if self._metrics & set(OF_REFERENCE_IMAGES) else None
+        # In the order of the registry, which is the same on all processes.
+        summaries = [metric.summary for name, metric in FEATURE_METRICS.items() if name in self._metrics]
+        self._parts: dict[Summary, Accumulator] = {summary: summary.make(summary.dim) for summary in summaries}
+
+    def __getitem__(self, summary: Summary) -> Accumulator:
+        return self._parts[summary]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The features that `add` must be given."""
-        wanted = set(self.statistics)
-        wanted |= {LOGITS} if self.score is not None else set()
-        wanted |= {POOLED} if self._kept is not None else set()
-        return tuple(sorted(wanted))
+        """The features that `add` needs."""
+        return tuple(sorted({summary.feature for summary in self._parts}))
 
     def add(self, features: Features, numbers: np.ndarray | None = None) -> None:
         """Adds a batch.
 
         Args:
           features: by name.
-          numbers: of the images, int [num], among all that are scored; default: they follow those seen.
+          numbers: indices of the samples among all that are scored, int [num]; default: the next ones.
         """
         num = len(next(iter(features.values())))
         numbers = self.count + np.arange(num) if numbers is None else numbers
-        for name, statistics in self.statistics.items():
-            statistics.update(features[name])
-        if self.score is not None:
-            self.score.update(features[LOGITS], numbers)
-        if self._kept is not None:
-            self._kept.append((numbers, features[POOLED]))
+        for summary, part in self._parts.items():
+            part.update(features[summary.feature], numbers)
         self.count += num
 
     def add_all(self, batches: Iterable[Features], progress: Callable[[int], None] = lambda done: None) -> "Collected":
@@ -174,19 +169,8 @@ class Collected:
             progress(self.count)
         return self
 
-    @property
-    def kept(self) -> np.ndarray:
-        """Pooled features of all images by their numbers, float32 [num, 2048]."""
-        numbers, features = self._kept_arrays()
-        return features[np.argsort(numbers, kind="stable")]
-
-    def _kept_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        empty = (np.zeros(0, int), np.zeros((0, DIMS[POOLED]), np.float32))
-        numbers, features = zip(empty, *self._kept, strict=True)
-        return np.concatenate(numbers), np.concatenate(features)
-
     def of_all_processes(self) -> "Collected":
-        """What all processes together have collected, on each of them; collective."""
+        """The summaries of all processes together, on each of them; collective."""
         if jax.process_count() == 1:
             return self
         whole = Collected(self._metrics)
@@ -196,87 +180,77 @@ class Collected:
 
     def _to_arrays(self) -> dict[str, np.ndarray]:
         arrays = {"count": np.array(self.count)}
-        for name, part in self._parts().items():
-            arrays |= {f"{name}.{key}": array for key, array in part.to_arrays().items()}
-        if self._kept is not None:
-            arrays["numbers"], arrays["kept"] = self._kept_arrays()
+        for i, part in enumerate(self._parts.values()):
+            arrays |= {f"{i}.{key}": array for key, array in part.to_arrays().items()}
         return arrays
-
-    def _parts(self) -> dict[str, FeatureStatistics | InceptionScore]:
-        return self.statistics | ({} if self.score is None else {"score": self.score})
 
     def _merge_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         self.count += int(arrays["count"])
-        for name, part in self._parts().items():
-            start = f"{name}."
+        for i, part in enumerate(self._parts.values()):
+            start = f"{i}."
             part.merge_arrays({key.removeprefix(start): arrays[key] for key in arrays if key.startswith(start)})
-        if self._kept is not None:
-            self._kept.append((arrays["numbers"], arrays["kept"]))
 
 
 class Reference:
-    """Reference statistics of an .npz in ADM's layout; what it lacks is computed of its images.
+    """Reference statistics of an .npz in ADM's layout; missing ones are computed from its images.
 
     Args:
       field: the option that names it, for errors.
       path: the file.
 
     Raises:
-      InputError: it is not one.
+      InputError: it holds neither statistics nor images.
     """
 
     def __init__(self, field: str, path: str):
         self._field, self._path = field, path
         self._reader = NpzReader(field, pathlib.Path(path))
-        self.has_images = "arr_0" in self._reader.names
-        if self.has_images:
+        self.num_images = 0
+        if "arr_0" in self._reader.names:
             shape, dtype = self._reader.shape("arr_0")
+            self.num_images = shape[0]
             require(
                 dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and shape[0] >= 2,
                 field,
                 path,
                 f"arr_0 must be uint8 images [num, height, width, 3]; it is {dtype} {list(shape)}",
             )
-        for name in (*STATISTICS[POOLED], *STATISTICS[SPATIAL]):
+        for name in (*STATISTICS[POOLED_STATISTICS], *STATISTICS[SPATIAL_STATISTICS]):
             require(
-                self.has_images or name in self._reader.names,
+                self.num_images > 0 or name in self._reader.names,
                 field,
                 path,
                 f"has neither {name} nor images (arr_0); make one with `evaluate --make_reference`",
             )
-        self._statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._features = None
+        self._parts: dict[Summary, Moments | Accumulator] = {}
 
     def supports(self, metric: str) -> bool:
         """Whether the metric can be computed with this reference."""
-        return self.has_images or metric not in OF_REFERENCE_IMAGES
+        return self.num_images > 0 or FEATURE_METRICS[metric].reference != "images"
 
-    def prepare(self, metrics: Iterable[str], inception: Inception) -> None:
-        """Reads, or computes of its images, all that the metrics need; processes share the images.
+    def check_num_images(self, least: int) -> None:
+        """Raises InputError if there are images, but fewer than `least`."""
+        require(self.num_images == 0 or self.num_images >= least, self._field, self.num_images, _at_least(least))
+
+    def prepare(self, metrics: Iterable[str], inception: Network) -> None:
+        """Reads, or computes from its images, all that the metrics need; processes share the images.
 
         Raises:
-          InputError: an array of another shape, or no images where a metric needs them.
+          InputError: an array of another shape, or no images for a metric that needs them.
         """
-        metrics = set(metrics) - set(WITHOUT_REFERENCE)
-        for metric in metrics:
-            require(self.supports(metric), self._field, self._path, f"has no images (arr_0), which {metric} needs")
-        wanted = {name for metric, name in FRECHET.items() if metric in metrics}
-        read = {name for name in wanted if set(STATISTICS[name]) <= set(self._reader.names)}
-        for name in read - set(self._statistics):
-            self._statistics[name] = read_statistics(self._reader, name)
-        missing = (wanted - set(self._statistics)) and {"fid", "sfid"}
-        keep = set(OF_REFERENCE_IMAGES) & metrics if self._features is None else set()
-        if not missing and not keep:
-            return
-        collected = self._collect(missing | keep, inception)
-        for name in wanted - set(self._statistics):
-            statistics = collected.statistics[name]
-            self._statistics[name] = (statistics.mean, statistics.cov)
-        if keep:
-            self._features = collected.kept
+        needed = {name: FEATURE_METRICS[name] for name in metrics if FEATURE_METRICS[name].reference}
+        for name in needed:
+            require(self.supports(name), self._field, self._path, f"has no images (arr_0), which {name} needs")
+        for summary in {metric.summary for metric in needed.values()} & set(STATISTICS) - set(self._parts):
+            if set(STATISTICS[summary]) <= set(self._reader.names):
+                self._parts[summary] = read_moments(self._reader, summary)
+        missing = {name: metric.summary for name, metric in needed.items() if metric.summary not in self._parts}
+        if missing:
+            collected = self._collect(missing, inception)
+            self._parts |= {summary: collected[summary] for summary in missing.values()}
 
-    def _collect(self, metrics: set[str], inception: Inception) -> Collected:
-        """What the metrics need of its images; the processes read them in turn, batch by batch."""
+    def _collect(self, metrics: Iterable[str], inception: Network) -> Collected:
+        """Summaries of its images; the processes read the batches in turn."""
         collected, numbers = Collected(metrics), collections.deque()
 
         def batches(size):
@@ -291,81 +265,82 @@ class Reference:
             collected.add(features, numbers.popleft())
         return collected.of_all_processes()
 
-    def statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and covariance of a feature, once prepared."""
-        return self._statistics[name]
-
-    @property
-    def features(self) -> np.ndarray:
-        """Pooled features of its images, once prepared."""
-        return self._features
+    def __getitem__(self, summary: Summary) -> Moments | Accumulator:
+        """The prepared summary of the reference; of statistics, at least `mean` and `cov`."""
+        return self._parts[summary]
 
 
-def read_statistics(reader: NpzReader, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of a feature, as an .npz keeps them. Raises InputError for arrays of another shape."""
-    mean, cov = (np.asarray(reader.array(part), np.float64) for part in STATISTICS[name])
-    dim = DIMS[name]
-    for part, array, shape in zip(STATISTICS[name], (mean, cov), ((dim,), (dim, dim)), strict=True):
+def read_moments(reader: NpzReader, summary: Summary) -> Moments:
+    """Mean and covariance of a feature in an .npz. Raises InputError for arrays of another shape."""
+    arrays = [np.asarray(reader.array(name), np.float64) for name in STATISTICS[summary]]
+    for name, array, shape in zip(STATISTICS[summary], arrays, ((summary.dim,), (summary.dim,) * 2), strict=True):
         require(
             array.shape == shape and bool(np.isfinite(array).all()),
             reader.field,
             str(reader.path),
-            f"{part} must be finite {list(shape)}; it is {list(array.shape)}",
+            f"{name} must be finite {list(shape)}; it is {list(array.shape)}",
         )
-    return mean, cov
+    return Moments(*arrays)
 
 
-def compute(metrics: Iterable[str], collected: Collected, reference: Reference | None) -> dict[str, float]:
-    """The metrics of what was collected.
+def write_moments(writer: NpzWriter, summary: Summary, moments: Moments | Accumulator) -> None:
+    """Writes mean and covariance of a feature, for `read_moments`."""
+    for name, array in zip(STATISTICS[summary], (moments.mean, moments.cov), strict=True):
+        writer.array(name, array)
+
+
+def compute(metrics: Iterable[str], collected: Collected, reference: Any) -> dict[str, float]:
+    """The metrics of the samples.
 
     Args:
-      metrics: of `settings.INCEPTION_METRICS`, as given to `collected`.
-      collected: of the images scored.
-      reference: prepared; None where no metric needs one.
+      metrics: names of FEATURE_METRICS, as given to `collected`.
+      collected: summaries of the samples.
+      reference: a prepared Reference or VideoReference; None if no metric needs one.
 
     Returns:
-      Every metric, and `inception_score_std`, `kid_std`, `kid_subset_size` beside theirs.
+      Every metric, and `inception_score_std`, `kid_std`, `kid_subset_size` with theirs.
     """
-    metrics, scores = set(metrics), {}
-    for metric, name in FRECHET.items():
-        if metric in metrics:
-            ours = collected.statistics[name]
-            scores[metric] = frechet_from_statistics(ours.mean, ours.cov, *reference.statistics(name))
-    if "inception_score" in metrics:
-        scores["inception_score"], scores["inception_score_std"] = collected.score.result()
-    if metrics & {"precision", "recall"}:
-        found = precision_recall(reference.features, collected.kept, NUM_NEIGHBORS)
-        scores |= {name: found[name] for name in ("precision", "recall") if name in metrics}
-    if "kid" in metrics:
-        size = min(KID_SUBSET_SIZE, collected.count, len(reference.features))
-        mean, std = kernel_inception_distance(collected.kept, reference.features, subset_size=size)
-        scores |= {"kid": mean, "kid_std": std, "kid_subset_size": size}
-    return scores
+    wanted, values = set(metrics), {}
+    for name, metric in FEATURE_METRICS.items():
+        if name in wanted and name not in values:  # precision and recall come together
+            real = reference[metric.summary] if metric.reference else None
+            values |= metric.compute(collected[metric.summary], real)
+    return {name: value for name, value in values.items() if name in wanted or name not in FEATURE_METRICS}
+
+
+def _at_least(num: int) -> str:
+    return f"need at least {num} images"
 
 
 def check_counts(field: str, metrics: Iterable[str], num: int, reference: Reference | None) -> None:
-    """Raises InputError where there are too few images for a metric."""
-    least = NUM_NEIGHBORS + 1 if {"precision", "recall"} & set(metrics) else 2
-    require(num >= least, field, num, f"need at least {least} images")
-    if reference is not None and reference.has_images and {"precision", "recall"} & set(metrics):
-        count = reference._reader.shape("arr_0")[0][0]
-        require(count >= least, reference._field, count, f"need at least {least} images")
+    """Raises InputError if there are too few images, or reference images, for a metric."""
+    known = [FEATURE_METRICS[name] for name in metrics]
+    least = max((metric.min_samples for metric in known), default=2)
+    require(num >= least, field, num, _at_least(least))
+    if reference is not None and any(metric.reference == "images" for metric in known):
+        reference.check_num_images(least)
 
 
 def bias_warning(metrics: Iterable[str], num: int) -> str | None:
-    """What is to be said of the metrics of few images; None where there are enough."""
-    biased = [name for name in ("fid", "sfid", "inception_score", "precision", "recall") if name in set(metrics)]
-    if num >= NUM_PUBLISHED or not biased:
+    """The warning for metrics of few samples; None if there are enough."""
+    wanted = set(metrics)
+    biased = [m for name, m in FEATURE_METRICS.items() if name in wanted and num < m.published_samples]
+    if not biased:
         return None
-    singular = "; their covariance is singular" if num <= int(POOLED) and {"fid", "sfid"} & set(biased) else ""
+    distances = [metric for metric in biased if metric.reference == "statistics"]
+    upwards = f" ({' and '.join(metric.name for metric in distances)} upwards)" if distances else ""
+    upwards = " upwards" if len(distances) == len(biased) else upwards
+    singular = "; their covariance is singular" if any(num <= m.summary.dim for m in distances) else ""
+    samples = "videos" if any(metric.of_videos for metric in biased) else "images"
     return (
-        f"{', '.join(biased)} of {num:,} images {'is' if len(biased) == 1 else 'are'} biased (fid and sfid upwards)"
-        f"{singular}: published values are of {NUM_PUBLISHED:,}"
+        f"{', '.join(metric.name for metric in biased)} of {num:,} {samples}"
+        f" {'is' if len(biased) == 1 else 'are'} biased{upwards}{singular}: published values are of"
+        f" {max(metric.published_samples for metric in biased):,} or more"
     )
 
 
 def make_reference(
-    images: Images,
+    images: ImageSet,
     inception: Inception,
     path: pathlib.Path,
     num_images: int = NUM_REFERENCE_IMAGES,
@@ -375,11 +350,11 @@ def make_reference(
     """Writes reference statistics in ADM's layout, in one pass.
 
     Args:
-      images: all images that the statistics are of; grey ones are stored as RGB.
+      images: the images; grey ones are stored as RGB.
       inception: the network.
       path: the .npz to write.
-      num_images: images kept in it, drawn without replacement; fewer where there are fewer.
-      seed: of the drawing.
+      num_images: number of images stored in it, drawn without replacement; at most all.
+      seed: seed of the drawing.
       progress: called with the number of images done.
 
     Raises:
@@ -388,21 +363,20 @@ def make_reference(
     if images.num < 2:
         raise InputError("--samples", images.num, "need at least two images")
     num_images = min(num_images, images.num)
-    chosen = np.zeros(images.num, bool)
-    chosen[np.random.default_rng(seed).choice(images.num, num_images, replace=False)] = True
+    stored = np.zeros(images.num, bool)
+    stored[np.random.default_rng(seed).choice(images.num, num_images, replace=False)] = True
     collected = Collected(("fid", "sfid"))
     with NpzWriter(path) as writer:
         with writer.rows("arr_0", (num_images, *images.shape[:2], 3), np.uint8) as write:
 
-            def kept(size):
+            def batches(size):
                 start = 0
                 for batch in images.batches(size):
-                    part = batch[chosen[start : start + len(batch)]]
+                    part = batch[stored[start : start + len(batch)]]
                     write(np.broadcast_to(part, (*part.shape[:3], 3)))
                     start += len(batch)
                     yield batch
 
-            collected.add_all(inception.features(kept, collected.names), progress)
-        for name, statistics in collected.statistics.items():
-            for part, array in zip(STATISTICS[name], (statistics.mean, statistics.cov), strict=True):
-                writer.array(part, array)
+            collected.add_all(inception.features(batches, collected.names), progress)
+        for summary in (POOLED_STATISTICS, SPATIAL_STATISTICS):
+            write_moments(writer, summary, collected[summary])

@@ -1,4 +1,4 @@
-"""Evaluation during training: images from the averaged weights on the run's devices, scored."""
+"""Evaluation during training: scores of images sampled from the averaged weights on the run's devices."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -10,31 +10,33 @@ from jax.sharding import Mesh
 from causalfusion_jax.common import distributed
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.config.experiment import ExperimentConfig
-from causalfusion_jax.data.pipeline import Source
-from causalfusion_jax.data.scores import INCEPTION_METRICS, OF_CLASSES, WITHOUT_REFERENCE, pixel_metrics
-from causalfusion_jax.evaluation import inception_metrics, scores
+from causalfusion_jax.data import scores
+from causalfusion_jax.data.source import Source
+from causalfusion_jax.evaluation import inception_metrics
+from causalfusion_jax.metrics.registry import FEATURE_METRICS
 from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images, image_shares
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
 def check_evaluation(config: ExperimentConfig) -> None:
-    """Raises InputError where `config.evaluation` makes no sense for the data; reads no file."""
+    """Raises InputError if `config.evaluation` does not fit the data; reads no file."""
     evaluation, data = config.evaluation, config.data
     require(data.frames == 1, "config.evaluation.eval_every", evaluation.eval_every, "must be 0 for videos")
     require(
         bool(evaluation.vae) or not data.latents,
         "config.evaluation.vae",
         evaluation.vae,
-        "a model of latents is evaluated on the images that an autoencoder makes of them",
+        "a model of latents is evaluated on images, which its autoencoder decodes",
     )
-    if evaluation.metric in INCEPTION_METRICS:
+    if evaluation.needs_inception:
         return
+    of_inception = [name for name, metric in FEATURE_METRICS.items() if metric.network == "inception"]
     require(
         not data.latents,
         "config.evaluation.metric",
         evaluation.metric,
-        f"compares pixels with those trained on; for latents give {' or '.join(INCEPTION_METRICS)}",
+        f"compares pixels with those trained on; for latents give {' or '.join(of_inception)}",
     )
     known = _pixel_metrics(config)
     require(
@@ -47,23 +49,23 @@ def check_evaluation(config: ExperimentConfig) -> None:
 
 
 def _pixel_metrics(config: ExperimentConfig) -> tuple[str, ...]:
-    """Those of the source; without any of classes where samples are of no class in particular."""
-    of_classes = config.knows_classes or config.text.is_on
-    return tuple(name for name in pixel_metrics(config.data) if of_classes or name not in OF_CLASSES)
+    """Those of the source; without those that need classes if samples are unconditional."""
+    conditional = config.knows_classes or config.text.is_on
+    known = scores.pixel_metrics(config.data)
+    return tuple(name for name, metric in known.items() if conditional or not metric.needs_classes)
 
 
 class Evaluator:
-    """Samples and scores, the same images at every call.
+    """Samples and scores images, with the same noise and conditions at every call.
 
     Args:
       config: all settings of the run.
-      mesh: its devices, which each hold the averaged weights whole while they sample, and
-        share every batch. Each process scores what its own devices made.
-      source: the training data, for the prompts of a model of text; default: opened here.
+      mesh: its devices; the averaged weights are replicated on them while they sample, and they
+        share every batch. Each process scores the images of its own devices.
+      source: the training data, for the prompts of a text-conditioned model; default: opened here.
 
     Raises:
-      InputError: the settings do not fit, or a folder or file that they name is not what
-        it must be.
+      InputError: the settings do not fit, or a folder or file that they name is missing or wrong.
     """
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh, source: Source | None = None):
@@ -73,13 +75,13 @@ class Evaluator:
         self._inception = self._reference = self._decode = None
         if evaluation.vae:
             self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode
-        if evaluation.metric in INCEPTION_METRICS:
+        if evaluation.needs_inception:
             self._open_inception()
         self._conditions = make_conditions(config, evaluation.num_images, source)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
-        if metric not in WITHOUT_REFERENCE:
+        if evaluation.scored.reference:
             self._reference = inception_metrics.Reference("config.evaluation.reference", evaluation.reference)
         try:
             inception_metrics.check_counts("num_images", [metric], evaluation.num_images, self._reference)
@@ -96,29 +98,29 @@ class Evaluator:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes values comparable, as plain values."""
+        """The settings that comparable values share, as plain values."""
         evaluation, sampling = self._config.evaluation, self._config.sampling
         names = ("metric", "num_images", "inception", "reference", "vae")
         return {name: getattr(evaluation, name) for name in names} | {"sampling": repr(sampling)}
 
     def __call__(self, ema, between_batches: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Scores of the averaged weights, which lie as training has them; collective.
+        """Scores of the averaged weights; collective.
 
         Args:
-          ema: the weights.
+          ema: the weights, sharded as in training.
           between_batches: called after each batch of samples, on all processes; may raise to end the evaluation.
         """
         config, evaluation = self._config, self._config.evaluation
         labels, text, _ = self._conditions
         sampled = (config, config.sampling, ema, labels, config.train.seed, evaluation.sample_batch_size)
-        how = {"decode": self._decode, "text": text}
+        inputs = {"decode": self._decode, "text": text}
         if self._inception is None:
-            images = generate_images(*sampled, progress=lambda done: between_batches(), **how)
+            images = generate_images(*sampled, progress=lambda done: between_batches(), **inputs)
             return distributed.on_primary(lambda: self._pixel_scores(images))
         collected, numbers = inception_metrics.Collected([evaluation.metric]), collections.deque()
 
         def shares() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for share in image_shares(*sampled, **how):
+            for share in image_shares(*sampled, **inputs):
                 between_batches()
                 yield share
 
@@ -133,9 +135,9 @@ class Evaluator:
         return distributed.on_primary(lambda: self._inception_score(whole))
 
     def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
-        found = scores.score(self._config.data, images, self._conditions.classes)
+        values = scores.score(self._config.data, images, self._conditions.classes)
         known = _pixel_metrics(self._config)
-        return {name: value for name, value in found.items() if name in known}
+        return {name: value for name, value in values.items() if name in known}
 
     def _inception_score(self, collected: inception_metrics.Collected) -> dict[str, float]:
         metric = self._config.evaluation.metric
@@ -143,7 +145,7 @@ class Evaluator:
 
 
 def _in_batches(parts: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Image numbers and images, of parts of any size, `size` at a time and the last ones fewer."""
+    """Image numbers and images, regrouped from parts of any size to batches of `size`, the last one smaller."""
     numbers, images = [], []
     for part in parts:
         numbers, images = [*numbers, part[0]], [*images, part[1]]

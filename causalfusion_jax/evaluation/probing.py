@@ -18,7 +18,7 @@ from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.probe import PROBES
 from causalfusion_jax.config.workdir import EXECUTION
 from causalfusion_jax.data.class_names import names_difference
-from causalfusion_jax.data.pipeline import DataConfig
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.evaluation.understanding import Study, combined
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.sampling.trained import Trained, WeightsChoice

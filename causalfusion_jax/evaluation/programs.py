@@ -23,9 +23,9 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.config.experiment import ExperimentConfig, check_model_mesh
 from causalfusion_jax.config.slices import Listing, Program, SliceJob, devices
-from causalfusion_jax.data.scores import INCEPTION_METRICS
 from causalfusion_jax.evaluation import features, finetune, inception_metrics, periodic, probe, video_metrics
 from causalfusion_jax.metrics.distribution import lower_precision_recall
+from causalfusion_jax.metrics.registry import NUM_NEIGHBORS, POOLED_FEATURES
 from causalfusion_jax.models import i3d, inception
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE, AutoencoderConfig, abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
@@ -158,7 +158,7 @@ def _evaluator_networks(job: SliceJob) -> tuple[dict[str, int], list[str]]:
         decoder = {name: weights[name] for name in ("decoder", "post_quant_conv")}
         networks["decoder weights"] = device_bytes(decoder)
         networks["encoder weights"] = device_bytes(weights) - networks["decoder weights"]
-    if config.evaluation.metric in INCEPTION_METRICS:
+    if config.evaluation.needs_inception:
         networks["Inception weights"] = device_bytes(_placed(inception.abstract_inception()[1], replicated))
         if not pathlib.Path(config.evaluation.inception).exists():
             notes.append(f"config.evaluation.inception={config.evaluation.inception} is not there: Inception is known")
@@ -201,7 +201,7 @@ def _scoring(job: SliceJob, networks: dict[str, int]) -> Iterator[Program]:
     resident = resident | {"replicated weights": device_bytes(weights)}
     if evaluation.vae:
         yield Program("decoder", functools.partial(_lower_decoder, job, size), without("decoder weights"))
-    if evaluation.metric in INCEPTION_METRICS:
+    if evaluation.needs_inception:
         size = min(inception_metrics.BATCH_SIZE, evaluation.num_images)
         yield Program("Inception, resizing", functools.partial(_lower_inception, job, size, "resize"), resident)
         lower = functools.partial(_lower_inception, job, size, "features")
@@ -247,10 +247,9 @@ def _lower_inception(job: SliceJob, num: int, part: str):
 
 
 def _lower_precision_recall(job: SliceJob, part: str):
-    pooled = inception_metrics.DIMS[inception_metrics.POOLED]
     num, of_reference = job.config.evaluation.num_images, inception_metrics.NUM_REFERENCE_IMAGES
     device = devices(job.topology)[0]
-    return lower_precision_recall(of_reference, num, pooled, device, inception_metrics.NUM_NEIGHBORS)[part]
+    return lower_precision_recall(of_reference, num, POOLED_FEATURES.dim, device, NUM_NEIGHBORS)[part]
 
 
 def _lower_encoder(job: SliceJob, vae: AutoencoderConfig, pixels, settings: encoder.EncodeConfig):

@@ -13,7 +13,8 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import require
 from causalfusion_jax.config.experiment import ExperimentConfig, check_model_mesh
 from causalfusion_jax.config.probe import ProbeConfig
-from causalfusion_jax.data.pipeline import DataConfig, make_held_out_source, make_source
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.registry import make_held_out_source, make_source
 from causalfusion_jax.evaluation.features import (
     chosen,
     first_layers,

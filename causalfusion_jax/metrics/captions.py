@@ -11,22 +11,22 @@ from causalfusion_jax.common.errors import require
 
 MAX_NGRAM = 4
 SIGMA = 6.0
-"""Of the penalty on a difference in length, in words (CIDEr-D)."""
+"""Standard deviation of the penalty on a difference in length, in words (CIDEr-D)."""
 
 
 def words(caption: str) -> list[str]:
-    """Lower-case words of a caption, punctuation left out."""
+    """Lower-case words of a caption, without punctuation."""
     return re.findall(r"\w+(?:'\w+)*", caption.lower())
 
 
 def ngrams(caption: str) -> list[Counter]:
-    """How often each n-gram of words occurs, n = 1..MAX_NGRAM."""
+    """Counts of all n-grams of words, for n = 1..MAX_NGRAM."""
     tokens = words(caption)
     return [Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)) for n in range(1, MAX_NGRAM + 1)]
 
 
 def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of captions that are, letter by letter, one of their references."""
+    """Share of captions that equal one of their references."""
     _check(captions, references)
     return float(np.mean([caption in refs for caption, refs in zip(captions, references, strict=True)]))
 
@@ -34,16 +34,16 @@ def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726, equations 1 to 5), mean over the captions.
 
-    N-grams are weighted by TF-IDF, their document frequency counted over the images'
-    references; a caption's n-gram counts no more often than in the reference. Words are not
-    stemmed. As published, scores are multiplied by 10; tables often show 100 times the rest.
+    N-grams are weighted by TF-IDF, with document frequencies counted over the references of the
+    images; counts of a caption are clipped to those of the reference. Words are not stemmed. As
+    published, scores are multiplied by 10; tables often show 100 times the unscaled value.
 
     Args:
-      captions: one an image.
-      references: the references of each.
+      captions: one of each image.
+      references: the references of each image.
 
     Raises:
-      InputError: none, or an image without a reference.
+      InputError: no captions, or an image without a reference.
     """
     _check(captions, references)
     counted = [[ngrams(ref) for ref in refs] for refs in references]
@@ -68,9 +68,9 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
             penalty = math.exp(-((len(words(caption)) - len(words(ref))) ** 2) / (2 * SIGMA**2))
             for n in range(MAX_NGRAM):
                 ours, theirs = vector(counts[n], n), vector(ref_count[n], n)
-                size = norm(ours) * norm(theirs)
+                norms = norm(ours) * norm(theirs)
                 overlap = sum(min(x, theirs.get(gram, 0.0)) * theirs.get(gram, 0.0) for gram, x in ours.items())
-                total += penalty * overlap / size if size else 0.0
+                total += penalty * overlap / norms if norms else 0.0
         scores.append(10.0 * total / MAX_NGRAM / len(refs))
     return float(np.mean(scores))
 
@@ -89,4 +89,4 @@ def _check(captions, references) -> None:
     require(len(captions) > 0, "captions", len(captions), "there are none")
     require(len(references) == len(captions), "references", len(references), f"must be {len(captions)}, as captions")
     for refs in references:
-        require(len(refs) > 0, "references", refs, "every image needs a caption to compare with; one has none")
+        require(len(refs) > 0, "references", refs, "every image needs at least one reference caption")

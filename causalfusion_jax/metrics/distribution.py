@@ -1,7 +1,8 @@
 """Distances between distributions of features, with torch-fidelity's definitions.
 
 Statistics are float64 on the host. Only precision and recall, which compare every sample
-with every other, run on the device.
+with every other, run on the device. SciPy is imported by the functions that use it: commands
+that only read data do not need it.
 """
 
 import functools
@@ -9,9 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jax.sharding import SingleDeviceSharding
-from scipy.special import entr, softmax
 
 from causalfusion_jax.common.errors import require, require_number
 
@@ -28,18 +27,18 @@ def _features(name: str, features: np.ndarray, dtype=np.float64, at_least: int =
 def _pair(names: tuple[str, str], a, b, dtype=np.float64) -> tuple[np.ndarray, np.ndarray]:
     """Two sets of features of the same dimension, or InputError."""
     a, b = _features(names[0], a, dtype), _features(names[1], b, dtype)
-    require(a.shape[1] == b.shape[1], names[1], b.shape, f"must have as many dimensions as {names[0]}, {a.shape[1]}")
+    require(a.shape[1] == b.shape[1], names[1], b.shape, f"must have {a.shape[1]} dimensions, as {names[0]}")
     return a, b
 
 
 class FeatureStatistics:
     """Mean and covariance of features that arrive in batches.
 
-    Batches are merged by the means and scatter matrices of both sides, not by sums of
-    squares, which would cancel.
+    Batches are merged by their means and scatter matrices; sums of squares would lose precision
+    by cancellation.
 
     Attributes:
-      count: samples seen.
+      count: number of samples added.
       mean: float64 [dim].
     """
 
@@ -59,12 +58,12 @@ class FeatureStatistics:
         statistics._scatter = centred.T @ centred
         return statistics
 
-    def update(self, features: np.ndarray) -> None:
-        """Adds features [num, dim]."""
+    def update(self, features: np.ndarray, numbers: np.ndarray | None = None) -> None:
+        """Adds features [num, dim]; their `numbers` do not matter."""
         self.merge(FeatureStatistics.of(features))
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Adds all that `other` has seen."""
+        """Adds all samples of `other`."""
         dim = len(self.mean)
         require(len(other.mean) == dim, "features", len(other.mean), f"must have {dim} dimensions")
         count = self.count + other.count
@@ -76,11 +75,11 @@ class FeatureStatistics:
         self.count = count
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """All that was seen, for `merge_arrays`, perhaps on another process."""
+        """The whole state, for `merge_arrays`, for example on another process."""
         return {"count": np.array(self.count), "mean": self.mean, "scatter": self._scatter}
 
     def merge_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        """Adds all that other statistics had seen at `to_arrays`."""
+        """Adds the state of other statistics."""
         other = FeatureStatistics(len(arrays["mean"]))
         other.count, other.mean, other._scatter = int(arrays["count"]), arrays["mean"], arrays["scatter"]
         self.merge(other)
@@ -95,9 +94,10 @@ class FeatureStatistics:
 def frechet_from_statistics(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """Fréchet distance of two normal distributions.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2). The last trace is that
-    of the roots of the eigenvalues of F^T C_b F for any F F^T = C_a: symmetric, so that
-    singular covariances give no complex numbers, and as small as the lower rank of the two.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2). The last trace is the sum
+    of the square roots of the eigenvalues of F^T C_b F for any F F^T = C_a. That matrix is
+    symmetric, so singular covariances give no complex numbers, and its size is the lower rank
+    of the two.
 
     Args:
       mean_a, mean_b: [dim].
@@ -118,10 +118,52 @@ def frechet_from_statistics(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.nd
 
 def _root(cov: np.ndarray) -> np.ndarray:
     """F [dim, rank] with F F^T = `cov` [dim, dim], by a Cholesky decomposition with pivots."""
+    import scipy.linalg
+
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
     rows = np.empty_like(factor[:, :rank])
     rows[pivots - 1] = np.tril(factor)[:, :rank]
     return rows
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of the normal distributions fitted to two sets of features.
+
+    Args:
+      a, b: features [num, dim], at least two of each.
+    """
+    a, b = FeatureStatistics.of(a), FeatureStatistics.of(b)
+    return frechet_from_statistics(a.mean, a.cov, b.mean, b.cov)
+
+
+class KeptFeatures:
+    """All features of samples that arrive in batches.
+
+    Args:
+      dim: number of values of a feature.
+    """
+
+    def __init__(self, dim: int):
+        self._numbers, self._features = [np.zeros(0, int)], [np.zeros((0, dim), np.float32)]
+
+    def update(self, features: np.ndarray, numbers: np.ndarray) -> None:
+        """Adds features [num, dim] of the samples with these numbers, int [num]."""
+        self._numbers.append(numbers)
+        self._features.append(features)
+
+    @property
+    def features(self) -> np.ndarray:
+        """All features by the numbers of their samples, float32 [num, dim]."""
+        order = np.argsort(np.concatenate(self._numbers), kind="stable")
+        return np.concatenate(self._features)[order]
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The whole state, for `merge_arrays`, for example on another process."""
+        return {"numbers": np.concatenate(self._numbers), "features": np.concatenate(self._features)}
+
+    def merge_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Adds the state of others."""
+        self.update(arrays["features"], arrays["numbers"])
 
 
 class InceptionScore:
@@ -147,8 +189,10 @@ class InceptionScore:
 
         Args:
           values: [num, classes].
-          numbers: int [num], their places among all values; default: they follow those seen.
+          numbers: int [num], their indices among all values; default: the next ones.
         """
+        from scipy.special import entr, softmax
+
         values = _features("values", values, at_least=1)
         if self._probabilities:
             valid = bool((values >= 0).all() and (np.abs(values.sum(axis=1) - 1) < 1e-3).all())
@@ -166,13 +210,13 @@ class InceptionScore:
         self._parts[number] = (seen[0] + count, seen[1] + negentropy, seen[2] + total)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """All that was seen, for `merge_arrays` on another process."""
+        """The whole state, for `merge_arrays`, for example on another process."""
         columns = zip(*self._parts.values(), strict=True) if self._parts else ((), (), ())
         counts, negentropy, totals = map(np.array, columns)
         return {"part": np.array(list(self._parts), int), "count": counts, "negentropy": negentropy, "total": totals}
 
     def merge_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        """Adds all that another score of the same parts had seen at `to_arrays`."""
+        """Adds the state of another score with the same parts."""
         columns = (arrays[name] for name in ("part", "count", "negentropy", "total"))
         for number, count, negentropy, total in zip(*columns, strict=True):
             self._add(int(number), int(count), float(negentropy), total)
@@ -180,6 +224,8 @@ class InceptionScore:
 
     def result(self) -> tuple[float, float]:
         """Mean and standard deviation over the parts."""
+        from scipy.special import entr
+
         require(bool(self._parts), "values", 0, "need at least 1 sample")
         parts = [self._parts[number] for number in sorted(self._parts)]
         scores = [np.exp(negentropy / n + entr(total / n).sum()) for n, negentropy, total in parts]
@@ -187,7 +233,7 @@ class InceptionScore:
 
 
 def _part_of(sizes: int | list[int], numbers: np.ndarray) -> np.ndarray:
-    """The part that each value is in, by its place among all; `sizes`: as of InceptionScore."""
+    """The part of each value, by its index among all; `sizes`: as of InceptionScore."""
     return numbers // sizes if isinstance(sizes, int) else np.searchsorted(np.cumsum(sizes), numbers, side="right")
 
 
@@ -206,7 +252,7 @@ def inception_score(values: np.ndarray, splits: int = 10, *, probabilities: bool
 
 
 BLOCK = 1024
-"""Samples of one set that are compared with all of the other at once."""
+"""Samples of one set that are compared with the whole other set at once."""
 
 
 def _squared_distances(a, b):
@@ -230,7 +276,7 @@ def _covered(rows, rows_radii, features, features_radii):
 
 
 def _blocks(x: np.ndarray, block: int, fill: float):
-    """`x` in parts of `block` rows, the last one filled up, so that one program serves all."""
+    """`x` in parts of `block` rows, the last one padded with `fill`, so that one program serves all."""
     for start in range(0, len(x), block):
         part = x[start : start + block]
         yield np.concatenate([part, np.full((block - len(part), *x.shape[1:]), fill, x.dtype)])
@@ -271,7 +317,7 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3, block:
       real: [num_real, dim].
       generated: [num_generated, dim].
       k: neighbors, fewer than samples of either set.
-      block: samples of one set that are compared with all of the other at once.
+      block: samples of one set that are compared with the whole other set at once.
 
     Returns:
       `precision`, `recall` and their harmonic mean, `f_score`.
@@ -282,7 +328,7 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3, block:
     real_radii, generated_radii = _manifold(real, k, block), _manifold(generated, k, block)
     block = min(block, len(generated))
     real_on_device, real_covered, generated_covered = jnp.asarray(real), np.zeros(len(real), bool), []
-    # Rows that fill up the last block have a radius that reaches nothing.
+    # Padding rows have a negative radius, which contains nothing.
     parts = zip(_blocks(generated, block, 0.0), _blocks(generated_radii, block, -1.0), strict=True)
     for rows, radii in parts:
         rows_covered, features_covered = jax.device_get(_covered(rows, radii, real_on_device, real_radii))
@@ -301,7 +347,7 @@ def kernel_inception_distance(
 
     Args:
       a, b: [num, dim]; subsets are drawn from each as torch-fidelity draws them.
-      subsets: how many.
+      subsets: number of subsets.
       subset_size: samples in each, not more than in either set.
       seed: of the subsets.
 
@@ -320,7 +366,7 @@ def kernel_inception_distance(
 
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased estimate from as many samples of each, [num, dim]: no sample meets itself."""
+    """Unbiased estimate from the same number of samples of each, [num, dim]: without pairs of a sample with itself."""
     num = len(x)
     kernel = lambda u, v: (u @ v.T / u.shape[1] + 1.0) ** 3
     others = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))

@@ -1,10 +1,10 @@
-"""The I3D network that FVD is defined by, as a function from videos to logits.
+"""The I3D network of FVD, as a function from videos to logits.
 
 Inception-v1 with every kernel inflated along time (arXiv 1705.07750), RGB, 400 classes of
 Kinetics. The Fréchet Video Distance (arXiv 1812.01717) compares its logits, averaged over
-time. All convolutions and maximum pools are padded as TensorFlow's SAME: as little as makes
-the size out ceil(size in / stride), the odd one behind. Names of blocks and branches are those
-of pytorch-i3d. Videos are NDHWC.
+time. All convolutions and maximum pools use TensorFlow's SAME padding: output size
+ceil(input size / stride), an odd padding behind. Names of blocks and branches are those of
+pytorch-i3d. Videos are NDHWC.
 """
 
 import functools
@@ -19,12 +19,12 @@ from causalfusion_jax.models.inception_layers import PRECISION, Block, Conv, Lay
 from causalfusion_jax.models.params import Params
 
 SIDE = 224
-"""Frames are resized to this side, whatever their aspect."""
+"""Frames are resized to this side, regardless of their aspect ratio."""
 LOGITS = 400
 MIN_FRAMES = 9
-"""Fewer leave less than the two steps in time that are pooled at the end."""
+"""Fewer frames leave less than the two time steps that are pooled at the end."""
 RESIZES = ("tf1", "half_pixel")
-"""TensorFlow 1's, by which FVD was published, or PyTorch's; see `inception.resize_bilinear`."""
+"""As in TensorFlow 1, as FVD was published, or as in PyTorch; see `inception.resize_bilinear`."""
 
 
 def _pool(frames: int, side: int, strides: tuple[int, int]) -> Pool:
@@ -33,12 +33,12 @@ def _pool(frames: int, side: int, strides: tuple[int, int]) -> Pool:
 
 
 def _unit(channels: int, side: int = 1, name: str = "", stride: int = 1) -> Conv:
-    """A convolution with a cube as its kernel."""
+    """A convolution with a cubic kernel."""
     return Conv(channels, (side,) * 3, stride, "SAME", name)
 
 
 def _mixed(c0: int, c1a: int, c1b: int, c2a: int, c2b: int, c3b: int) -> Block:
-    """Branches of a 1-cube, two of a 3-cube after a 1-cube, and a pool; channels of each convolution."""
+    """A block: a 1x1x1 branch, two 3x3x3 branches after a 1x1x1, and a pool; arguments are channels."""
     return (
         ((_unit(c0, 1, "b0"),),),
         ((_unit(c1a, 1, "b1a"),), (_unit(c1b, 3, "b1b"),)),
@@ -78,11 +78,10 @@ class I3D(LayerStack):
     def __call__(self, videos: jax.Array) -> jax.Array:
         """Logits [batch, 400] of videos [batch, frames, height, width, 3] with values in [-1, 1].
 
-        Released for a height and width of 224, which end as 7 places, all averaged.
+        The released network is for a height and width of 224, which leave 7 x 7 positions, all averaged.
         """
-        for _, x in self.run(LAYERS, videos):
-            pass
-        # Two steps in time at a time: of more than two, those at the ends count half.
+        *_, (_, x) = self.run(LAYERS, videos)
+        # An average pool over two time steps: of more than two, the first and last count half.
         x = jnp.mean(x, axis=(2, 3))
         x = jnp.mean((x[:, :-1] + x[:, 1:]) / 2, axis=1)
         return jnp.dot(x, self.logits.kernel[...], precision=PRECISION) + self.logits.bias[...]
@@ -90,11 +89,11 @@ class I3D(LayerStack):
 
 @functools.cache
 def abstract_i3d() -> tuple[nnx.GraphDef, Params]:
-    """The network without its numbers.
+    """The network without values of its parameters.
 
     Returns:
       graph: to `nnx.merge(graph, params)` into an I3D.
-      shapes: parameters, batch statistics among them, as jax.ShapeDtypeStruct.
+      shapes: parameters, including batch statistics, as jax.ShapeDtypeStruct.
     """
     graph, state = nnx.split(jax.eval_shape(I3D))
     return graph, nnx.to_pure_dict(state)
@@ -111,26 +110,26 @@ def _logits(params, videos):
 
 
 def lower_resize(videos_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-    """The first program of `i3d_logits`, to be compiled, for videos of a shape and sharding."""
+    """The first program of `i3d_logits`, lowered for videos of a shape and sharding."""
     return _resize.lower(videos_uint8, SIDE, "tf1")
 
 
 def lower_logits(params: Params, videos_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-    """The second program of `i3d_logits`, to be compiled; its arguments as shapes with shardings."""
+    """The second program of `i3d_logits`, lowered; arguments as shapes with shardings."""
     resized = (*videos_uint8.shape[:2], SIDE, SIDE, videos_uint8.shape[-1])
     return _logits.lower(params, jax.ShapeDtypeStruct(resized, jnp.float32, sharding=videos_uint8.sharding))
 
 
 def i3d_logits(params: Params, videos_uint8: jax.Array, resize: str = "tf1", side: int = SIDE) -> jax.Array:
-    """What FVD compares.
+    """Logits of videos, the feature that FVD compares.
 
-    Two programs: the large one depends on batch size and frames alone, not on the frames' size.
+    Two programs: the large one depends on batch size and number of frames, not on the size of frames.
 
     Args:
-      params: as from `released.i3d`; on the device, or every call copies them there.
+      params: as from `prepare.i3d`; on the device, otherwise every call copies them there.
       videos_uint8: uint8 [batch, frames, height, width, 3], of at least MIN_FRAMES frames.
       resize: one of RESIZES.
-      side: that frames are resized to; scores call for the default.
+      side: side that frames are resized to; scores need the default.
 
     Returns:
       float32 [batch, 400], before the softmax, averaged over time.

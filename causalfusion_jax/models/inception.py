@@ -1,9 +1,9 @@
-"""The Inception-v3 that FID is defined by, as a function from images to features.
+"""The Inception-v3 network of FID, as a function from images to features.
 
-The network of 2015 (arXiv 1512.00567) as TensorFlow ran it: average pools that leave the
-padding out of the mean, a maximum pool in the last block, 1008 logits, batch norm with
-fixed statistics. torch-fidelity and pytorch-fid released its weights for PyTorch; block
-and branch names are theirs. Images are NHWC.
+The network of 2015 (arXiv 1512.00567) as implemented in TensorFlow: average pools exclude the
+padding from the mean, the last block has a maximum pool, 1008 logits, batch norm with fixed
+statistics. torch-fidelity and pytorch-fid released its weights for PyTorch; the names of blocks
+and branches are theirs. Images are NHWC.
 """
 
 import functools
@@ -21,7 +21,7 @@ from causalfusion_jax.models.params import Params
 SIDE = 299
 """Images are resized to this side."""
 SPATIAL_CHANNELS = 7
-"""Channels of the spatial features, so that their number, 17 * 17 * 7, is near 2048."""
+"""Channels of the spatial features; 7 of them make 7 * 17 * 17 = 2023 values, close to 2048."""
 LOGITS = 1008
 
 AVERAGE = Pool("average")
@@ -29,7 +29,7 @@ HALVE = Pool("max", 2, "VALID")
 
 
 def _branch(name: str, *steps: Pool | Conv | tuple[Conv, ...]) -> Branch:
-    """Names convolutions: alone as the branch, several in a row _1, _2, ..., side by side a, b."""
+    """Names the convolutions of a branch: a single one like the branch, steps _1, _2, ..., parallel ones a, b."""
     numbered = sum(not isinstance(step, Pool) for step in steps) > 1
     branch, number = [], 0
     for step in steps:
@@ -109,9 +109,9 @@ LAYERS: dict[str, Conv | Pool | Block] = {
     "Mixed_7c": _block_8(Pool("max")),
 }
 POOLED_FEATURES = {"MaxPool_1": "64", "MaxPool_2": "192", "Mixed_6e": "768", "Mixed_7c": "2048"}
-"""Layers whose output, averaged over places, is a feature, and its name."""
+"""Layers whose output, averaged over all positions, is a feature; and the name of the feature."""
 SPATIAL_LAYER = "Mixed_6d"
-"""`mixed_6` of the TensorFlow graph."""
+"""`mixed_6` in the TensorFlow graph."""
 
 
 def feature_channels() -> int:
@@ -142,11 +142,11 @@ class InceptionV3(LayerStack):
 
 @functools.cache
 def abstract_inception() -> tuple[nnx.GraphDef, Params]:
-    """The network without its numbers.
+    """The network without values of its parameters.
 
     Returns:
       graph: to `nnx.merge(graph, params)` into an InceptionV3.
-      shapes: parameters, batch statistics among them, as jax.ShapeDtypeStruct.
+      shapes: parameters, including batch statistics, as jax.ShapeDtypeStruct.
     """
     graph, state = nnx.split(jax.eval_shape(InceptionV3))
     return graph, nnx.to_pure_dict(state)
@@ -154,9 +154,9 @@ def abstract_inception() -> tuple[nnx.GraphDef, Params]:
 
 @jax.jit
 def init_inception(key: jax.Array) -> Params:
-    """Fresh float32 parameters: random, where scores call for the released ones."""
+    """Random float32 parameters, for tests; scores need the released ones."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_inception()[1])
-    # One draw for all kernels, kept whole: a draw for each takes minutes to compile.
+    # One draw for all kernels, not fused into their use: a draw for each takes minutes to compile.
     normal = jax.random.normal(key, (sum(math.prod(leaf.shape) for _, leaf in leaves),))
     normal = jax.lax.optimization_barrier(normal)
     params, start = [], 0
@@ -171,8 +171,8 @@ def init_inception(key: jax.Array) -> Params:
     return jax.tree.unflatten(tree, params)
 
 
-def _source_places(num_in: int, num_out: int, half_pixel: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every place out: the places below and above it, and how far it is from the one below."""
+def _source_positions(num_in: int, num_out: int, half_pixel: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every output position, the input positions below and above it and its distance from the one below."""
     offset = np.float32(0.5 if half_pixel else 0.0)
     source = (np.arange(num_out, dtype=np.float32) + offset) * np.float32(num_in / num_out) - offset
     source = np.clip(source, 0, num_in - 1)
@@ -181,20 +181,20 @@ def _source_places(num_in: int, num_out: int, half_pixel: bool) -> tuple[np.ndar
 
 
 def resize_bilinear(images: jax.Array, size: tuple[int, int], half_pixel: bool) -> jax.Array:
-    """Bilinear resize without smoothing before it is made smaller.
+    """Bilinear resize without antialiasing.
 
     Args:
       images: [..., height, width, channels], any type.
-      size: rows and columns out.
-      half_pixel: as PyTorch, which puts the middle of pixel i out at (i + 1/2) * in / out;
-        else as TensorFlow 1, which puts place i out at i * in / out.
+      size: rows and columns of the result.
+      half_pixel: as in PyTorch, the centre of output pixel i is at (i + 1/2) * in / out; else, as in
+        TensorFlow 1, output pixel i is at i * in / out.
 
     Returns:
       float32 [..., *size, channels], in the range of `images`.
     """
     x = jnp.asarray(images, jnp.float32)
     for axis in (-2, -3):
-        low, high, weight = _source_places(x.shape[axis], size[axis + 3], half_pixel)
+        low, high, weight = _source_positions(x.shape[axis], size[axis + 3], half_pixel)
         weight = weight.reshape(-1, *(1,) * (-1 - axis))
         below = jnp.take(x, low, axis=axis)
         x = below + (jnp.take(x, high, axis=axis) - below) * weight
@@ -202,7 +202,7 @@ def resize_bilinear(images: jax.Array, size: tuple[int, int], half_pixel: bool) 
 
 
 def resize_tf1(images: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """`resize_bilinear` as TensorFlow 1 does it: FID is defined so."""
+    """`resize_bilinear` as in TensorFlow 1, as FID is defined."""
     return resize_bilinear(images, size, half_pixel=False)
 
 
@@ -215,12 +215,12 @@ def _features(params, images):
 
 
 def lower_resize(images_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-    """The first program of `inception_features`, to be compiled, for images of a shape and sharding."""
+    """The first program of `inception_features`, lowered for images of a shape and sharding."""
     return _resize.lower(images_uint8, (SIDE, SIDE))
 
 
 def lower_features(params: Params, images_uint8: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-    """The second program of `inception_features`, to be compiled; its arguments as shapes with shardings."""
+    """The second program of `inception_features`, lowered; arguments as shapes with shardings."""
     resized = (images_uint8.shape[0], SIDE, SIDE, images_uint8.shape[-1])
     return _features.lower(params, jax.ShapeDtypeStruct(resized, jnp.float32, sharding=images_uint8.sharding))
 
@@ -228,20 +228,20 @@ def lower_features(params: Params, images_uint8: jax.ShapeDtypeStruct) -> jax.st
 def inception_features(params: Params, images_uint8: jax.Array) -> dict[str, jax.Array]:
     """Features of images of any size.
 
-    Two programs: the large one depends on the batch size alone, not on the images' size.
+    Two programs: the large one depends on the batch size, not on the size of the images.
 
     Args:
-      params: as from `released.inception`; on the device, or every call copies them there.
+      params: as from `prepare.inception`; on the device, otherwise every call copies them there.
       images_uint8: uint8 [batch, height, width, 3].
 
     Returns:
       float32 arrays:
-        `64`, `192`, `768`, `2048`: [batch, that many], averages over places after the
+        `64`, `192`, `768`, `2048`: [batch, number of channels], averages over positions after the
           first and second pool, the last 17 x 17 block and the last block. FID, KID,
-          precision and recall are of `2048`.
-        `spatial`: [batch, 2023], seven channels of 17 x 17 places, for sFID as ADM
+          precision and recall use `2048`.
+        `spatial`: [batch, 2023], seven channels at 17 x 17 positions, for sFID as ADM
           defines it (`mixed_6/conv:0`: after its ReLU, rows, columns, then channels).
-        `logits_unbiased`, `logits`: [batch, 1008]. The Inception Score is of the first.
+        `logits_unbiased`, `logits`: [batch, 1008]. The Inception Score uses the first.
 
     Raises:
       InputError: images of another shape or type.

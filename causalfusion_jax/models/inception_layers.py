@@ -1,7 +1,7 @@
-"""What Inception networks are made of: convolutions with batch norm, pools, blocks of branches.
+"""Layers of Inception networks: convolutions with batch norm, pools, blocks of branches.
 
-Of images [batch, height, width, channels] or videos [batch, frames, height, width, channels]:
-the kernel of a convolution and the window of a pool say how many axes there are. A network is
+For images [batch, height, width, channels] or videos [batch, frames, height, width, channels]:
+the kernel of a convolution and the window of a pool determine the number of axes. A network is
 a table of layers by name.
 """
 
@@ -13,17 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 BATCH_NORM_EPS = 1e-3
-# Anything less (bfloat16 on a TPU, TF32 on a GPU) moves the scores.
+# Lower precision (bfloat16 on a TPU, TF32 on a GPU) changes the scores.
 PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Conv(NamedTuple):
-    """A convolution without bias, batch norm, ReLU.
+    """A convolution without bias, then batch norm and ReLU.
 
     Attributes:
-      channels: channels out.
+      channels: output channels.
       size: (frames,) rows and columns of the kernel.
-      stride: of every axis.
+      stride: stride along every axis.
       padding: as in jax.lax.conv.
       name: its name in its block.
     """
@@ -36,11 +36,11 @@ class Conv(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A pool; `average` leaves the padding out of the mean.
+    """A pool; `average` excludes the padding from the mean.
 
     Attributes:
       kind: `average` or `max`.
-      stride: of every axis, or of each.
+      stride: stride along every axis, or along each.
       padding: as in jax.lax.conv.
       size: (frames,) rows and columns of the window.
     """
@@ -51,7 +51,7 @@ class Pool(NamedTuple):
     size: tuple[int, ...] = (3, 3)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, (frames,) height, width, channels] to the same, fewer of what is strided."""
+        """[batch, (frames,) height, width, channels] to the same with the strided axes reduced."""
         strides = (self.stride,) * len(self.size) if isinstance(self.stride, int) else self.stride
         if self.kind == "max":
             return nnx.max_pool(x, self.size, strides, self.padding)
@@ -59,9 +59,9 @@ class Pool(NamedTuple):
 
 
 Branch = tuple[Pool | tuple[Conv, ...], ...]
-"""Steps in a row; the convolutions of one step run side by side on the same input."""
+"""Sequential steps; the convolutions of one step run in parallel on the same input."""
 Block = tuple[Branch, ...]
-"""Branches that run side by side on the same input."""
+"""Branches that run in parallel on the same input."""
 Layers = Mapping[str, Conv | Pool | Block]
 """A network, in order."""
 
@@ -72,7 +72,7 @@ def block_channels(block: Block) -> int:
 
 
 def convolutions(layers: Layers, channels: int = 3) -> Iterator[tuple[tuple[str, ...], int, Conv]]:
-    """All convolutions in order: names of layer and, in a block, convolution; channels in; itself."""
+    """All convolutions in order: (names of layer and, in a block, convolution), input channels, convolution."""
     for layer_name, layer in layers.items():
         if isinstance(layer, Conv):
             yield (layer_name,), channels, layer
@@ -119,7 +119,7 @@ class Mixed(nnx.Module):
     """The convolutions of a block, by name."""
 
     def __call__(self, x: jax.Array, block: Block) -> jax.Array:
-        """The outputs of all branches, one after another along the channels."""
+        """The outputs of all branches, concatenated along the channels."""
         return jnp.concatenate([self._run(branch, x) for branch in block], axis=-1)
 
     def _run(self, branch: Branch, x: jax.Array) -> jax.Array:

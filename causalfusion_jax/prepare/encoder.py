@@ -10,7 +10,8 @@ import numpy as np
 
 from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import require, require_number
-from causalfusion_jax.data.pipeline import ENCODED, DataConfig
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.registry import require_encodable
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, moments
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.store import Converted
@@ -49,12 +50,7 @@ def pixel_data(data: DataConfig, vae: AutoencoderConfig) -> DataConfig:
       InputError: the model's latents are not the autoencoder's, or the source holds latents already.
     """
     if data.latents:
-        require(
-            data.source in ENCODED,
-            "config.data.source",
-            data.source,
-            f"must be one of images to encode, {', '.join(ENCODED)}",
-        )
+        require_encodable(data)
         require(
             data.channels == vae.latent_channels,
             "config.data.channels",

@@ -24,9 +24,12 @@ from causalfusion_jax.common.errors import require
 from causalfusion_jax.common.requests import NEW_FOLDER, plain, require_same
 from causalfusion_jax.data import latents
 from causalfusion_jax.data.batches import InThreads
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.fingerprint import fingerprint
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, Source, make_source, reading_threads
-from causalfusion_jax.data.sources import CorruptRecord
+from causalfusion_jax.data.pipeline import BatchIterator
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import make_source
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.models.autoencoder import AutoencoderConfig
 from causalfusion_jax.models.store import Converted
 from causalfusion_jax.prepare import latent_shards
@@ -175,7 +178,7 @@ def _encode_shards(shards: Shards, missing: list[int], source: Source, data: Dat
 
 def _read(shards: Shards, missing: list[int], source: Source, data: DataConfig) -> Iterator[dict[str, Any]]:
     """Batches of the missing shards, read ahead. Raises InputError at too many corrupt records."""
-    notes, threads = shards.notes(), reading_threads(data.source)
+    notes, threads = shards.notes(), data.kind.reading_threads
     dataset = grain.MapDataset.source(shards.batches(missing)).map(ReadBatch(source, threads))
     iterator = BatchIterator(dataset, 0, data.workers, min(threads, 4), data.max_corrupt)
     try:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.config.sampling import CaptionConfig
 from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.data.tokenizers import from_slots, to_slots
 from causalfusion_jax.models.patches import patchify
-from causalfusion_jax.sampling.captioning import CaptionConfig, caption_tokens, score_tokens
+from causalfusion_jax.sampling.captioning import caption_tokens, score_tokens
 from causalfusion_jax.sampling.sampler import image_keys
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.captions import example_prompts
-from causalfusion_jax.data.pipeline import Source, make_source
+from causalfusion_jax.data.registry import make_source
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.sampling.images import balanced_labels
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.common.pictures import to_uint8
-from causalfusion_jax.data.sources import ImageFormat
+from causalfusion_jax.data.image_files import ImageFormat
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, read_frames
 
 

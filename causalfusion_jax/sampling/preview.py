@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from causalfusion_jax.common.pictures import frames_in_rows, make_grid
 from causalfusion_jax.config.experiment import ExperimentConfig
-from causalfusion_jax.data.pipeline import Source
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.sampling.conditions import make_conditions
 from causalfusion_jax.sampling.generation import generate_images
 

@@ -12,12 +12,9 @@ from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.caption_folder import CAPTIONS, load_image, read_captions
-from causalfusion_jax.data.digit_pairs import digit_pairs, held_out_prompts
-from causalfusion_jax.data.sources import IMAGE_SUFFIXES
+from causalfusion_jax.data.image_files import IMAGE_SUFFIXES
+from causalfusion_jax.data.registry import held_out_captions
 from causalfusion_jax.data.tokenizers import to_slots
-
-HELD_OUT = ("held_out", "held_out_digits")
-"""Parts of digit_pairs that can be named in place of a file."""
 
 
 class Images(NamedTuple):
@@ -74,8 +71,9 @@ def read_images(config: ExperimentConfig, path: str, num: int | None) -> Images:
       InputError: nothing of these, or images of the wrong size.
     """
     field = "--images"
-    if path in HELD_OUT:
-        return _held_out(config, path, 500 if num is None else num)
+    held_out = held_out_captions("--images", path, config.data)
+    if held_out is not None:
+        return _held_out(held_out.open(path), path, 500 if num is None else num)
     file = pathlib.Path(path)
     if file.suffix == ".npz":
         return _of_arrays(config, file, num)
@@ -101,9 +99,7 @@ def read_images(config: ExperimentConfig, path: str, num: int | None) -> Images:
     return Images(names, images, captions)
 
 
-def _held_out(config, path, num) -> Images:
-    require(config.data.source == "digit_pairs", "--images", path, "is for models of data.source=digit_pairs")
-    source = digit_pairs(path)
+def _held_out(source, path, num) -> Images:
     require(1 <= num <= len(source), "--num", num, f"must be >= 1 and <= {len(source)}")
     chosen = np.random.default_rng(0).choice(len(source), num, replace=False)
     images = ImagesOnDemand(num, lambda i: source[int(chosen[i])]["image"])
@@ -161,9 +157,8 @@ def read_prompts(
     require(num is None or num >= 1, "--num", num, "must be >= 1")
     if prompts is None:
         texts, num = [prompt], num or 10
-    elif prompts == HELD_OUT[0]:
-        require(config.data.source == "digit_pairs", field, value, "is for models of data.source=digit_pairs")
-        texts, num = held_out_prompts(num or 500), num or 500
+    elif (held_out := held_out_captions(field, value, config.data)) is not None and value == held_out.splits[0]:
+        texts, num = held_out.prompts(num or 500), num or 500
     else:
         require(pathlib.Path(prompts).is_file(), field, value, "no such file")
         texts = [line for line in files.read_lines(field, pathlib.Path(prompts)) if line.strip()]

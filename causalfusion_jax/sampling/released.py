@@ -13,8 +13,8 @@ from causalfusion_jax.prepare import conversion
 from causalfusion_jax.prepare.conversion import KINDS, export_table
 from causalfusion_jax.prepare.exported import TRANSFORMERS, Exported, from_metadata
 from causalfusion_jax.prepare.names import Table, from_released, to_released
-from causalfusion_jax.prepare.tensors import open_checkpoint, sha256, write_safetensors
 from causalfusion_jax.prepare.released_transformers import Geometry
+from causalfusion_jax.prepare.tensors import open_checkpoint, sha256, write_safetensors
 from causalfusion_jax.sampling.trained import WeightsChoice
 
 

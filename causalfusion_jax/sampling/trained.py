@@ -16,7 +16,7 @@ from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.workdir import load_config
 from causalfusion_jax.data.class_names import stored_class_names
-from causalfusion_jax.data.pipeline import class_names
+from causalfusion_jax.data.registry import class_names
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode, encode
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.store import Converted, open_converted

@@ -33,7 +33,7 @@ from causalfusion_jax.common.requests import require_same
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.workdir import load_config, measured_settings
-from causalfusion_jax.data.scores import HIGHER_IS_BETTER, SCORES, measurable
+from causalfusion_jax.data import scores as data_scores
 
 Overrides = Mapping[str, Any]
 """Values of settings by their path in the config: {"factorization.gamma": 0.9}."""
@@ -114,7 +114,7 @@ class Sweep:
         tuple of them for each of `overrides`.
       num_samples: images sampled at each.
       metric: score by which the runs are sorted; "": the first that can be measured of their
-        samples (`evaluation.settings.measurable`).
+        samples (`data.scores.measurable`).
     """
 
     config: str
@@ -126,7 +126,7 @@ class Sweep:
 
     def __post_init__(self):
         if self.metric:
-            require_one_of("metric", self.metric, SCORES)
+            require_one_of("metric", self.metric, data_scores.metrics())
         object.__setattr__(self, "overrides", _distinct(self.overrides))
         require(bool(self.overrides), "overrides", self.overrides, "must hold at least one run")
         require(
@@ -238,7 +238,7 @@ def expand(sweep: Sweep, base: Mapping[str, Any]) -> tuple[Run, ...]:
 def with_metric(sweep: Sweep, runs: Iterable[Run]) -> Sweep:
     """The sweep with the metric that its runs are sorted by. Raises InputError where one of them does not have it."""
     for run in runs:
-        known = measurable(run.config.data)
+        known = tuple(data_scores.measurable(run.config.data))
         sweep = dataclasses.replace(sweep, metric=sweep.metric or known[0])
         require(
             sweep.metric in known,
@@ -381,7 +381,7 @@ def gather(sweep: Sweep, runs: Iterable[Run], workdir: pathlib.Path, states: Map
         check_run(run, folder)
         for ar_steps in run.ar_steps:
             read = files.read_json(samples_folder(workdir, run, ar_steps, sweep) / "evaluation.json") or {}
-            kept = {name: float(value) for name, value in read.items() if name in SCORES}
+            kept = {name: float(value) for name, value in read.items() if name in data_scores.metrics()}
             if kept:
                 scores[ar_steps] = kept
         require(
@@ -403,7 +403,7 @@ def metrics(sweep: Sweep, results: Iterable[Result]) -> tuple[str, ...]:
 
 def sort(sweep: Sweep, results: Iterable[Result]) -> list[Result]:
     """The best by the sweep's metric, averaged over AR steps, first; unmeasured ones last."""
-    sign = -1.0 if sweep.metric in HIGHER_IS_BETTER else 1.0
+    sign = -1.0 if data_scores.higher_is_better(sweep.metric) else 1.0
 
     def rank(result):
         mean = result.mean(sweep.metric)
@@ -432,7 +432,7 @@ def markdown(sweep: Sweep, results: Sequence[Result]) -> str:
     for i, name in enumerate(header):
         scores = [row[i] for row in rows if isinstance(row[i], float) and not math.isnan(row[i])]
         if scores:
-            best[i] = max(scores) if name.partition(" ")[0] in HIGHER_IS_BETTER else min(scores)
+            best[i] = max(scores) if data_scores.higher_is_better(name.partition(" ")[0]) else min(scores)
 
     def cell(i, value):
         if not isinstance(value, float):

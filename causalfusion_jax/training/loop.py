@@ -22,7 +22,9 @@ from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.workdir import Changes, claim_workdir, record_changes
 from causalfusion_jax.data.captions import check_captions
 from causalfusion_jax.data.class_names import check_class_names, store_class_names
-from causalfusion_jax.data.pipeline import BatchIterator, Source, describe, host_batches, make_source, reading_threads
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.registry import describe, make_source
+from causalfusion_jax.data.source import Source
 from causalfusion_jax.models.transformer import count_params
 from causalfusion_jax.training import metric_log
 from causalfusion_jax.training.metric_log import Interval, MetricsLog
@@ -223,7 +225,7 @@ class TrainingRun:
         """Opens the training data at a position."""
         data, train = self.config.data, self.config.train
         batches = host_batches(self.source, data, train.batch_size, train.seed, self.share.rows, self.config.text)
-        threads = reading_threads(data.source)
+        threads = data.kind.reading_threads
         self.iterator = BatchIterator(batches, position, data.workers, threads, data.max_corrupt)
 
     def close(self) -> None:

@@ -21,11 +21,9 @@ from absl import flags
 from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import require
 from causalfusion_jax.common.pictures import edit_strip, save_png, to_uint8
-from causalfusion_jax.data.digit_pairs import DigitPairsSource, digit_pairs
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.digit_pairs import DigitPairsSource, digit_pairs, score_pairs
+from causalfusion_jax.data.digits import digits, score_digits
 from causalfusion_jax.data.tokenizers import to_slots
-from causalfusion_jax.evaluation.pairs import score_pairs
-from causalfusion_jax.evaluation.scores import score_digits
 from causalfusion_jax.sampling import editing
 from causalfusion_jax.sampling.trained import from_run
 

@@ -33,8 +33,10 @@ from PIL import Image
 from causalfusion_jax.common import files
 from causalfusion_jax.config import experiment
 from causalfusion_jax.data import latents
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source, reading_threads
-from causalfusion_jax.data.sources import center_crop
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.image_files import center_crop
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
@@ -60,7 +62,7 @@ def timed(iterator, batches: int) -> float:
 
 def pipeline(config: DataConfig, workers: int, batch: int, batches: int, seed: int = 0) -> float:
     """Examples a second of the pipeline."""
-    threads = reading_threads(config.source)
+    threads = config.kind.reading_threads
     iterator = BatchIterator(host_batches(make_source(config), config, batch, seed), 0, workers, threads)
     try:
         return batch / timed(iterator, batches)

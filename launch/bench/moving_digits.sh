@@ -26,8 +26,8 @@ import sys
 import numpy as np
 
 from causalfusion_jax.config.workdir import load_config
-from causalfusion_jax.data.pipeline import make_source
-from causalfusion_jax.evaluation.tracking import score_moving_digits
+from causalfusion_jax.data.registry import make_source
+from causalfusion_jax.data.moving_digits import score_moving_digits
 from causalfusion_jax.sampling.images import to_uint8
 
 workdir = pathlib.Path(sys.argv[1])

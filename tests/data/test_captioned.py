@@ -11,9 +11,12 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import tar_shards
 from causalfusion_jax.data.caption_folder import read_captions
 from causalfusion_jax.data.captions import check_captions, example_prompts
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.digit_pairs import HELD_OUT_PAIRS, DigitPairsSource, digit_pairs, held_out_prompts
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, host_batches, make_source
-from causalfusion_jax.data.sources import CorruptRecord, digits
+from causalfusion_jax.data.digits import digits
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.data.tokenizers import TextConfig, from_slots
 
 TEXT = TextConfig("bytes", max_tokens=13)

@@ -10,8 +10,11 @@ from tiny_data import write_clip
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import video_files
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, class_names, host_batches, make_source
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.image_files import ImageFormat
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import class_names, make_source
 
 KINDS = ("gif", "mp4", "webm", "avi", "mov", "mkv", "folder")
 
@@ -61,16 +64,18 @@ def test_the_frames_that_were_asked_for(clips, kind, monkeypatch):
         return
     # What seeking finds is, to the bit, what decoding from the start finds; also where seeking finds nothing.
     sought = video_files.read_frames(path, lambda count: [11, 17])
-    monkeypatch.setattr(video_files, "_decode_times", lambda *args: {})
+    monkeypatch.setattr(video_files, "decode_times", lambda *args: {})
     for a, b in zip(sought, video_files.read_frames(path, lambda count: [11, 17]), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_a_file_that_tells_more_frames_than_it_has(clips, monkeypatch):
     """The number of frames that can be decoded counts in the end."""
-    real = video_files._decode
-    monkeypatch.setattr(video_files, "_decode_times", lambda *args: {})
-    monkeypatch.setattr(video_files, "_decode", lambda path: (frame for frame, _ in zip(real(path), range(20))))
+    real = video_files.decode_all
+    monkeypatch.setattr(video_files, "decode_times", lambda *args: {})
+    monkeypatch.setattr(
+        video_files, "decode_all", lambda path: (frame for frame, _ in zip(real(path), range(20), strict=False))
+    )
     last = lambda count: video_files.clip_indices("x", count, 2, 1, lambda first: first - 1)
     frames = video_files.read_frames(clips[1]["mp4"], last)
     assert numbers(frames) == [18, 19]
@@ -108,7 +113,7 @@ def test_damaged_frames_are_no_frames():
         is_corrupt = True
 
     with pytest.raises(ValueError, match="damaged frame"):
-        video_files._picture(Frame())
+        video_files.to_image(Frame())
 
 
 def test_a_folder_of_clips(clips):
@@ -186,14 +191,14 @@ def test_what_is_no_folder_of_clips(clips, tmp_path, monkeypatch):
     for path, changes, words in (
         (tmp_path / "none", {}, "must be a folder"),
         (tmp_path, {}, "holds no clips"),
-        (clips[0], dict(num_classes=3), "has 2 class folders"),
+        (clips[0], dict(num_classes=3), "has 2 classes"),
     ):
         with pytest.raises(InputError, match=words):
             make_source(clip_config(path, **changes))
     for changes, words in (
         (dict(frames=1), "frames=1: must be >= 2"),
         (dict(frame_stride=0), "frame_stride=0"),
-        (dict(source="image_folder", frames=1, frame_stride=2), "is of videos of sources clip_folder and tfds"),
+        (dict(source="image_folder", frames=1, frame_stride=2), "is a setting of source clip_folder or tfds only"),
         (dict(path=""), "needs the folder's path"),
     ):
         with pytest.raises(InputError, match=words):

@@ -5,8 +5,9 @@ import pytest
 from tiny_data import write_clip, write_tars
 
 from causalfusion_jax.data import fingerprint as module
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.fingerprint import fingerprint
-from causalfusion_jax.data.pipeline import DataConfig, make_source
+from causalfusion_jax.data.registry import make_source
 
 
 def image_folder(root):
@@ -66,21 +67,21 @@ def change_values(root):
     ],
 )  # fmt: skip
 def test_fingerprint_is_of_the_data_and_not_of_their_place(write, change, tmp_path):
-    found = []
+    checksums = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         config = write(tmp_path / name)
-        found.append(fingerprint(make_source(config)))
-    assert found[0] == found[1]
+        checksums.append(fingerprint(make_source(config)))
+    assert checksums[0] == checksums[1]
     change(tmp_path / "second")
-    assert fingerprint(make_source(config)) != found[0]
+    assert fingerprint(make_source(config)) != checksums[0]
 
 
-def test_sizes_of_very_many_files_are_of_a_sample(tmp_path, monkeypatch):
+def testfile_sizes_of_very_many_files_are_of_a_sample(tmp_path, monkeypatch):
     config = image_folder(tmp_path)
     monkeypatch.setattr(module, "MAX_SIZES", 2)
-    asked = []
-    real = module._sizes
-    monkeypatch.setattr(module, "_sizes", lambda path: (asked.append(path.name), real(path))[1])
+    sized = []
+    real = module.file_sizes
+    monkeypatch.setattr(module, "file_sizes", lambda path: (sized.append(path.name), real(path))[1])
     fingerprint(make_source(config))
-    assert sorted(asked) == ["frame0.png", "frame2.png"]
+    assert sorted(sized) == ["frame0.png", "frame2.png"]

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.digits import digits
 from causalfusion_jax.data.moving_digits import MovingDigitsSource, bounce
-from causalfusion_jax.data.pipeline import DataConfig, host_batches, make_source
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.pipeline import host_batches
+from causalfusion_jax.data.registry import make_source
 
 
 def test_bounce_by_hand():

@@ -8,8 +8,12 @@ from helpers import train_run
 from PIL import Image
 
 from causalfusion_jax.common.errors import InputError
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, describe, host_batches, make_source
-from causalfusion_jax.data.sources import DigitsSource, ImageFolderSource, center_crop, digits
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.digits import DigitsSource, digits
+from causalfusion_jax.data.image_files import center_crop
+from causalfusion_jax.data.image_folder import ImageFolderSource
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.registry import describe, make_source
 
 
 @pytest.fixture
@@ -132,7 +136,7 @@ def test_folder_errors_name_the_problem(folder, tmp_path_factory):
         ImageFolderSource(str(empty), 8, 3)
     with pytest.raises(InputError, match="must be a folder"):
         ImageFolderSource(str(empty / "nowhere"), 8, 3)
-    with pytest.raises(InputError, match="has 3 class folders"):
+    with pytest.raises(InputError, match="has 3 classes"):
         make_source(folder_config(folder, num_classes=4))
     whole = (folder / "dog" / "1.png").read_bytes()
     (folder / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
@@ -294,11 +298,11 @@ def test_flip_is_of_seed_index_and_epoch_alone():
     source, config = Ramps(12), folder_config("unused", flip=True)
 
     def flips(batch, seed):
-        found = {}
+        flips = {}
         images = np.concatenate([b["image"] for b in labels_of(source, config, batch, 36 // batch, seed=seed)])
-        for place, image in enumerate(images):
-            found[place // 12, int(image[0, 0, 0] // 10)] = image[0, 0, 0] > image[0, 1, 0]
-        return found
+        for position, image in enumerate(images):
+            flips[position // 12, int(image[0, 0, 0] // 10)] = image[0, 0, 0] > image[0, 1, 0]
+        return flips
 
     one = flips(3, seed=3)
     assert one == flips(12, seed=3) != flips(12, seed=4)

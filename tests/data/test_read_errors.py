@@ -15,8 +15,10 @@ from tiny_data import write_clip, write_tars
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.data import latents, tar_shards, video_files
-from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.image_files import ImageFormat
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import make_source
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def test_packets_of_a_video_are_not_kept():
                 del packet
                 assert sum(reference() is not None for reference in alive) <= 1
 
-    assert video_files._frame_times(Container, None) == [0, 1, 2, 3]
+    assert video_files.frame_times(Container, None) == [0, 1, 2, 3]
     assert len(alive) == 4
 
 

@@ -10,9 +10,13 @@ from PIL import Image
 from tiny_data import NAMES, digit_file, write_tars, write_tfds
 
 from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.digits import digits
 from causalfusion_jax.data.fingerprint import fingerprint
-from causalfusion_jax.data.pipeline import BatchIterator, DataConfig, class_names, host_batches, make_source
-from causalfusion_jax.data.sources import CorruptRecord, ImageFormat, center_crop, digits
+from causalfusion_jax.data.image_files import ImageFormat, center_crop
+from causalfusion_jax.data.pipeline import BatchIterator, host_batches
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import class_names, make_source
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +215,8 @@ def test_corrupt_records_are_skipped_by_name_and_nothing_else_moves(tmp_path, ca
     )
     assert changed.reshape(2, 12).sum(1).tolist() == [2, 2]  # in each epoch, their two places alone
     for hosts, workers in ((2, 0), (4, 0), (1, 2)):
-        other, found = batches_of(config, 6, hosts, workers)
-        assert found == corrupt
+        other, other_corrupt = batches_of(config, 6, hosts, workers)
+        assert other_corrupt == corrupt
         for a, b in zip(batches, other, strict=True):
             np.testing.assert_array_equal(a["image"], b["image"])
             np.testing.assert_array_equal(a["label"], b["label"])

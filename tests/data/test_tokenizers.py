@@ -1,9 +1,8 @@
 """Text to tokens and back."""
 
-import pathlib
-
 import numpy as np
 import pytest
+from tiny_data import write_tokenizer
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.core.layouts import NO_TOKEN
@@ -44,32 +43,6 @@ def test_slots():
         to_slots(config, "abc")
 
 
-@pytest.fixture
-def words(tmp_path):
-    path = tmp_path / "words.txt"
-    path.write_text("three\nseven\n")
-    return TextConfig("words", str(path), 6)
-
-
-def test_words(words):
-    tokenizer = make_tokenizer(words)
-    assert tokenizer.vocab_size == 4 and tokenizer.encode("seven  three") == [3, 2]
-    assert from_slots(words, to_slots(words, "three seven three")) == "three seven three"
-    with pytest.raises(InputError, match="word 'sevn' is not in the vocabulary .did you mean seven"):
-        to_slots(words, "three sevn")
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [("two words\n", "line 1"), ("a\n\nb\n", "line 2"), ("a\na\n", "none twice"), ("", "one word")],
-)
-def test_bad_vocabularies(tmp_path, content, problem):
-    path = tmp_path / "bad.txt"
-    path.write_text(content)
-    with pytest.raises(InputError, match=problem):
-        make_tokenizer(TextConfig("words", str(path)))
-
-
 def test_files_of_libraries(tmp_path):
     """A tokenizer trained here by each library reads its own file back."""
     sentencepiece, tokenizers = pytest.importorskip("sentencepiece"), pytest.importorskip("tokenizers")
@@ -100,21 +73,21 @@ def test_padding_and_truncation_of_the_file_are_left_out(tmp_path):
     """As they are stored in a tokenizer.json by many published models."""
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {"<pad>": 0, "three": 1, "seven": 2}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.enable_padding(length=6, pad_id=0, pad_token="<pad>")
-    made.enable_truncation(max_length=2)
-    made.save(str(tmp_path / "tokenizer.json"))
+    stored = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
+    stored.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    stored.enable_padding(length=6, pad_id=0, pad_token="<pad>")
+    stored.enable_truncation(max_length=2)
+    stored.save(str(tmp_path / "tokenizer.json"))
     tokenizer = make_tokenizer(TextConfig("huggingface", str(tmp_path / "tokenizer.json"), 9))
     assert tokenizer.encode("three seven three seven") == [3, 4, 3, 4]
     assert tokenizer.encode("three") == [3]
 
 
-def test_another_file_than_the_one_kept_is_refused(words):
+def test_another_file_than_the_one_kept_is_refused(tmp_path):
+    words = TextConfig("huggingface", write_tokenizer(tmp_path / "tokenizer.json", "three", "seven"), 6)
     kept = with_checksum(words)
     assert len(kept.checksum) == 64 and make_tokenizer(kept).vocab_size == 4
-    path = pathlib.Path(words.path)
-    path.write_text("seven\nthree\n")
+    write_tokenizer(tmp_path / "tokenizer.json", "seven", "three")
     make_tokenizer.cache_clear()
     with pytest.raises(InputError, match="text.path=.*is another file than the run began with"):
         make_tokenizer(kept)
@@ -125,11 +98,11 @@ def test_another_file_than_the_one_kept_is_refused(words):
 
 
 def test_bad_settings(tmp_path):
-    for bad in (dict(tokenizer="letters"), dict(tokenizer="words"), dict(tokenizer="bytes", path="x")):
+    for bad in (dict(tokenizer="letters"), dict(tokenizer="sentencepiece"), dict(tokenizer="bytes", path="x")):
         with pytest.raises(InputError):
             TextConfig(**bad)
     with pytest.raises(InputError, match="no such file"):
-        make_tokenizer(TextConfig("words", str(tmp_path / "nothing")))
+        make_tokenizer(TextConfig("sentencepiece", str(tmp_path / "nothing")))
 
 
 def test_a_missing_library_is_one_clear_line(tmp_path, monkeypatch):

@@ -30,8 +30,8 @@ def brute_force_cider(captions, references):
         idf = np.log(images) - np.log(np.maximum(1, containing))
 
         def counts(text, n=n, vocabulary=vocabulary):
-            found = collections.Counter(grams(text, n))
-            return np.array([found[g] for g in vocabulary], float)
+            occurrences = collections.Counter(grams(text, n))
+            return np.array([occurrences[g] for g in vocabulary], float)
 
         for i in range(images):
             for ref in references[i]:

@@ -16,8 +16,10 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.probe import ProbeConfig
 from causalfusion_jax.core import diffusion as noise_axis
-from causalfusion_jax.data.pipeline import DataConfig, make_held_out_source
-from causalfusion_jax.data.sources import CorruptRecord, digits
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.digits import digits
+from causalfusion_jax.data.records import CorruptRecord
+from causalfusion_jax.data.registry import make_held_out_source
 from causalfusion_jax.evaluation import features
 from causalfusion_jax.models.layers import drop_path_scale
 from causalfusion_jax.models.patches import patchify

@@ -17,7 +17,7 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.probe import FinetuneConfig, ProbeConfig
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.digits import digits
 from causalfusion_jax.evaluation import augment, finetune
 from causalfusion_jax.evaluation.features import make_reading, place_params
 from causalfusion_jax.training.stopping import Stopped, TrainingDiverged

@@ -14,9 +14,10 @@ from tiny_data import write_inception
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config.evaluation import EvaluationConfig
-from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.data.scores import INCEPTION_METRICS, METRICS, is_better
-from causalfusion_jax.evaluation.images import of_source, open_images
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.registry import make_source
+from causalfusion_jax.data.scores import is_better, measurable, metrics
+from causalfusion_jax.evaluation.images import images_of_source, open_images
 from causalfusion_jax.evaluation.inception_metrics import (
     Collected,
     Inception,
@@ -27,7 +28,10 @@ from causalfusion_jax.evaluation.inception_metrics import (
     make_reference,
 )
 from causalfusion_jax.metrics import distribution
+from causalfusion_jax.metrics.registry import FEATURE_METRICS, POOLED_FEATURES, POOLED_STATISTICS, Metric
+from causalfusion_jax.models import i3d
 
+INCEPTION_METRICS = [name for name, metric in FEATURE_METRICS.items() if metric.network == "inception"]
 GOLDEN = np.load(GOLDENS / "inception_fid.npz")
 
 
@@ -67,24 +71,24 @@ def relative_error(ours, golden):
 def test_goldens_on_two_devices(inception):
     images = np.moveaxis(GOLDEN["noise/images_nchw_uint8"], 1, -1)
     # Five images in batches of four: what fills up the last one does not show.
-    found = features(inception, images[[0, 1, 0, 1, 0]], ("192", "2048", "logits"))
-    for name, values in found.items():
+    all_features = features(inception, images[[0, 1, 0, 1, 0]], ("192", "2048", "logits"))
+    for name, values in all_features.items():
         assert relative_error(values, GOLDEN[f"noise/{name}"][[0, 1, 0, 1, 0]]) < 1e-4, name
 
 
 def test_reference_has_adms_layout(samples, inception, reference):
     real = np.load(samples / "real.npz")["arr_0"]
-    found = features(inception, real)
+    values = features(inception, real)
     with np.load(reference) as arrays:
         assert sorted(arrays) == ["arr_0", "mu", "mu_s", "sigma", "sigma_s"]
         for name, (mean, cov) in {"2048": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}.items():
-            np.testing.assert_allclose(arrays[mean], found[name].mean(axis=0, dtype=np.float64), rtol=1e-5)
-            expected = np.cov(found[name].astype(np.float64), rowvar=False)
+            np.testing.assert_allclose(arrays[mean], values[name].mean(axis=0, dtype=np.float64), rtol=1e-5)
+            expected = np.cov(values[name].astype(np.float64), rowvar=False)
             assert relative_error(arrays[cov], expected) < 1e-6
         kept = arrays["arr_0"]
     assert kept.shape == (6, 16, 16, 3) and kept.dtype == np.uint8
-    chosen = [next(i for i in range(10) if (real[i] == image).all()) for image in kept]
-    assert chosen == sorted(set(chosen))
+    indices = [next(i for i in range(10) if (real[i] == image).all()) for image in kept]
+    assert indices == sorted(set(indices))
 
 
 def test_metrics_in_one_pass_are_those_of_whole_arrays(samples, inception, reference):
@@ -123,11 +127,11 @@ def test_reference_of_images_alone_and_of_statistics_alone(tmp_path, samples, in
     images = Reference("--reference", str(tmp_path / "images.npz"))
     images.prepare(["fid", "kid"], inception)
     with np.load(reference) as arrays:
-        assert relative_error(images.statistics("2048")[1], arrays["sigma"]) < 1e-6
+        assert relative_error(images[POOLED_STATISTICS].cov, arrays["sigma"]) < 1e-6
         np.savez(tmp_path / "statistics.npz", **{name: arrays[name] for name in arrays if name != "arr_0"})
         np.savez(tmp_path / "half.npz", mu=arrays["mu"])
         np.savez(tmp_path / "wrong.npz", **{name: arrays[name][:5] for name in arrays if name != "arr_0"})
-    assert images.features.shape == (10, 2048)
+    assert images[POOLED_FEATURES].features.shape == (10, 2048)
     statistics = Reference("--reference", str(tmp_path / "statistics.npz"))
     assert statistics.supports("sfid") and not statistics.supports("kid")
     with pytest.raises(InputError, match="has no images .* which kid needs"):
@@ -153,7 +157,7 @@ def test_images_of_folders_and_data(tmp_path):
     for size in (1, 2, 9):
         np.testing.assert_array_equal(np.concatenate(list(folder.batches(size))), in_order)
     data = DataConfig(source="image_folder", path=str(tmp_path / "images"), image_size=6, channels=3, num_classes=2)
-    source = of_source("config.data", make_source(data))
+    source = images_of_source("config.data", make_source(data))
     np.testing.assert_array_equal(np.concatenate(list(source.batches(3))), in_order)
     Image.fromarray(pixels[0, :3]).save(tmp_path / "images" / "class0" / "other.png")
     with pytest.raises(InputError, match="other.png.*crop them alike"):
@@ -166,8 +170,53 @@ def test_images_of_folders_and_data(tmp_path):
         open_images("--samples", str(tmp_path / "half"))
 
 
+def test_summaries_have_the_dimensions_of_the_networks_features(inception):
+    images = np.zeros((1, 16, 16, 3), np.uint8)
+    of_inception = {name: values.shape[1] for name, values in features(inception, images).items()}
+    summaries = [metric.summary for metric in FEATURE_METRICS.values()]
+    assert {summary.feature for summary in summaries} == {*of_inception, "i3d_logits"}
+    dims = of_inception | {"i3d_logits": i3d.LOGITS}
+    assert all(summary.dim == dims[summary.feature] for summary in summaries)
+
+
+def test_a_metric_is_one_entry(monkeypatch, samples, inception, reference):
+    """A mean of pooled features, and what it adds beside it; it needs a reference and its images."""
+    closeness = Metric(
+        "closeness",
+        "correlation of mean features",
+        higher_is_better=True,
+        network="inception",
+        reference="images",
+        summary=POOLED_FEATURES,
+        compute=lambda ours, real: {
+            "closeness": float(np.corrcoef(ours.features.mean(0), real.features.mean(0))[0, 1]),
+            "closeness_num": len(ours.features),
+        },
+        min_samples=8,
+        published_samples=100,
+    )
+    monkeypatch.setitem(FEATURE_METRICS, "closeness", closeness)
+    assert is_better("closeness", 0.2, 0.1) and "closeness" in measurable(DataConfig())
+    settings = EvaluationConfig(eval_every=1, metric="closeness", inception="x", reference="y")
+    assert settings.needs_inception
+    with pytest.raises(InputError, match="metric closeness needs it"):
+        dataclasses.replace(settings, reference="")
+    images, opened = open_images("--samples", samples / "generated.npz"), Reference("--reference", str(reference))
+    with pytest.raises(InputError, match="need at least 8 images"):
+        check_counts("--samples", ["closeness"], 7, None)
+    with pytest.raises(InputError, match="=6: need at least 8 images"):
+        check_counts("--samples", ["closeness"], 9, opened)
+    assert "closeness of 9 images is biased: published values are of 100" in bias_warning(["closeness"], 9)
+    opened.prepare(["closeness"], inception)
+    collected = Collected(["closeness"])
+    collected.add_all(inception.features(images.batches, collected.names))
+    scores = compute(["closeness"], collected, opened)
+    assert list(scores) == ["closeness", "closeness_num"] and scores["closeness_num"] == 9
+    assert 0.5 < scores["closeness"] < 1
+
+
 def test_small_samples_are_called_biased():
-    assert bias_warning(["kid"], 10) is None and bias_warning(METRICS, 50_000) is None
+    assert bias_warning(["kid"], 10) is None and bias_warning(metrics(), 50_000) is None
     assert "singular" in bias_warning(["fid"], 2048) and "singular" not in bias_warning(["fid"], 2049)
     assert "singular" not in bias_warning(["precision"], 100)
 
@@ -195,10 +244,10 @@ def test_rank_deficient_covariances_give_real_numbers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x, y = (distribution.FeatureStatistics.of(z @ axes) for z in (a, b))
-        found = distribution.frechet_from_statistics(x.mean, x.cov, y.mean, y.cov)
+        distance = distribution.frechet_from_statistics(x.mean, x.cov, y.mean, y.cov)
         assert abs(distribution.frechet_from_statistics(x.mean, x.cov, x.mean, x.cov)) < 1e-4
-    assert isinstance(found, float)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert isinstance(distance, float)
+    np.testing.assert_allclose(distance, expected, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ import scipy.linalg
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.pictures import to_uint8
-from causalfusion_jax.data.pipeline import DataConfig
-from causalfusion_jax.data.sources import digits
-from causalfusion_jax.evaluation.scores import flatten, frechet_distance, score, score_digits, shrink
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.digits import digits, score_digits
+from causalfusion_jax.data.scores import score, shrink
+from causalfusion_jax.metrics.distribution import frechet_distance
 
 
 def test_frechet_distance_by_scipy():
@@ -52,4 +53,3 @@ def test_shrink():
     assert small.shape == (16, 16, 3)
     np.testing.assert_allclose(small[0, 0], image[:2, :2].mean(axis=(0, 1)))
     np.testing.assert_array_equal(shrink(small), small)
-    assert flatten(np.zeros((5, 4, 4, 3))).shape == (5, 48)

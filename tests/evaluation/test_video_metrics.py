@@ -11,15 +11,11 @@ from tiny_data import clip_frame, write_clip
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config.evaluation import EvaluationConfig
-from causalfusion_jax.data.pipeline import DataConfig, make_source
-from causalfusion_jax.evaluation.images import Images, of_source, open_videos
-from causalfusion_jax.evaluation.video_metrics import (
-    VideoProtocol,
-    VideoReference,
-    bias_warning,
-    make_video_reference,
-    score_videos,
-)
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.registry import make_source
+from causalfusion_jax.evaluation.images import ImageSet, images_of_source, open_videos
+from causalfusion_jax.evaluation.inception_metrics import bias_warning
+from causalfusion_jax.evaluation.video_metrics import VideoProtocol, VideoReference, make_video_reference, score_videos
 from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.store import write_converted
 from causalfusion_jax.prepare.names import from_released
@@ -57,11 +53,11 @@ def test_fvd_of_known_normals(tmp_path):
     exact = values.astype(np.float64)
     spread = np.square(exact.mean(0)).sum() + exact.var(0, ddof=1).sum()
     cases = ("same", values, 0.0), ("shifted", values + 5, 10_000.0), ("double", 2 * values, spread)
-    for name, made, expected in cases:
-        videos = open_videos("--samples", opened(tmp_path, name, made), 9)
+    for name, generated, expected in cases:
+        videos = open_videos("--samples", opened(tmp_path, name, generated), 9)
         seen = []
-        found = score_videos(videos, reference, FirstFrame(), seen.append)
-        np.testing.assert_allclose(found["fvd"], expected, rtol=1e-6, atol=1e-2)
+        scores = score_videos(videos, reference, FirstFrame(), seen.append)
+        np.testing.assert_allclose(scores["fvd"], expected, rtol=1e-6, atol=1e-2)
         assert seen == [7, 14, 21, 28, 30]
 
 
@@ -91,7 +87,7 @@ def test_references_on_disk(tmp_path):
         np.savez(tmp_path / "bad.npz", **changed)
         with pytest.raises(InputError, match=words):
             VideoReference("--reference", str(tmp_path / "bad.npz"), PROTOCOL)
-    one = Images(1, real.shape, lambda size: (batch[:1] for batch in real.batches(1)))
+    one = ImageSet(1, real.shape, lambda size: (batch[:1] for batch in real.batches(1)))
     with pytest.raises(InputError, match="at least two videos"):
         score_videos(one, reference, FirstFrame())
     with pytest.raises(InputError, match="at least two videos"):
@@ -112,10 +108,10 @@ def test_videos_of_folders_and_data(tmp_path):
         levels = np.tile(expected.mean(axis=(1, 2, 3)), (3, 1))
         np.testing.assert_allclose(videos.mean(axis=(2, 3, 4)), levels, atol=2)
     data = DataConfig(source="clip_folder", path=str(root), image_size=16, channels=3, num_classes=2, frames=9)
-    source = of_source("config.data", make_source(data), 9)
+    source = images_of_source("config.data", make_source(data), 9)
     assert (source.num, source.shape) == (3, (9, 16, 16, 3)) and next(source.batches(2)).dtype == np.uint8
     with pytest.raises(InputError, match="videos of at least 16 frames"):
-        of_source("config.data", make_source(data), 16)
+        images_of_source("config.data", make_source(data), 16)
     with pytest.raises(InputError, match="clips/a/1'.*has 9 frames; 10 frames 1 apart need 10"):
         list(open_videos("--samples", str(root), 10).batches(3))
     (tmp_path / "empty").mkdir()
@@ -132,8 +128,8 @@ def test_videos_of_folders_and_data(tmp_path):
 
 
 def test_small_samples_are_called_biased():
-    assert bias_warning(2048) is None and "singular" not in bias_warning(401)
-    assert "fvd of 400 videos is biased upwards; their covariance is singular" in bias_warning(400)
+    assert bias_warning(["fvd"], 2048) is None and "singular" not in bias_warning(["fvd"], 401)
+    assert "fvd of 400 videos is biased upwards; their covariance is singular" in bias_warning(["fvd"], 400)
 
 
 def test_training_does_not_evaluate_it():
@@ -173,13 +169,13 @@ def test_the_commands_at_full_size(tmp_path):
     done = command("evaluate", "--make_reference", f"--samples={tmp_path / 'real.npz'}", *network,
                    f"--out={tmp_path / 'ref.npz'}")  # fmt: skip
     assert done.returncode == 0 and "statistics of 3 videos of 16 frames" in done.stdout, done.stderr
-    found = {}
+    scores = {}
     for name, reference in (("real", "ref"), ("shifted", "ref"), ("shifted", "real")):
         done = command("evaluate", f"--samples={tmp_path / name}.npz", f"--reference={tmp_path / reference}.npz",
                        *network)  # fmt: skip
         assert done.returncode == 0 and "fvd of 3 videos is biased" in done.stderr, done.stderr
         line = json.loads(done.stdout.splitlines()[-1])
         assert (line["num"], line["frames"], line["resize"]) == (3, 16, "tf1")
-        found[name, reference] = line["fvd"]
-    assert abs(found["real", "ref"]) < 1e-3 * found["shifted", "ref"]
-    np.testing.assert_allclose(found["shifted", "ref"], found["shifted", "real"], rtol=1e-4)
+        scores[name, reference] = line["fvd"]
+    assert abs(scores["real", "ref"]) < 1e-3 * scores["shifted", "ref"]
+    np.testing.assert_allclose(scores["shifted", "ref"], scores["shifted", "real"], rtol=1e-4)

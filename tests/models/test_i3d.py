@@ -38,7 +38,7 @@ def test_shapes_and_number_of_parameters():
     def outputs(params, videos):
         return dict(nnx.merge(graph, params).run(i3d.LAYERS, videos))
 
-    found = jax.eval_shape(outputs, shapes, jax.ShapeDtypeStruct((1, 16, 224, 224, 3), jnp.float32))
+    sizes = jax.eval_shape(outputs, shapes, jax.ShapeDtypeStruct((1, 16, 224, 224, 3), jnp.float32))
     for name, shape in {
         "Conv3d_1a_7x7": (8, 112, 112, 64),
         "MaxPool3d_2a_3x3": (8, 56, 56, 64),
@@ -50,7 +50,7 @@ def test_shapes_and_number_of_parameters():
         "MaxPool3d_5a_2x2": (2, 7, 7, 832),
         "Mixed_5c": (2, 7, 7, 1024),
     }.items():
-        assert found[name].shape[1:] == shape, name
+        assert sizes[name].shape[1:] == shape, name
 
 
 def pad_same(x, size, stride, value):
@@ -85,12 +85,12 @@ def looped(x, weight, stride):
     channels = x.shape[4] if weight is None else weight.shape[0]
     out = np.full((len(x), *out_shape, channels), -np.inf if weight is None else 0.0)
     before = [max((o - 1) * stride + size - n, 0) // 2 for o, n in zip(out_shape, x.shape[1:4], strict=True)]
-    for place in np.ndindex(*out_shape):
+    for position in np.ndindex(*out_shape):
         for offset in np.ndindex(size, size, size):
-            at = [p * stride + o - b for p, o, b in zip(place, offset, before, strict=True)]
+            at = [p * stride + o - b for p, o, b in zip(position, offset, before, strict=True)]
             if all(0 <= a < n for a, n in zip(at, x.shape[1:4], strict=True)):
                 seen = x[(slice(None), *at)]
-                where = (slice(None), *place)
+                where = (slice(None), *position)
                 if weight is None:
                     out[where] = np.maximum(out[where], seen)
                 else:
@@ -146,14 +146,14 @@ def plain_i3d(weights, x):
 def test_logits_are_those_of_plain_numpy(weights, params):
     """17 frames are three steps in time at the end, of which two at a time are averaged."""
     videos = np.random.default_rng(1).integers(0, 256, (1, 17, 12, 20, 3)).astype(np.uint8)
-    found = i3d.i3d_logits(params, videos, side=16)
+    logits = i3d.i3d_logits(params, videos, side=16)
     resized = np.asarray(resize_bilinear(videos, (16, 16), half_pixel=False))
     expected = plain_i3d(weights, resized * 2 / 255 - 1)
-    assert found.shape == expected.shape == (1, 400) and expected.std() > 0.1
-    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
+    assert logits.shape == expected.shape == (1, 400) and expected.std() > 0.1
+    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 1e-4
     # The resize that is asked for is the one that is done, and it matters.
     other = i3d.i3d_logits(params, videos, "half_pixel", side=16)
-    assert np.linalg.norm(found - other) / np.linalg.norm(expected) > 1e-3
+    assert np.linalg.norm(logits - other) / np.linalg.norm(expected) > 1e-3
 
 
 def test_resizes():
@@ -188,10 +188,10 @@ def test_every_layout_gives_the_same_network(weights, params):
         table = i3d_table(layout)
         names.check_shapes(table, shapes, ignored_names(layout))
         assert names.unfilled(table, i3d.abstract_i3d()[1]) == []
-        found = names.from_released(table, released, i3d.abstract_i3d()[1])
+        renamed = names.from_released(table, released, i3d.abstract_i3d()[1])
         expected = params if layout != "tensorflow" else names.from_released(i3d_table(), ones, i3d.abstract_i3d()[1])
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
-        back = names.to_released(table, found)
+        jax.tree.map(np.testing.assert_array_equal, renamed, expected)
+        back = names.to_released(table, renamed)
         assert set(back) == set(released) - set(ignored_names(layout))
         for name, array in back.items():
             np.testing.assert_array_equal(array, released[name], err_msg=name)
@@ -209,9 +209,9 @@ def test_convert_reads_a_torchscript_file_and_writes_back(weights, tmp_path):
     assert done.returncode == 0, done.stderr
     from safetensors.numpy import load_file
 
-    found = load_file(back)
-    assert set(found) == {name for name in weights if not name.endswith("num_batches_tracked")}
-    for name, array in found.items():
+    exported = load_file(back)
+    assert set(exported) == {name for name in weights if not name.endswith("num_batches_tracked")}
+    for name, array in exported.items():
         np.testing.assert_array_equal(array, weights[name], err_msg=name)
 
 

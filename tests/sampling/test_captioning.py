@@ -11,7 +11,7 @@ from flax import nnx
 from helpers import random_params
 
 from causalfusion_jax.common.errors import InputError
-from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.config.sampling import CaptionConfig, SamplerConfig
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig
 from causalfusion_jax.core.layouts import NO_TOKEN, Layout, pair_layout
@@ -19,7 +19,7 @@ from causalfusion_jax.data.tokenizers import BEGIN, END
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sampling.captioning import CaptionConfig, caption_tokens, filtered, score_tokens
+from causalfusion_jax.sampling.captioning import caption_tokens, filtered, score_tokens
 from causalfusion_jax.sampling.sampler import image_keys, sample_tokens
 
 T, VOCAB = 9, 7

@@ -17,13 +17,12 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.slices import SliceJob
+from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.digit_pairs import digit_pairs
-from causalfusion_jax.data.pipeline import DataConfig
-from causalfusion_jax.data.scores import HIGHER_IS_BETTER, SCORES, is_better, pixel_metrics
-from causalfusion_jax.data.sources import digits
+from causalfusion_jax.data.digits import digits
+from causalfusion_jax.data.scores import is_better, metrics, pixel_metrics, score
 from causalfusion_jax.data.tokenizers import END, make_tokenizer
 from causalfusion_jax.evaluation import periodic
-from causalfusion_jax.evaluation.scores import score
 from causalfusion_jax.sampling.generation import generate_images, replicate
 from causalfusion_jax.sampling.images import balanced_labels
 from causalfusion_jax.sampling.trained import from_run
@@ -216,10 +215,10 @@ def test_every_declared_pixel_metric_is_measured_and_has_a_direction(data):
     data = DataConfig(**dict(source="digits") | data)
     longer = (2 * data.frames,) if data.frames > 1 else ()
     samples = np.zeros((4, *longer, *data.shape[-3:]), np.uint8)
-    assert set(score(data, samples, np.zeros(4, int))) == set(pixel_metrics(data)) <= set(SCORES)
-    # Without classes, metrics that compare samples with their classes are left out.
+    assert set(score(data, samples, np.zeros(4, int))) == set(pixel_metrics(data)) <= set(metrics())
+    # Of no class in particular, what compares samples with their classes is left out.
     of_classes = {"accuracy", "accuracy_beyond", "left", "right"}
-    assert of_classes <= set(HIGHER_IS_BETTER)
+    assert all(metrics()[name].higher_is_better for name in of_classes)
     without = set(pixel_metrics(data)) - of_classes
     if without:
         assert set(score(data, samples, np.full(4, data.num_classes))) == without

@@ -177,7 +177,7 @@ def test_noise_on_images_that_are_read():
          "config.train.length_buckets"),
         (dict(joint=dict(text_to_image=0.55, image=0.0, prompt_dropout=0.0), sampling=dict(cfg_scale=2.0)),
          "config.sampling.cfg_scale"),
-        (dict(text=dict(tokenizer="words")), "config.text.path"),
+        (dict(text=dict(tokenizer="sentencepiece")), "config.text.path"),
         (dict(data=dict(image_width=15)), "config.data.image_width"),
     ],
 )  # fmt: skip

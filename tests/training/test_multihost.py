@@ -17,6 +17,7 @@ from causalfusion_jax.checkpoints.checkpoint import Checkpoints
 from causalfusion_jax.cli.app import INTERRUPTED
 from causalfusion_jax.common.distributed import initialize
 from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.metrics.registry import CLASS_PROBABILITIES, POOLED_FEATURES, POOLED_STATISTICS
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 SMALL = (
@@ -46,10 +47,10 @@ def test_two_processes_give_the_results_of_one(tmp_path):
         np.testing.assert_array_equal(values["own"], values["images"][values["numbers"]])
     whole = multihost_checks.collected_by(range(7))
     for values in results:
-        np.testing.assert_allclose(values["mean"], whole.statistics["2048"].mean, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(values["cov_row"], whole.statistics["2048"].cov[0], rtol=1e-10, atol=1e-14)
-        np.testing.assert_allclose(values["score"], whole.score.result(), rtol=1e-12)
-        np.testing.assert_array_equal(values["kept"], whole.kept)
+        np.testing.assert_allclose(values["mean"], whole[POOLED_STATISTICS].mean, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(values["cov_row"], whole[POOLED_STATISTICS].cov[0], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(values["score"], whole[CLASS_PROBABILITIES].result(), rtol=1e-12)
+        np.testing.assert_array_equal(values["kept"], whole[POOLED_FEATURES].features)
         assert values["plain"] == np.pi * 1e-9
 
 

@@ -3,10 +3,9 @@
 import numpy as np
 
 from causalfusion_jax.common.pictures import to_uint8
-from causalfusion_jax.data.moving_digits import MovingDigitsSource, bounce
-from causalfusion_jax.data.pipeline import DataConfig
-from causalfusion_jax.evaluation.scores import score
-from causalfusion_jax.evaluation.tracking import path_error, score_moving_digits, track
+from causalfusion_jax.data.config import DataConfig
+from causalfusion_jax.data.moving_digits import MovingDigitsSource, bounce, path_error, score_moving_digits, track
+from causalfusion_jax.data.scores import score
 
 
 def real_clips(num, frames=16, split="train"):
