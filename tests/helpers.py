@@ -60,7 +60,7 @@ def expanded(overrides, **kwargs):
 def finish_run(workdir, sweep, run, **scores):
     """What a finished run leaves, with made-up scores."""
     for ar_steps in run.ar_steps:
-        folder = sweeps.samples_folder(workdir, run, ar_steps, sweep)
+        folder = run.samples_folder(workdir, ar_steps, sweep.num_samples)
         folder.mkdir(parents=True)
         files.write_json(folder / "evaluation.json", scores)
     files.write_json(workdir / run.name / "config.json", experiment.to_dict(run.config))
@@ -125,14 +125,13 @@ def command(name: str, *args: str) -> subprocess.CompletedProcess:
 def run_module(name: str, *args: str) -> subprocess.CompletedProcess:
     """`command` for a module of any name, of `tests` too."""
     server, folder = command_server()
-    request = {"module": name, "args": [str(arg) for arg in args]}
-    if name.endswith(".preflight"):
-        # The TPU compiler does not know all options of the CPU's.
-        request["unset"] = ["XLA_FLAGS"]
     paths = {stream: folder / stream for stream in ("stdout", "stderr")}
+    # The TPU compiler does not know all options of the CPU's.
+    unset = ["XLA_FLAGS"] if name.endswith(".preflight") else []
+    request = {"module": name, "args": [str(arg) for arg in args], "unset": unset}
     server.stdin.write(json.dumps(request | {stream: str(path) for stream, path in paths.items()}) + "\n")
     server.stdin.flush()
-    _, status = server.stdout.readline(), int(server.stdout.readline())
+    status = int(server.stdout.readline())
     written = {stream: path.read_text() for stream, path in paths.items()}
     return subprocess.CompletedProcess([name, *args], status, **written)
 
@@ -142,7 +141,7 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     """The process that `command` forks, and a folder for what commands print."""
     folder = tempfile.TemporaryDirectory(prefix="causalfusion_jax-commands-")
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "command_server.py")],
+        [sys.executable, "-m", "command_server"],
         cwd=ROOT,
         env=command_env(),
         stdin=subprocess.PIPE,

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from causalfusion_jax.common import distributed, files
+from causalfusion_jax.common.charts import heat_map, save_chart
 from causalfusion_jax.common.errors import require, require_one_of
-from causalfusion_jax.common.heat_map import Panel, heat_map
-from causalfusion_jax.common.pictures import save_png
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.probe import PROBES
 from causalfusion_jax.data.class_names import names_difference
@@ -188,8 +187,6 @@ def _finetuned(study, of, folder: pathlib.Path, request: dict[str, Any]) -> dict
 
 def _draw(path: pathlib.Path, found: dict[str, Any]) -> None:
     """The map as a picture."""
-    panels = [
-        Panel(f"linear probe, {name}", np.array(found[name])) for name in ("trained", "untrained") if name in found
-    ]
+    panels = {f"linear probe, {name}": np.array(found[name]) for name in ("trained", "untrained") if name in found}
     rows = [str(layer) for layer in found["layers"]]
-    save_png(path, heat_map(panels, rows, found["tokens"], "layer", "noise level t / T"))
+    save_chart(path, heat_map(panels, rows, found["tokens"], row_label="layer", column_label="noise level t / T"))

@@ -51,9 +51,9 @@ def test_algebra():
         (lambda: grid({GAMMA: []}), "must be a list"),
         (lambda: grid({"data.path": "ab"}), "must be a list"),
         (lambda: grid({}), "at least one path"),
-        (lambda: grid({GAMMA: [0.9, 0.9]}), "there twice"),
+        (lambda: grid({GAMMA: [0.9, 0.9]}), "run twice"),
         (lambda: together({GAMMA: [0.9], SEED: [0, 1]}), "as many values"),
-        (lambda: chain(grid({GAMMA: [0.9]}), grid({GAMMA: [0.9, 1.0]})), "there twice"),
+        (lambda: chain(grid({GAMMA: [0.9]}), grid({GAMMA: [0.9, 1.0]})), "run twice"),
         (lambda: product(grid({GAMMA: [0.9]}), grid({GAMMA: [1.0]})), "set twice"),
         (lambda: Sweep("configs/digits.py", ()), "at least one run"),
         (lambda: Sweep("configs/digits.py", ({},), metric="acuracy"), "did you mean accuracy"),
@@ -178,23 +178,20 @@ product.write_text("{}")
 DRIVER = """
 import pathlib, sys
 sys.path.insert(0, "launch")
-import sweep
-class Run:
-    def __init__(self, name): self.name = name
+import jobs, sweep
 folder = pathlib.Path(sys.argv[1])
 (folder / "logs").mkdir(exist_ok=True)
 def stage(run, name, kind):
     product = folder / run / name / "product.json"
-    return sweep.Stage(name, ("stub", kind, str(product)), product)
-servers = [] if (folder / "fork").exists() else None
+    return jobs.Stage(name, ("stub", kind, str(product)), product)
 with sweep.held(folder) as lock:
-    jobs = [
-        sweep.Job(Run(f"{i}-{kind}"), (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
-                  folder / "logs" / f"{i}.log", servers)
+    made = [
+        jobs.Job(f"{i}-{kind}", (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
+                 folder / "logs" / f"{i}.log")
         for i, kind in enumerate(sys.argv[3:])
     ]
-    stopped_by = sweep.run_jobs(jobs, int(sys.argv[2]), lock)
-    print(stopped_by, [job.state for job in jobs])
+    signal_name = jobs.run_jobs(made, int(sys.argv[2]), lock)
+    print(signal_name, [job.state for job in made])
 """
 
 
@@ -248,36 +245,22 @@ def test_signals_reach_the_runs_which_save_and_resume(tmp_path, number):
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'finished']"
 
 
-@pytest.mark.slow
-def test_commands_in_forks_fail_save_and_resume_alike(tmp_path):
-    (tmp_path / "fork").touch()
-    process = drive(tmp_path, 2, "ok", "slow", "fail")
-    wait_for(lambda: list(tmp_path.glob("*/training/started")) and (tmp_path / "logs" / "2.log").exists(), 120)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=600)
-    assert output.splitlines()[-1].startswith("SIGTERM [") and "'interrupted'" in output, errors
-    assert (tmp_path / "1-slow" / "training" / "saved").read_text() == "SIGTERM"
-    output, _ = drive(tmp_path, 2, "ok", "slow", "fail").communicate(timeout=600)
-    assert output.splitlines()[-1] == "None ['finished', 'finished', 'failed']"
-    assert "failed    2-fail  training: error: no luck (see" in output
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the death of a parent is signalled on Linux only")
 def test_runs_save_when_the_sweep_is_killed(tmp_path):
     process = drive(tmp_path, 1, "slow")
     wait_for(lambda: list(tmp_path.glob("*/training/started")))
     # Another sweep stays out meanwhile.
     _, errors = drive(tmp_path, 1, "ok").communicate(timeout=600)
-    assert "a sweep, or a run that it left to save, is at work there" in errors
+    assert "another sweep is running there, or a run that it started is still saving" in errors
     process.kill()
     process.communicate()
     wait_for(lambda: list(tmp_path.glob("*/training/saved")))
 
 
-def test_launcher_quotes_for_its_place():
+def test_launcher_template_is_quoted_as_the_shell_needs_it():
     code = (
-        "import sys; sys.path.insert(0, 'launch'); import sweep\n"
-        "values = dict(command=sys.argv[1], name='n'); print(sweep.fill(sys.argv[2], values))"
+        "import sys; sys.path.insert(0, 'launch'); import shell_template\n"
+        "values = dict(command=sys.argv[1], name='n'); print(shell_template.fill(sys.argv[2], values))"
     )
     nasty = "python -m x '--a=(1, 2)' && echo \"$HOME\" `id` \\ it's"
     template = 'printf \'%s\\n\' {command} \'{command}\' "{command}" "cd x; {command}" {name} \\"{name} ${X}'
@@ -323,7 +306,7 @@ import json, sys
 sys.path.insert(0, "launch")
 import sweep
 from absl import flags
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
 for args in json.loads(sys.argv[1]):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
