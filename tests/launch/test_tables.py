@@ -16,9 +16,9 @@ from causalfusion_jax.sweeps import sweep as sweeps
 sys.path.insert(0, str(ROOT / "launch" / "tables"))
 import page
 import tables
-from tables import Claim, Place
+from tables import Cell, Claim
 
-CLAIM = Claim("a beats b", Place("a", 1), Place("b", 1))
+CLAIM = Claim("a beats b", Cell("a", 1), Cell("b", 1))
 RUNS = {
     # table: runs of a seed, on digits and on ImageNet
     "gamma": (5, 5), "order": (4, 5), "fixed_steps": (6, 6), "ar_weight": (5, 5), "condition_tokens": (5, 5),
@@ -51,7 +51,7 @@ def test_rows_of_runs_are_those_of_the_figures(name, on):
     assert len(table.claims) - len(run) == left_out.get((name, on), 0)
 
 
-def test_runs_in_common_are_there_once():
+def test_common_runs_appear_once():
     (shared,) = [names for folder, names in tables.groups(list(tables.TABLES), "digits").items() if folder == "digits"]
     sweep = tables.joined(shared, "digits", seeds=2)
     runs = sweeps.expand(sweep, tables.base_of(sweep.config))
@@ -105,7 +105,7 @@ def made_up(root, score):
     sweep = tables.joined(["gamma"], "digits", seeds=2)
     for run in sweeps.expand(sweep, tables.base_of(sweep.config)):
         for s in run.ar_steps:
-            folder = sweeps.samples_folder(root / "digits", run, s, sweep)
+            folder = run.samples_folder(root / "digits", s, sweep.num_samples)
             folder.mkdir(parents=True)
             fd = score(run.config.factorization.gamma, run.config.train.seed, s)
             (folder / "evaluation.json").write_text(json.dumps({"num": 1000, "fd": fd, "accuracy": 0.5}))
@@ -150,7 +150,7 @@ def test_scores_of_other_settings_are_not_collected(tmp_path):
     scores = page.collect(tmp_path, ["gamma"], "digits", 2, 0, overridden)
     assert sum(len(place.get("fd", [])) for place in scores["gamma"].values()) == 2 * 5 * 4 - 4
     text = page.render(scores, "digits", 2, 0, overrides=["train.batch_size=16"])
-    assert "--fork --override=train.batch_size=16`" in text
+    assert "--parallel=2 --override=train.batch_size=16`" in text
 
 
 def run(script, *args, **kwargs):
@@ -196,7 +196,7 @@ def test_runs_and_renders(tmp_path):
         "checkpoint.every=4"
     )
     args = ("--table=t_sharing", "--seeds=1", "--num=20", f"--workdir={tmp_path}")
-    done = run("run", *args, "--", "--parallel=2", "--fork", tiny)
+    done = run("run", *args, "--", "--parallel=2", tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "page.md"
     refused = run("render", *args, f"--out={out}")
@@ -207,5 +207,5 @@ def test_runs_and_renders(tmp_path):
     text = out.read_text()
     assert len(scores) == 4 and all(page.number(score) in text for score in scores)
     assert "here, today" in text and "**one seed**" in text
-    again = run("run", *args, "--", "--parallel=2", "--fork", tiny)
+    again = run("run", *args, "--", "--parallel=2", tiny)
     assert again.stdout.count("was there already") == 4
