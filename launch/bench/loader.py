@@ -210,9 +210,9 @@ def trained(folder: pathlib.Path) -> list[dict]:
             config.train.update(steps=steps, batch_size=_BATCH)
             config.checkpoint.every, config.logging.every = steps, steps // 2
             config.optimizer.warmup_steps = 1
-            seen = []
             workdir = folder / f"{data.source}_{workers}"
-            train(experiment.from_dict(config.to_dict()), str(workdir), lambda _, metrics: seen.append(metrics))
+            seen = []
+            train(experiment.from_dict(config.to_dict()), str(workdir), lambda _, m, seen=seen: seen.append(m))
             rows.append(
                 {
                     "source": data.source,

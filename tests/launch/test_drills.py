@@ -101,7 +101,7 @@ def test_a_failed_command_must_name_file_and_reason_in_one_line(output, wrong):
 
 def test_a_moment_comes_at_its_event_and_count():
     come = []
-    hook = moments._hook(moments.COMMIT, 2, lambda *_: come.append(1))
+    hook = moments.audit_hook(moments.COMMIT, 2, lambda *_: come.append(1))
     rename = lambda target: hook("os.rename", ("from", target, -1, -1))
     for target in ("/run/checkpoints/4/state", "/run/checkpoints/4", "/run/manifests/4"):
         rename(target)
@@ -115,7 +115,7 @@ def test_a_moment_comes_at_its_event_and_count():
 
 def test_reading_a_file_is_no_moment_of_writing_it():
     come = []
-    hook = moments._hook(moments.MANIFEST, 1, lambda *_: come.append(1))
+    hook = moments.audit_hook(moments.MANIFEST, 1, lambda *_: come.append(1))
     hook("open", ("/run/manifests/4/0.json", "r", os.O_RDONLY))
     assert not come
     hook("open", ("/run/manifests/4/.0.json.part", "w", os.O_WRONLY))
@@ -139,7 +139,7 @@ def test_only_the_file_that_is_written_at_the_moment_is_cut_to_half(tmp_path, ca
 
 def test_deletion_is_interrupted_after_some_files():
     come = []
-    hook = moments._hook(moments.DELETION, 1, lambda *_: come.append(1))
+    hook = moments.audit_hook(moments.DELETION, 1, lambda *_: come.append(1))
     hook("os.remove", ("before", -1))
     hook("shutil.rmtree", ("/run/checkpoints/4", None))
     for i in range(moments.DELETION.files_removed):
