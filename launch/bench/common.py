@@ -17,7 +17,7 @@ from causalfusion_jax.common.hardware import Topology, by_device_kind
 from causalfusion_jax.compile_ahead import costs, hlo
 from causalfusion_jax.compile_ahead.report import roofline
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from markdown_table import table
 
 RATE_SECONDS = 0.5

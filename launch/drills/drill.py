@@ -17,12 +17,13 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "launch"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from markdown_table import table
 from processes import die_with_parent, import_commands, run_module
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 STEPS, EVERY = 24, 4
 """Steps of a tiny run, and between its checkpoints."""
