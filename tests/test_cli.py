@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import pathlib
 import resource
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_full_or_failing_disk_is_one_line_that_names_the_file(number, capsys):
 
 def test_other_errors_of_the_system_keep_their_traceback():
     with pytest.raises(FileNotFoundError), cli.errors_in_one_line():
-        open("no/such/file")
+        pathlib.Path("no/such/file").read_bytes()
 
 
 @pytest.mark.parametrize(
