@@ -1,4 +1,4 @@
-"""A tiny model of digits, and what several tests do with it."""
+"""A tiny model of digits, the commands as processes, and sweeps; shared by the tests."""
 
 import atexit
 import functools
@@ -58,7 +58,7 @@ def expanded(overrides, **kwargs):
 
 
 def finish_run(workdir, sweep, run, **scores):
-    """What a finished run leaves, with made-up scores."""
+    """Writes the files of a finished run, with made-up scores."""
     for ar_steps in run.ar_steps:
         folder = run.samples_folder(workdir, ar_steps, sweep.num_samples)
         folder.mkdir(parents=True)
@@ -67,7 +67,7 @@ def finish_run(workdir, sweep, run, **scores):
 
 
 def random_params(config: TransformerConfig, scale: float = 0.15) -> Params:
-    """Parameters without a zero among them, so that every one of them matters."""
+    """Parameters without zeros, so that each one affects the result."""
     rng = np.random.default_rng(7)
 
     def draw(path, leaf):
@@ -78,7 +78,7 @@ def random_params(config: TransformerConfig, scale: float = 0.15) -> Params:
 
 
 def shaken(params: Params, scale: float = 0.1) -> Params:
-    """`params` with noise on every one of them."""
+    """`params` with noise added to every array."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(7)
     return jax.tree.unflatten(tree, [leaf + scale * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
@@ -113,17 +113,17 @@ def make_batch(config: experiment.ExperimentConfig, mesh):
 
 
 def command(name: str, *args: str) -> subprocess.CompletedProcess:
-    """Runs `python -m causalfusion_jax.NAME ARGS`, in a fork of a process that has its imports.
+    """Runs `python -m causalfusion_jax.NAME ARGS` in a fork of a process that has imported what it needs.
 
-    Implicit host reads of device arrays fail in it, as `host_reads` says.
+    Implicit host reads of device arrays fail in it (see `host_reads`).
     """
     module = f"causalfusion_jax.{name}"
-    # Preflight compiles for devices that are not there.
+    # Preflight compiles for devices that this machine does not have.
     return run_module(module, *args) if name == "preflight" else run_module("host_reads", module, *args)
 
 
 def run_module(name: str, *args: str) -> subprocess.CompletedProcess:
-    """`command` for a module of any name, of `tests` too."""
+    """`command` for any module, also of `tests`."""
     server, folder = command_server()
     paths = {stream: folder / stream for stream in ("stdout", "stderr")}
     # The TPU compiler does not know all options of the CPU's.
@@ -171,8 +171,8 @@ def start_processes(count: int, module: str, *args: str) -> list[subprocess.Pope
     ]
 
 
-def all_done(processes: list[subprocess.Popen], timeout: float = 600) -> list[str]:
-    """Waits for processes that must all succeed. Returns what each printed."""
+def assert_all_succeed(processes: list[subprocess.Popen], timeout: float = 600) -> list[str]:
+    """Asserts that all processes exit with 0. Returns what each printed."""
     printed = [process.communicate(timeout=timeout) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), printed
     return [out for out, _ in printed]
@@ -180,12 +180,12 @@ def all_done(processes: list[subprocess.Popen], timeout: float = 600) -> list[st
 
 @functools.cache
 def command_env() -> dict[str, str]:
-    """The environment of commands: one device; what one compiled, the next one reuses."""
+    """The environment of commands: one device, and one cache of compiled programs."""
     env = os.environ | {"XLA_FLAGS": quick_compilation.FLAGS}
     cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
     atexit.register(cache.cleanup)
     return env | {
-        # This checkout's package, whatever is installed, and what tests run commands by.
+        # The package of this checkout, whatever is installed, and the modules of tests.
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache.name,
