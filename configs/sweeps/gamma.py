@@ -6,13 +6,13 @@ The paper chose 0.9 (FID-10k 12.89, 15.57, 18.83 and 22.72 at 1, 2, 4 and 8 AR s
 """
 
 from causalfusion_jax.config.experiment import choose
-from causalfusion_jax.sweeps.sweep import Sweep, grid
+from causalfusion_jax.sweeps import Sweep, grid
 
 CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfusion.py:L,ablation"}
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],
