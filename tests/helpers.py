@@ -152,6 +152,12 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     return server, pathlib.Path(folder.name)
 
 
+def run_python(*args) -> subprocess.CompletedProcess:
+    """Runs `python ARGS` in the repository, in the environment of commands."""
+    command_line = [sys.executable, *map(str, args)]
+    return subprocess.run(command_line, cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=900)
+
+
 def start_processes(count: int, module: str, *args: str) -> list[subprocess.Popen]:
     """Starts `python -m MODULE ARGS` as `count` processes of one job; implicit host reads fail in them."""
     with socket.socket() as free:

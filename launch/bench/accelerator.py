@@ -183,33 +183,29 @@ print(json.dumps({"platform": devices[0].platform, "device": devices[0].device_k
 # Each returns the rows of its table; `ok` in a row tells whether a check passed.
 
 
+def settings(**sections: dict) -> list[str]:
+    """Flags that change settings of a config."""
+    return [f"--config.{section}.{name}={value}" for section in sections for name, value in sections[section].items()]
+
+
 def digits(bench: Bench) -> list[dict]:
     """Training with checkpoints, grids and evaluations: uninterrupted, and killed and resumed."""
     steps, every = (30, 6) if bench.rehearse else (2300, 250)
-    flags = [
-        "--config=configs/digits.py",
-        f"--config.train.steps={steps}",
-        f"--config.checkpoint.every={every}",
-        f"--config.logging.sample_every={2 * every}",
-        f"--config.evaluation.eval_every={2 * every}",
-        f"--config.logging.every={every // 6 or 1}",
-    ]
+    flags = ["--config=configs/digits.py", *settings(
+        train=dict(steps=steps), checkpoint=dict(every=every), evaluation=dict(eval_every=2 * every),
+        logging=dict(every=every // 6 or 1, sample_every=2 * every),
+    )]  # fmt: skip
     if bench.rehearse:
-        flags += [
-            "--config.model.hidden=32",
-            "--config.model.heads=2",
-            "--config.train.batch_size=8",
-            "--config.optimizer.warmup_steps=3",
-            "--config.evaluation.num_images=20",
-            "--config.sampling.solver_steps=4",
-        ]
+        flags += settings(
+            model=dict(hidden=32, heads=2), train=dict(batch_size=8), optimizer=dict(warmup_steps=3),
+            evaluation=dict(num_images=20), sampling=dict(solver_steps=4),
+        )  # fmt: skip
     num = 20 if bench.rehearse else 500
     whole, killed = (bench.out / "digits" / name for name in ("whole", "killed"))
     rows = [bench.cached("digits_whole", lambda: {"run": "whole"} | trained(bench, "digits_whole", flags, whole))]
     stop = bench.cached("digits_kill", lambda: kill_training(bench, "digits_kill", flags, killed, steps // 2))
-    rows.append(bench.cached("digits_killed", lambda: {
-        "run": "killed and resumed", **stop, **trained(bench, "digits_killed", flags, killed),
-    }))  # fmt: skip
+    resumed = bench.cached("digits_killed", lambda: trained(bench, "digits_killed", flags, killed))
+    rows.append({"run": "killed and resumed", **stop, **resumed})
     for row, workdir in zip(rows, (whole, killed), strict=True):
         row |= bench.cached(f"digits_{workdir.name}_scores", lambda workdir=workdir: scores(bench, workdir, num))
         # A kill loses the steps after the newest checkpoint, and one checkpoint that was being written.
@@ -306,31 +302,27 @@ def attention(bench: Bench) -> list[dict]:
 
 def small_network(bench: Bench) -> list[str]:
     """Flags that make XL small enough for a rehearsal."""
-    sizes = {"layers": 2, "hidden": 32, "heads": 2, "num_condition_tokens": 4, "dtype": "float32"}
-    network = [f"--config.model.{name}={value}" for name, value in sizes.items()]
-    return [*network, "--config.data.image_size=4"] if bench.rehearse else []
+    network = dict(layers=2, hidden=32, heads=2, num_condition_tokens=4, dtype="float32")
+    return settings(model=network, data=dict(image_size=4)) if bench.rehearse else []
 
 
 def step(bench: Bench) -> list[dict]:
     """The training step at increasing batch sizes, until one does not fit."""
     batches = (4, 8) if bench.rehearse else (16, 32, 64, 128, 256)
     rows = []
-    for attention in ("flash", "dense"):
+    for implementation in ("flash", "dense"):
         for batch in batches:
             batch *= bench.device["devices"]
-            name = f"step_{attention}_{batch}"
+            name = f"step_{implementation}_{batch}"
             flags = [
                 f"--config={XL}",
                 *small_network(bench),
-                f"--attention={attention}",
-                f"--config.train.batch_size={batch}",
-                "--config.train.grad_accum_steps=1",
-                "--steps=2",
-                f"--rounds={1 if bench.rehearse else 3}",
+                *settings(train=dict(batch_size=batch, grad_accum_steps=1)),
             ]
+            flags += [f"--attention={implementation}", "--steps=2", f"--rounds={1 if bench.rehearse else 3}"]
             measured = fitting(bench, name, "train_step.py", flags)
             if not measured:
-                rows.append({"attention": attention, "batch": batch, "fits": False})
+                rows.append({"attention": implementation, "batch": batch, "fits": False})
                 break
             rows += [{**row, "fits": True} for row in measured]
     return rows
@@ -353,15 +345,8 @@ def sampler(bench: Bench) -> list[dict]:
     rows = []
     for num in (2, 4) if bench.rehearse else (16, 64, 256):
         num *= bench.device["devices"]
-        flags = [
-            f"--config={XL}",
-            *small_network(bench),
-            f"--num={num}",
-            "--ar_steps=1,8",
-            "--config.sampling.cfg_scale=1.5",
-            f"--config.sampling.solver_steps={2 if bench.rehearse else 25}",
-            "--rounds=1",
-        ]
+        solver = settings(sampling=dict(cfg_scale=1.5, solver_steps=2 if bench.rehearse else 25))
+        flags = [f"--config={XL}", *small_network(bench), *solver, f"--num={num}", "--ar_steps=1,8", "--rounds=1"]
         measured = fitting(bench, f"sampler_{num}", "sampler.py", flags)
         if not measured:
             rows.append({"images": num, "fits": False})

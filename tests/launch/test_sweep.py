@@ -1,4 +1,4 @@
-"""Sweeps: their algebra, their files, and launch/sweep.py, run as a user runs it."""
+"""Sweeps: combining overrides, their files, and launch/sweep.py as a user runs it."""
 
 import json
 import os
@@ -8,13 +8,16 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, command_env, expanded, finish_run
+from helpers import ROOT, command_env, expanded, finish_run, run_python
 
 from causalfusion_jax.cli import command as cli
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.sweeps import sweep as sweeps
 from causalfusion_jax.sweeps.sweep import Sweep, chain, grid, product, together
+
+sys.path.insert(0, str(ROOT / "launch"))
+from shell_template import fill
 
 GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.seed"
 FILES = {
@@ -30,10 +33,10 @@ FILES = {
 }
 
 
-# --- The algebra ------------------------------------------------------------------
+# --- Combining overrides ------------------------------------------------------------------
 
 
-def test_algebra():
+def test_overrides_are_combined():
     assert grid({GAMMA: [1.0, 0.9], SEED: [0, 1]}) == (
         {GAMMA: 1.0, SEED: 0}, {GAMMA: 1.0, SEED: 1}, {GAMMA: 0.9, SEED: 0}, {GAMMA: 0.9, SEED: 1},
     )  # fmt: skip
@@ -62,7 +65,7 @@ def test_algebra():
         (lambda: Sweep("configs/digits.py", grid({SEED: [0, 1]}), ar_steps=((4,), (1, 1))), "different numbers"),
     ],
 )
-def test_wrong_algebra(make, words):
+def test_wrong_combinations(make, words):
     with pytest.raises(InputError, match=words):
         make()
 
@@ -258,30 +261,18 @@ def test_runs_save_when_the_sweep_is_killed(tmp_path):
 
 
 def test_launcher_template_is_quoted_as_the_shell_needs_it():
-    code = (
-        "import sys; sys.path.insert(0, 'launch'); import shell_template\n"
-        "values = dict(command=sys.argv[1], name='n'); print(shell_template.fill(sys.argv[2], values))"
-    )
     nasty = "python -m x '--a=(1, 2)' && echo \"$HOME\" `id` \\ it's"
     template = 'printf \'%s\\n\' {command} \'{command}\' "{command}" "cd x; {command}" {name} \\"{name} ${X}'
-    filled = subprocess.run([sys.executable, "-c", code, nasty, template], cwd=ROOT, capture_output=True, text=True)
-    shown = subprocess.run(["bash", "-c", filled.stdout], capture_output=True, text=True, env={"X": "y"})
+    filled = fill(template, dict(command=nasty, name="n"))
+    shown = subprocess.run(["bash", "-c", filled], capture_output=True, text=True, env={"X": "y"})
     assert shown.stdout.splitlines() == [nasty, nasty, nasty, f"cd x; {nasty}", "n", '"n', "y"], filled
     for wrong, word in (("echo {name}", "must hold {command}"), ("{command} {nam}", "must be one of command, name")):
-        refused = subprocess.run([sys.executable, "-c", code, "x", wrong], cwd=ROOT, capture_output=True, text=True)
-        assert word in refused.stderr
+        with pytest.raises(InputError, match=word):
+            fill(wrong, dict(command="x", name="n"))
 
 
-def run_sweep(*args, **kwargs):
-    return subprocess.run(
-        [sys.executable, "launch/sweep.py", *map(str, args)],
-        cwd=ROOT,
-        env=command_env(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        **kwargs,
-    )
+def run_sweep(*args):
+    return run_python("launch/sweep.py", *args)
 
 
 def test_dry_run_prints_commands_and_changes_nothing(tmp_path):
@@ -325,17 +316,10 @@ for args in json.loads(sys.argv[1]):
 def sweep_several(*commands):
     """How launch/sweep.py ends with each of several command lines: its exit status, or the InputError."""
     arguments = json.dumps([[str(arg) for arg in args] for args in commands])
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, arguments],
-        cwd=ROOT,
-        env=command_env(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("ended: ")]
-    assert len(found) == len(commands), done.stdout + done.stderr
-    return found
+    done = run_python("-c", SEVERAL, arguments)
+    ends = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("ended: ")]
+    assert len(ends) == len(commands), done.stdout + done.stderr
+    return ends
 
 
 def test_wrong_input_touches_nothing(tmp_path):
@@ -360,8 +344,10 @@ def test_wrong_input_touches_nothing(tmp_path):
     ]
     # Videos with what FVD needs are started.
     good = [f"--sweep={videos}", "--evaluate_flags=--i3d=x --reference=y", *scored, "--launcher=exit 3 #{command}"]
-    *found, started = sweep_several(*([workdir, *args] for args, *_ in cases), [f"--workdir={tmp_path / 'x/y'}", *good])
-    for error, (_, *words) in zip(found, cases, strict=True):
+    *errors, started = sweep_several(
+        *([workdir, *args] for args, *_ in cases), [f"--workdir={tmp_path / 'x/y'}", *good]
+    )
+    for error, (_, *words) in zip(errors, cases, strict=True):
         assert all(word in error for word in words), error
     assert started == 1, "the launcher's status"
     assert set(tmp_path.iterdir()) == {videos, pairs}
@@ -384,18 +370,18 @@ def test_results_and_jobs_of_other_settings_are_refused(tmp_path):
     finish_run(workdir, loaded, run, fd=1.5, accuracy=0.5)
     args, launcher = (sweep, f"--workdir={workdir}"), "--launcher=true # {command}"
     other = "--override=train.batch_size=16"
-    found = sweep_several(
+    ends = sweep_several(
         [*args, other, "--results_only"],
         [*args, other, launcher],
         [*args, launcher, "--sample_flags=--cfg_scale=2"],
         [*args, "--results_only"],
         [*args, "--results_only", "--sample_flags=--cfg_scale=2"],
     )
-    for refused in found[:2]:
+    for refused in ends[:2]:
         assert "trained by other settings: train.batch_size=16 (it has 48)" in refused
     # The jobs' flags are on record from here on.
-    assert found[2] == 0 and "belongs to another sweep: --sample_flags=''" in found[3]
-    assert found[4] == 0 and "| **1.500** |" in (workdir / "results.md").read_text()
+    assert ends[2] == 0 and "belongs to another sweep: --sample_flags=''" in ends[3]
+    assert ends[4] == 0 and "| **1.500** |" in (workdir / "results.md").read_text()
 
 
 TINY = """
