@@ -157,11 +157,11 @@ def tried(case: Case, error: str, out: pathlib.Path, disk: pathlib.Path, expecte
     module, *args = command(case.command, out, folder)
     process = drill.Process(module, args, failing(case, error, disk))
     process.wait()
-    came = moments.FIRED in process.output
+    fired = moments.FIRED in process.output
     (disk / "ballast").unlink(missing_ok=True)
     reached = drill.reached(folder) if case.command == "train" else 0
     outcome = {
-        "came": came,
+        "fired": fired,
         "status": process.returncode,
         "wrong": judged(process.output, error, folder),
         "output": process.output[-4000:],
@@ -201,7 +201,7 @@ def failures_of(records: list[dict]) -> list[str]:
     failures = []
     for record in records:
         name = f"{record['command']}, {record['writing']}, {record['disk error']}"
-        if not record["came"]:
+        if not record["fired"]:
             failures.append(f"{name}: the moment did not come")
         elif record["status"] in (0, 75) or record["wrong"]:
             failures.append(f"{name}: status {record['status']}, {record['wrong'] or 'one line'}")

@@ -73,9 +73,9 @@ class KilledRun:
     def run(self, kills: list[Kill]) -> None:
         """Kills it by some of `kills`; a kill whose moment does not come is left for another run."""
         for kill in kills:
-            process, came = self._killed(kill)
+            process, fired = self._killed(kill)
             refused = not self._judge(process)
-            if came:
+            if fired:
                 reached = drill.reached(self._workdir)
                 outcome = dataclasses.asdict(kill) | {"reached": reached, "status": process.returncode}
                 self.outcomes.append(outcome)

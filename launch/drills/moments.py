@@ -115,8 +115,8 @@ def _patch(target: str, before: Callable[[], None]) -> None:
 def audit_hook(moment: Moment, count: int, fire: Callable[..., None]) -> Callable[[str, tuple[Any, ...]], None]:
     """The audit hook of a moment; it calls `fire` with the event's first path."""
     pattern, is_deleting = re.compile(rf".*{moment.target}"), False
-    come = _countdown(count, fire)
-    removed = _countdown(moment.files_removed, come)
+    tick = _countdown(count, fire)
+    removed = _countdown(moment.files_removed, tick)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal is_deleting
@@ -130,6 +130,6 @@ def audit_hook(moment: Moment, count: int, fire: Callable[..., None]) -> Callabl
         if moment.files_removed:
             is_deleting = True
         else:
-            come(args[0])
+            tick(args[0])
 
     return hook

@@ -388,7 +388,7 @@ def entries(table: Table, on: str, seeds: int) -> list[Entry]:
     plain, table_runs = _settings(sweeps.merge(base, FIXED)), []
     for overrides, ar_steps in zip(sweep.overrides, sweep.ar_steps_by_run, strict=True):
         config = sweeps.merge(base, {**FIXED, **sweep.fixed, **overrides})
-        # Only what differs, whatever sweep it came from.
+        # Only the settings that differ from the config, so that the same run of two sweeps is equal.
         changed = {path: value for path, value in _settings(config).items() if value != plain[path]}
         for seed in range(seeds):
             table_runs.append(Entry(table.row(config), seed, {**changed, "train.seed": seed}, ar_steps))

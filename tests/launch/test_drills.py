@@ -87,26 +87,26 @@ def test_a_failed_command_must_name_file_and_reason_in_one_line(output, wrong):
 
 
 def test_a_moment_comes_at_its_event_and_count():
-    come = []
-    hook = moments.audit_hook(moments.COMMIT, 2, lambda *_: come.append(1))
+    fired = []
+    hook = moments.audit_hook(moments.COMMIT, 2, lambda *_: fired.append(1))
     rename = lambda target: hook("os.rename", ("from", target, -1, -1))
     for target in ("/run/checkpoints/4/state", "/run/checkpoints/4", "/run/manifests/4"):
         rename(target)
-        assert not come
+        assert not fired
     hook("open", ("/run/checkpoints/8", "w", os.O_WRONLY))
-    assert not come
+    assert not fired
     rename("/run/checkpoints/8")
     rename("/run/checkpoints/12")
-    assert come == [1]
+    assert fired == [1]
 
 
 def test_reading_a_file_is_no_moment_of_writing_it():
-    come = []
-    hook = moments.audit_hook(moments.MANIFEST, 1, lambda *_: come.append(1))
+    fired = []
+    hook = moments.audit_hook(moments.MANIFEST, 1, lambda *_: fired.append(1))
     hook("open", ("/run/manifests/4/0.json", "r", os.O_RDONLY))
-    assert not come
+    assert not fired
     hook("open", ("/run/manifests/4/.0.json.part", "w", os.O_WRONLY))
-    assert come
+    assert fired
 
 
 def test_only_the_file_that_is_written_at_the_moment_is_cut_to_half(tmp_path, capfd):
@@ -125,14 +125,14 @@ def test_only_the_file_that_is_written_at_the_moment_is_cut_to_half(tmp_path, ca
 
 
 def test_deletion_is_interrupted_after_some_files():
-    come = []
-    hook = moments.audit_hook(moments.DELETION, 1, lambda *_: come.append(1))
+    fired = []
+    hook = moments.audit_hook(moments.DELETION, 1, lambda *_: fired.append(1))
     hook("os.remove", ("before", -1))
     hook("shutil.rmtree", ("/run/checkpoints/4", None))
     for i in range(moments.DELETION.files_removed):
-        assert not come
+        assert not fired
         hook("os.remove", (str(i), 7))
-    assert come == [1]
+    assert fired == [1]
 
 
 @pytest.fixture(scope="module")

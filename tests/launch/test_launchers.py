@@ -58,10 +58,10 @@ def ssh(worker):
 
 
 def test_create_delete_status():
-    made, described = commands("create")
+    created, described = commands("create")
     queued = "gcloud compute tpus queued-resources"
     flags = "--node-id=tpu --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e"
-    assert short(made) == f"{queued} create tpu {WHERE} {flags} --spot"
+    assert short(created) == f"{queued} create tpu {WHERE} {flags} --spot"
     assert short(described) == f"{queued} describe tpu {WHERE} --format=value(state.state)"
     on_demand, _ = commands("create", "--spot=0", "--runtime-version=r", "--service_account=a@b")
     assert short(on_demand).endswith("--runtime-version=r --service-account=a@b")

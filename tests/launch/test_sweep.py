@@ -188,13 +188,13 @@ def stage(run, name, kind):
     product = folder / run / name / "product.json"
     return jobs.Stage(name, ("stub", kind, str(product)), product)
 with sweep.held(folder) as lock:
-    made = [
+    planned = [
         jobs.Job(f"{i}-{kind}", (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
                  folder / "logs" / f"{i}.log")
         for i, kind in enumerate(sys.argv[3:])
     ]
-    signal_name = jobs.run_jobs(made, int(sys.argv[2]), lock)
-    print(signal_name, [job.state for job in made])
+    signal_name = jobs.run_jobs(planned, int(sys.argv[2]), lock)
+    print(signal_name, [job.state for job in planned])
 """
 
 
