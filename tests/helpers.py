@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +158,15 @@ def run_python(*args) -> subprocess.CompletedProcess:
     """Runs `python ARGS` in the repository, in the environment of commands."""
     command_line = [sys.executable, *map(str, args)]
     return subprocess.run(command_line, cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=900)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Waits until `condition()` is true. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not after {seconds} s")
+        time.sleep(0.02)
 
 
 def start_processes(count: int, module: str, *args: str) -> list[subprocess.Popen]:

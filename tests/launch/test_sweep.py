@@ -5,10 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT, command_env, expanded, finish_run, run_python
+from helpers import ROOT, command_env, expanded, finish_run, run_python, wait_for
 
 from causalfusion_jax.cli import command as cli
 from causalfusion_jax.common.errors import InputError
@@ -209,13 +208,6 @@ def drive(folder, parallel, *kinds):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path):
