@@ -18,7 +18,7 @@ def die_with_parent() -> None:
 
 def import_commands() -> None:
     """Imports what the commands import, so that forks of this process need not; starts no device."""
-    import causalfusion_jax.evaluation.scores
+    import causalfusion_jax.evaluation.periodic
     import causalfusion_jax.prepare.conversion
     import causalfusion_jax.prepare.tensors
     import causalfusion_jax.sampling.trained

@@ -80,7 +80,7 @@ class I3D(LayerStack):
 
         Released for a height and width of 224, which end as 7 places, all averaged.
         """
-        for _, x in self.run(LAYERS, videos):  # noqa: B007
+        for _, x in self.run(LAYERS, videos):
             pass
         # Two steps in time at a time: of more than two, those at the ends count half.
         x = jnp.mean(x, axis=(2, 3))

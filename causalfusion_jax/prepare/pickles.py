@@ -49,22 +49,24 @@ _NAMES = {
 }
 # Classes of a TorchScript file, whose code lies beside the pickle and is not read.
 _SCRIPTED = "__torch__."
-_LITERALS = {
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "LONG4",
-    "BINFLOAT",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-    "BINBYTES",
-    "SHORT_BINBYTES",
-    "BINBYTES8",
-}
+_LITERALS = set(
+    [
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "LONG4",
+        "BINFLOAT",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+    ]
+)
 _CONSTANTS = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -121,11 +123,7 @@ class Tensor:
     @property
     def extent(self) -> int:
         """Items of the storage from the view's first to its last."""
-        return (
-            1 + sum((dim - 1) * stride for dim, stride in zip(self.shape, self.strides, strict=False))
-            if all(self.shape)
-            else 0
-        )
+        return 1 + sum((dim - 1) * stride for dim, stride in zip(self.shape, self.strides)) if all(self.shape) else 0
 
 
 class _Namespace(dict):
@@ -162,7 +160,6 @@ class Pickle:
             if opcode.name == "STOP":
                 return self.stack.pop()
             self._step(opcode.name, argument)
-        raise ValueError("a pickle without an end")
 
     def _step(self, instruction: str, argument: Any) -> None:
         """Carries out one instruction."""

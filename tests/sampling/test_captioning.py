@@ -78,10 +78,7 @@ def uncached_greedy(config, images, prompts):
     return text, total
 
 
-GREEDY = CaptionConfig()
-
-
-def decode(config, how=GREEDY, images=IMAGES, prompts=PROMPTS, seed=0):
+def decode(config, how=CaptionConfig(), images=IMAGES, prompts=PROMPTS, seed=0):
     texts = caption_tokens(
         config, how, False, params(config), image_keys(seed, np.arange(len(prompts))), LABELS, images, prompts
     )
