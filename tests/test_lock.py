@@ -24,9 +24,9 @@ def write_lease(folder, **changes):
 
 
 def test_second_holder_is_refused_until_the_first_has_left(tmp_path):
-    refused = pytest.raises(InputError, match="--workdir=.*in use by process")
-    with lock(tmp_path / "run"), refused, lock(tmp_path / "run"):
-        pass
+    with lock(tmp_path / "run"):
+        with pytest.raises(InputError, match="--workdir=.*in use by process"), lock(tmp_path / "run"):
+            pass
     with lock(tmp_path / "run"):
         assert files.is_new(tmp_path / "run")
     assert not (tmp_path / "run" / files.LEASE).exists()

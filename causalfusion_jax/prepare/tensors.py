@@ -161,7 +161,7 @@ def _open_by_content(path: str, file: BinaryIO, weights: str, resources: context
     # Before pickles: the length of a .safetensors header may begin with the byte of a pickle too.
     if head[8:] == b"{":
         handle = resources.enter_context(safetensors.safe_open(path, framework="numpy"))
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
         arrays = {name: (shape, functools.partial(handle.get_tensor, name)) for name, shape in shapes.items()}
         return arrays, dict(handle.metadata() or {}), None
     if head.startswith(b"\x80"):
