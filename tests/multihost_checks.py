@@ -1,6 +1,6 @@
 """Run by each of several processes (`helpers.start_processes`), with --folder=FOLDER.
 
-Writes the results of meshes that span the processes to FOLDER/PROCESS.npz, for `test_multihost` to compare.
+Writes FOLDER/PROCESS.npz: what meshes that span the processes give, for `test_multihost` to compare.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def batches_on(mesh) -> dict[str, np.ndarray]:
 
 
 def collected_by(numbers) -> Collected:
-    """The statistics of these images that scores are computed from."""
+    """What scores of these images need."""
     collected = Collected(METRICS)
     for number in numbers:
         collected.add(features([number]), np.array([number]))
@@ -62,34 +62,29 @@ def collected_by(numbers) -> Collected:
 
 
 def main() -> None:
-    """Joins the other processes and writes the results."""
+    """Joins the others, and writes what came out."""
     parser = argparse.ArgumentParser()
     for name, kind in {"coordinator_address": str, "num_processes": int, "process_id": int, "folder": str}.items():
         parser.add_argument(f"--{name}", type=kind)
     given = parser.parse_args()
     distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
-    results = {}
+    found = {}
     if given.process_id == 1:
         # Alone: a process may be the only one with something to read.
         open_autoencoder(f"{given.folder}/vae")[0].params(abstract_autoencoder(TINY_VAE)[1])
     for name in MESHES:
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1, **{name: -1}))
-        results |= {f"{name}.{key}": value for key, value in batches_on(mesh).items()}
+        found |= {f"{name}.{key}": value for key, value in batches_on(mesh).items()}
     mesh = sharding.make_mesh(sharding.MeshConfig("fsdp"))
     _, shapes, axes = abstract_model(CONFIG.transformer)
     where = jax.tree.map(lambda leaf: leaf.sharding, place_abstract(shapes, axes, mesh))
     split = sharding.place(random_params(CONFIG.transformer), where)
-    results |= sampled(split, make_autoencoder(f"{given.folder}/vae", CONFIG).decode)
+    found |= sampled(split, make_autoencoder(f"{given.folder}/vae", CONFIG).decode)
     whole = collected_by(range(given.process_id, 7, given.num_processes)).of_all_processes()
     statistics = whole.statistics["2048"]
-    results |= {
-        "mean": statistics.mean,
-        "cov_row": statistics.cov[0],
-        "score": whole.score.result(),
-        "kept": whole.kept,
-    }
-    results["plain"] = distributed.on_primary(lambda: {"pi": np.pi * 1e-9, "nan": float("nan")})["pi"]
-    np.savez(f"{given.folder}/{given.process_id}.npz", **results)
+    found |= {"mean": statistics.mean, "cov_row": statistics.cov[0], "score": whole.score.result(), "kept": whole.kept}
+    found["plain"] = distributed.on_primary(lambda: {"pi": np.pi * 1e-9, "nan": float("nan")})["pi"]
+    np.savez(f"{given.folder}/{given.process_id}.npz", **found)
 
 
 if __name__ == "__main__":
