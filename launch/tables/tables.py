@@ -304,30 +304,20 @@ T_SHARING = Table(
     "AR steps take the draws in turn; the paper does not say how they share them.",
 )
 
+_QUARTER = Cell("B = L/4", 4)
+
 BLOCK_SIZE = Table(
     "block_size",
     "Block size of ACDiT",
     block_size_row,
     {},
-    (
-        Claim(
-            "smaller blocks model better (single tokens against a quarter of the image)",
-            Cell("B = 1", 16),
-            Cell("B = L/4", 4),
-            figures=(21.59, 22.98),
-        ),
-        Claim(
-            "smaller blocks model better (a sixteenth against a quarter of the image)",
-            Cell("B = L/16", 16),
-            Cell("B = L/4", 4),
-            figures=(21.59, 22.98),
-        ),
-        Claim(
-            "smaller blocks model better (a quarter of the image against full-sequence diffusion)",
-            Cell("B = L/4", 4),
-            Cell("B = L", 1),
-            figures=(22.82, 22.98),
-        ),
+    tuple(
+        Claim(f"smaller blocks model better ({sizes})", better, worse, figures=figures)
+        for sizes, better, worse, figures in (
+            ("single tokens against a quarter of the image", Cell("B = 1", 16), _QUARTER, (21.59, 22.98)),
+            ("a sixteenth against a quarter of the image", Cell("B = L/16", 16), _QUARTER, (21.59, 22.98)),
+            ("a quarter of the image against full-sequence diffusion", _QUARTER, Cell("B = L", 1), (22.82, 22.98)),
+        )
     ),
     "Each model is sampled in the blocks it was trained on. The paper gives no FID by block size; its figures in the "
     "statements are perplexities on text, of blocks of 8 (21.59), 128 (22.82) and 256 tokens (22.98).",
