@@ -1,11 +1,11 @@
-"""Texts and images in one model: pairs of real digits and what they say, on a CPU.
+"""Texts and images in one model: pairs of real digits with captions, on a CPU.
 
 8x16 grey images, patch 2: 32 tokens of 4 values; captions such as "three seven", as bytes.
 
-| argument | what |
+| argument | model |
 |---|---|
-| (none) | CausalFusion: random order, AR steps drawn anew for every image |
-| transfusion | Transfusion: the image is one AR step of noisy tokens, read at small noise |
+| (none) | CausalFusion: random order, AR steps drawn for every image |
+| transfusion | Transfusion: the image is one AR step of noisy tokens, captioned at a small noise level |
 
     python -m causalfusion_jax.train --config=configs/digit_pairs.py --workdir=runs/pairs
     python -m causalfusion_jax.sample --workdir=runs/pairs --prompt="three seven" --out=runs/pairs/three_seven
@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
     config.text.update(tokenizer="bytes", max_tokens=13)
     config.joint.read_noise = 0.1
     config.model.update(preset("nano"), class_dropout=1.0)
-    # On pixels v keeps the error of x_0 even over noise levels.
+    # On pixels, v gives an error of x_0 that is uniform over noise levels.
     config.diffusion.target = "v"
     config.optimizer.update(learning_rate=2.5e-3, warmup_steps=200, schedule="wsd", decay_fraction=0.4)
     config.train.update(steps=3000, batch_size=48)

@@ -7,8 +7,8 @@
 | XL | 1152 | 18 | 28 | 674.9M |
 | H | 1280 | 20 | 32 | 951.0M |
 
-32x32 latents of the SD VAE, patch 1: 4 square blocks of 256 tokens. ImageNet by TFDS (its
-data_dir as data.path, where it is not the default one) is encoded once by the converted VAE:
+32x32 latents of the SD VAE, patch 1: 4 square blocks of 256 tokens. ImageNet is read from TFDS
+(set data.path to its data_dir if that is not the default) and encoded once with the converted VAE:
 
     python -m causalfusion_jax.encode --config=configs/imagenet_acdit.py:XL \
         --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS

@@ -10,18 +10,18 @@
   learned positions, 800 epochs.
 - `ablation`: latents of the SD VAE (8x, 4 channels), patch 2, 4 condition tokens, fixed sines
   and cosines, 240 epochs.
-- `256` (default) or `512`: pixels a side.
+- `256` (default) or `512`: height and width in pixels.
 
-ImageNet by TFDS (its data_dir as data.path, where it is not the default one), encoded once, is
-what it trains on; VAE is the converted autoencoder:
+ImageNet is read from TFDS (set data.path to its data_dir if that is not the default) and encoded once;
+VAE is the converted autoencoder:
 
     python -m causalfusion_jax.encode --config=configs/imagenet_causalfusion.py:XL,system,256 \
         --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS
     python -m causalfusion_jax.train --config=configs/imagenet_causalfusion.py:XL,system,256 \
         --config.data.path=LATENTS --workdir=runs/imagenet_xl
 
-`data.source=image_folder` or `tar` encode a folder of images or of tar shards instead;
-`data.source=arrays` with `data.flip=False` trains on image.npy, scaled latents, and label.npy.
+`data.source=image_folder` or `tar` encode a folder of images or tar shards instead;
+`data.source=arrays` with `data.flip=False` trains on image.npy (scaled latents) and label.npy.
 """
 
 from causalfusion_jax.config.experiment import choose, default_config
@@ -53,7 +53,7 @@ def get_config(arg: str = "L"):
         positions="learned" if system else "sincos",
         dtype="bfloat16",
     )
-    # The factorizations are the defaults: random order, decay 0.9, weight 2 to 1; eps, linear betas, one t an image.
+    # The factorizations are the defaults: random order, decay 0.9, weight 2 to 1; eps, linear betas, one t per image.
     config.train.batch_size = 2048
     config.train.steps = (800 if system else 240) * IMAGES // config.train.batch_size
     config.optimizer.learning_rate = 8e-4

@@ -11,8 +11,8 @@
 - `in_context`: the in-context DiT that CausalFusion starts from (its Table 1, last row):
   4 condition tokens, the timestep added to the tokens, qk-norm, warm-up, batch 2048.
 
-32x32 latents of the SD VAE, patch 2, fixed sines and cosines. ImageNet by TFDS (its data_dir as
-data.path, where it is not the default one) is encoded once by the converted VAE:
+32x32 latents of the SD VAE, patch 2, fixed sines and cosines. ImageNet is read from TFDS (set data.path to
+its data_dir if that is not the default) and encoded once with the converted VAE:
 
     python -m causalfusion_jax.encode --config=configs/imagenet_dit.py:L,adaln \
         --config.data.source=tfds --config.data.workers=16 --vae=VAE --out=LATENTS
@@ -36,7 +36,7 @@ def get_config(arg: str = "L"):
         source="latents", name="imagenet2012", latents=True, flip=True, num_classes=1000, channels=4, image_size=32
     )
     config.model.update(**SIZES[size], patch_size=2, dtype="bfloat16")
-    # One step: the order of its tokens changes nothing but where they stand.
+    # With one AR step the token order only permutes the sequence.
     config.factorization.update(order="raster", steps="fixed", num_steps=1, weight="none")
     if conditioning == "adaln":
         config.model.update(**DIT)

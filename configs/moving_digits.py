@@ -1,4 +1,4 @@
-"""ACDiT on clips of scikit-learn's digits that move and bounce: real pixels, no download, minutes.
+"""ACDiT on clips of scikit-learn's digits that move and bounce: real pixels, no download, trained in minutes.
 
 16 frames of 16x16 grey pixels, patch 8: 64 tokens of 64 values, 4 blocks of 4 frames.
 
@@ -19,9 +19,9 @@ def get_config():
     config = default_config()
     config.data.update(source="moving_digits", image_size=16, frames=16)
     config.model.update(**preset("nano") | ACDIT | dict(hidden=192, patch_size=8))
-    # The first block has nothing to go by and takes longest to learn: its loss weighs most.
+    # The first block has no context and takes longest to learn: its loss has the largest weight.
     config.factorization.update(order="raster", steps="block", block_size=16, weight="linear", weight_max=4.0)
-    # On pixels v keeps the error of x_0 even over noise levels; eps is the paper's target, for latents.
+    # On pixels, v gives an error of x_0 that is uniform over noise levels; eps is the paper's target for latents.
     config.diffusion.update(target="v", t_shared_by="step")
     config.optimizer.update(learning_rate=2e-3, warmup_steps=200, schedule="wsd", decay_fraction=0.4)
     config.train.update(steps=7200, batch_size=8, ema_decay=0.999)

@@ -5,18 +5,18 @@
 | XL | 1152 | 18 | 28 | 673.8M |
 | H | 1280 | 20 | 32 | 949.8M |
 
-16 frames of 32x32 latents of the SD VAE, patch 2: 4096 tokens, 4 blocks of 4 frames. UCF-101 by
-TFDS (its data_dir as data.path, where it is not the default one) is encoded once by the
-converted VAE, the middle 16 frames of every video:
+16 frames of 32x32 latents of the SD VAE, patch 2: 4096 tokens, 4 blocks of 4 frames. UCF-101 is read
+from TFDS (set data.path to its data_dir if that is not the default); the middle 16 frames of every
+video are encoded once with the converted VAE:
 
     python -m causalfusion_jax.encode --config=configs/ucf101_acdit.py:XL --config.data.source=tfds \
         --config.data.workers=16 --batch_size=16 --records_per_shard=512 --vae=VAE --out=LATENTS
     python -m causalfusion_jax.train --config=configs/ucf101_acdit.py:XL \
         --config.data.path=LATENTS --workdir=runs/ucf101_acdit_xl
 
-Video files in a folder for each class do as well: source=clip_folder, path=ROOT, and
-frame_stride=2 for every second frame. More clips of a video: `data.source=arrays`, with
-DATA/image.npy [clips, 16, 32, 32, 4], latents times 0.18215, and DATA/label.npy as `data.path`.
+Folders of video files, one for each class, can be encoded instead: source=clip_folder, path=ROOT, and
+frame_stride=2 for every second frame. For more clips of a video: `data.source=arrays` with data.path=DATA,
+DATA/image.npy [clips, 16, 32, 32, 4] (latents times 0.18215) and DATA/label.npy.
 """
 
 from causalfusion_jax.config.experiment import choose, default_config
@@ -38,7 +38,7 @@ def get_config(arg: str = "XL"):
     config.checkpoint.update(every=2500, keep_every=50_000)
     config.logging.update(sample_every=10_000, num_samples=8)
     config.sampling.update(solver="dpmpp_2m", solver_steps=25, ar_steps=4, cfg_scale=2.5)
-    # 4096 tokens a video: as many at a time as in training.
+    # A video has 4096 tokens: the batch size of training.
     config.finetune.batch_size = config.train.batch_size
     config.mesh.preset = "fsdp"
     return config

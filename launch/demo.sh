@@ -4,10 +4,9 @@
 #   bash launch/demo.sh [WORKDIR]          (default: demo)
 #
 # Sets up .venv, trains configs/digits.py (a few minutes on two CPU cores), samples 1000
-# digits at 1, 4 and 16 AR steps, and scores them. Run it again to resume or to reuse what
-# is there.
+# digits at 1, 4 and 16 AR steps, and scores them. Run it again to resume or to reuse results.
 
-# Taken before setup_env.sh goes to the repository's folder.
+# Resolved before setup_env.sh changes to the repository's folder.
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../demo}")"
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" ""
 

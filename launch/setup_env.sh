@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: makes .venv beside the repository's files and installs
-# the project into it. Usage: . launch/setup_env.sh [EXTRA]
+# Sourced by demo.sh and test.sh: creates .venv in the repository and installs the project into it.
+# Usage: . launch/setup_env.sh [EXTRA]
 #
-# PYTHON chooses the interpreter (default python3; 3.11 to 3.13).
+# PYTHON selects the interpreter (default python3; 3.11 to 3.13).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,11 +13,11 @@ python="${PYTHON:-python3}"
 import sys
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-    found = ".".join(map(str, sys.version_info[:2]))
-    sys.exit(f"error: PYTHON={sys.executable} is Python {found}; 3.11, 3.12 or 3.13 is needed (set PYTHON=...)")
+    version = ".".join(map(str, sys.version_info[:2]))
+    sys.exit(f"error: PYTHON={sys.executable} is Python {version}; 3.11, 3.12 or 3.13 is needed (set PYTHON=...)")
 PY
 
-# Installs anew only where the requirements changed since the last complete install.
+# Installs again only if the requirements changed since the last complete install.
 wanted="$(cat setup.cfg pyproject.toml | cksum) ${extra}"
 marker=".venv/.installed${extra:+-$extra}"
 if [[ ! -x .venv/bin/python || "$(cat "$marker" 2>/dev/null)" != "$wanted" ]]; then

@@ -3,39 +3,39 @@
 #
 #   bash launch/tpu_vm.sh SUBCOMMAND [--option=value ...] [-- FLAGS OF causalfusion_jax.train]
 #
-#   create    asks for the TPU as a queued resource and waits until it is there
+#   create    requests the TPU as a queued resource and waits until it is allocated
 #   install   copies REPO to all workers and installs it; copies DATA to their disks
 #   run       starts training on all workers, in the background, and follows the log of worker 0
-#   logs      follows that log; ends, with its exit status, when the run does
-#   stop      tells training to save and stop
-#   resume    brings the run back, whatever became of the TPU: recreates, installs, runs
+#   logs      follows that log; ends with the run and its exit status
+#   stop      has training save and stop
+#   resume    continues the run in any state of the TPU: recreates it, installs, runs
 #   status    state of the TPU, and the last line of the log
-#   delete    gives the TPU back (what is in WORKDIR stays)
+#   delete    releases the TPU (WORKDIR is kept)
 #
 # Options, as --name=... or NAME=... in the environment:
 #
 #   NAME              of the TPU
-#   ZONE, PROJECT     where, and who pays
+#   ZONE, PROJECT     of the TPU, and billed
 #   ACCELERATOR_TYPE  for example v6e-8 (one host), v6e-16, v5p-32 (slices)
 #   RUNTIME_VERSION   default: the one for ACCELERATOR_TYPE
 #   SPOT              1 [default]: cheaper, may be preempted; 0: on demand
 #   SERVICE_ACCOUNT   default: the project's
 #   CONFIG            configs/NAME.py or configs/NAME.py:ARG
 #   WORKDIR           of the run: gs://BUCKET/FOLDER, mounted on every worker, or a path there
-#   DATA              gs://BUCKET/FOLDER that becomes config.data.path; may be left out
+#   DATA              gs://BUCKET/FOLDER that becomes config.data.path; optional
 #   REPO              a git checkout (its HEAD) or a git URL [this checkout]
 #   COMMAND           run this instead of training with CONFIG and WORKDIR; stop sends SIGTERM to all of it
 #   FOLLOW            1 [default]: run and resume follow the log; 0: they return
 #
-#   --dry_run         prints the commands; needs no gcloud. Of resume, those after a preemption.
+#   --dry_run         prints the commands; needs no gcloud. For resume, those after a preemption.
 #
-# The exit status of run, logs and resume is 0 where the run is complete, 75 where it was interrupted
-# (stopped, preempted, out of reach) and resume continues it, else its own: it failed. Of resume, 75 also
-# says that the TPU cannot be had now. Trains through any number of preemptions:
+# The exit status of run, logs and resume is 0 if the run is complete, 75 if it was interrupted (stopped,
+# preempted, connection lost) and resume continues it; otherwise it failed, with that status. For resume,
+# 75 also means that the TPU is not available now. Trains through any number of preemptions:
 #
 #   until bash launch/tpu_vm.sh resume; do [ $? = 75 ] || break; sleep 60; done
 
-# What the workers are to expand stands in single quotes here.
+# Single quotes hold what the workers expand.
 # shellcheck disable=SC2016
 
 set -euo pipefail
@@ -51,7 +51,7 @@ fail() {
   exit 2
 }
 
-# Ends where the same command, later, may go on.
+# Exits; the same command may continue later.
 interrupted() {
   echo "interrupted: $*" >&2
   exit "$INTERRUPTED"
@@ -61,7 +61,7 @@ usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-# One word of shell, quoted where it must be.
+# One word of shell, quoted if necessary.
 quote() {
   case "$1" in
     *[!A-Za-z0-9_./:=@%+,-]* | "") printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
@@ -69,7 +69,7 @@ quote() {
   esac
 }
 
-# Runs a command, or prints it as one could type it.
+# Runs a command, or prints it as it would be typed.
 run_or_show() {
   if [[ "$dry_run" == 0 ]]; then
     "$@"
@@ -107,7 +107,7 @@ on_workers() {
   run_or_show gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker="$1" --command="$2"
 }
 
-# Empty where there is no such TPU.
+# Empty if there is no such TPU.
 tpu_state() {
   gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
     --format='value(state.state)' 2>/dev/null || true
@@ -129,7 +129,7 @@ wait_until_active() {
     esac
     sleep 30
   done
-  # A worker is there before it answers.
+  # A worker exists before it accepts connections.
   local attempt
   for attempt in 1 2 3 4 5 6; do
     on_workers all true && return
@@ -141,7 +141,7 @@ wait_until_active() {
 
 # --- What the workers run -------------------------------------------------------------
 
-# A path there, as a word of shell: below the mount point for gs://, else itself.
+# A path on the workers, as a word of shell: below the mount point for gs://, else itself.
 there() {
   case "$1" in
     gs://*) printf '"$HOME"/%s' "$(quote "gcs/${1#gs://}")" ;;
@@ -149,7 +149,7 @@ there() {
   esac
 }
 
-# Mounts the bucket of WORKDIR. Metadata are not cached: workers must see each other's files at once.
+# Mounts the bucket of WORKDIR. Metadata are not cached: workers must see each other's files immediately.
 mount_script() {
   [[ "${WORKDIR:-}" == gs://* ]] || return 0
   local bucket="${WORKDIR#gs://}"
@@ -175,7 +175,7 @@ install_script() {
       echo 'tar -xzf "$HOME/causalfusion_jax.tar.gz" -C "$HOME/causalfusion_jax"'
       ;;
   esac
-  # TPU images have an older Python than the project needs; uv brings one.
+  # TPU images have an older Python than the project needs; uv installs one.
   cat <<'SCRIPT'
 python3 -m pip install --quiet --user uv || python3 -m pip install --quiet --user --break-system-packages uv
 "$HOME/.local/bin/uv" venv --quiet --allow-existing --python=3.12 "$HOME/venv"
@@ -188,8 +188,8 @@ SCRIPT
   echo 'touch "$HOME/venv/.installed"'
 }
 
-# alive: whether the run that was started last is there. Its process id alone may be another process's
-# by now, and after a restart of the machine the start time (ticks since then) may be, too.
+# alive: whether the last run is still active. Its process id may have been reused by another process,
+# and after a restart of the machine the start time (ticks since then) may be the same, too.
 ALIVE_SCRIPT='started() { sed "s/.*) //" "/proc/$1/stat" 2> /dev/null | cut -d " " -f 20; }
 boot_id() { cat /proc/sys/kernel/random/boot_id; }
 alive() {
@@ -201,7 +201,7 @@ alive() {
 run_script() {
   local command="${COMMAND:-}" flag
   if [[ -z "$command" ]]; then
-    # exec: what stop sends must reach training, not a shell around it.
+    # exec: the signal of stop must reach training, not a shell around it.
     command="exec python -m causalfusion_jax.train --multihost --config=$(quote "$CONFIG") --workdir=$(there "$WORKDIR")"
     [[ -z "${DATA:-}" ]] || command+=' --config.data.path="$HOME/data"'
     for flag in ${train_flags[@]+"${train_flags[@]}"}; do
@@ -222,8 +222,8 @@ export PATH="\$HOME/venv/bin:\$PATH"
 rm -f "\$HOME/run/status"
 SCRIPT
   # A session of its own, so that it outlives the connection and stop reaches all of it. The shells
-  # live through what stop sends: that of the command starts nothing more once its program has saved,
-  # and the outer one notes how the command ended when all of it has, which holds descriptor 3 open.
+  # survive the signal of stop: that of the command starts nothing more once its program has saved, and
+  # the outer one records the exit status once all processes, which hold descriptor 3 open, have ended.
   cat <<SCRIPT
 cat > "\$HOME/run/command.sh" <<'END_OF_COMMAND'
 trap 'exit $INTERRUPTED' TERM
@@ -236,7 +236,7 @@ echo "\$! \$(started \$!) \$(boot_id)" > "\$HOME/run/pid"
 SCRIPT
 }
 
-# A run without a status was ended by what could not note one: a restart of the machine.
+# A run without a status was ended by a restart of the machine, which cannot record one.
 RUN_STATUS='$(cat "$HOME/run/status" 2> /dev/null || echo '"$INTERRUPTED)"
 
 # The last line is for `logs`.
@@ -297,7 +297,7 @@ logs() {
   exec 3>&1
   local last
   last="$(on_workers 0 "$LOGS_SCRIPT" | tee /dev/fd/3 | tail -n 1)" || true
-  # gcloud has exit statuses of its own, those of a lost connection among them.
+  # gcloud has its own exit statuses, including those of a lost connection.
   case "$last" in
     *"; exit status "[0-9]*)
       run_status="${last##* }"
@@ -312,7 +312,7 @@ stop() {
   on_workers all "$STOP_SCRIPT"
 }
 
-# At the end of resume: whatever failed on the way to the run may work later.
+# At the end of resume: what failed before the run was started may succeed later.
 may_resume() {
   local status=$?
   [[ -n "$run_status" || $status == 0 || $status -gt 128 ]] || exit "$INTERRUPTED"
@@ -353,7 +353,7 @@ status() {
 
 delete() {
   need NAME ZONE PROJECT
-  # --force: with the TPU it holds. Without --quiet it would ask.
+  # --force: together with its TPU. Without --quiet it would ask.
   queued delete --force --quiet
 }
 
@@ -369,7 +369,7 @@ default_runtime() {
 }
 
 dry_run=0
-# How the run ended, where that is known.
+# How the run ended, if known.
 run_status=""
 subcommand=""
 train_flags=()

@@ -1,4 +1,4 @@
-"""The programs that a piece of code compiles, against those that preflight lists."""
+"""The programs that code compiles, and those that preflight lists."""
 
 import contextlib
 import re
@@ -11,18 +11,18 @@ from causalfusion_jax.evaluation import programs
 
 @contextlib.contextmanager
 def compiled_modules(folder):
-    """Fills a list with the modules that multiply matrices and are compiled meanwhile; `folder` is for their text."""
-    found = []
+    """A context that fills a list with the compiled modules that multiply matrices; `folder` receives their text."""
+    modules = []
     jax.config.update("jax_dump_ir_to", str(folder))
     try:
-        yield found
+        yield modules
     finally:
         jax.config.update("jax_dump_ir_to", "")
-    found += filter(multiplies, (path.read_text() for path in sorted(folder.glob("*_compile.mlir"))))
+    modules += filter(multiplies, (path.read_text() for path in sorted(folder.glob("*_compile.mlir"))))
 
 
 def multiplies(module: str) -> bool:
-    """Whether a program has a matrix product or a convolution, and is not what measures a CPU's peak rate."""
+    """Whether a program has a matrix product or a convolution, and is not the measurement of a CPU's peak rate."""
     return re.search("dot_general|convolution", module) is not None and name_of(module) != "jit__lambda"
 
 
@@ -32,13 +32,13 @@ def name_of(module: str) -> str:
 
 
 def content(module: str) -> str:
-    """Everything but where in the source it comes from."""
+    """A module without its source locations."""
     text = re.sub(r' ?loc\((?:#\w+|unknown|callsite\([^()]*\)|"[^"]*"(?:\(#\w+\))?)\)', "", module)
     return "\n".join(line for line in text.splitlines() if line and not line.startswith("#loc"))
 
 
 def listed_modules(spec, monkeypatch, devices, *beginnings: str) -> dict[str, str]:
-    """Programs that multiply matrices of a run on `devices`, by name, of which it begins so."""
+    """The listed programs of a run on `devices` that multiply matrices, by name; those whose names begin so."""
     for module in (slices, programs):
         monkeypatch.setattr(module, "devices", lambda topology: devices)
     listed = (p for p in programs.run_programs(spec).programs if p.name.startswith(beginnings))

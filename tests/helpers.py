@@ -1,4 +1,4 @@
-"""A tiny model of digits, and what several tests do with it."""
+"""A tiny model of digits, the commands as processes, and sweeps; shared by the tests."""
 
 import atexit
 import functools
@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +61,16 @@ def expanded(overrides, **kwargs):
 
 
 def finish_run(workdir, sweep, run, **scores):
-    """What a finished run leaves, with made-up scores."""
+    """Writes the files of a finished run, with made-up scores."""
     for ar_steps in run.ar_steps:
-        folder = sweeps.samples_folder(workdir, run, ar_steps, sweep)
+        folder = run.samples_folder(workdir, ar_steps, sweep.num_samples)
         folder.mkdir(parents=True)
         files.write_json(folder / "evaluation.json", scores)
     files.write_json(workdir / run.name / "config.json", experiment.to_dict(run.config))
 
 
 def random_params(config: TransformerConfig, scale: float = 0.15) -> Params:
-    """Parameters without a zero among them, so that every one of them matters."""
+    """Parameters without zeros, so that each one affects the result."""
     rng = np.random.default_rng(7)
 
     def draw(path, leaf):
@@ -79,7 +81,7 @@ def random_params(config: TransformerConfig, scale: float = 0.15) -> Params:
 
 
 def shaken(params: Params, scale: float = 0.1) -> Params:
-    """`params` with noise on every one of them."""
+    """`params` with noise added to every array."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(7)
     return jax.tree.unflatten(tree, [leaf + scale * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
@@ -114,26 +116,25 @@ def make_batch(config: experiment.ExperimentConfig, mesh):
 
 
 def command(name: str, *args: str) -> subprocess.CompletedProcess:
-    """Runs `python -m causalfusion_jax.NAME ARGS`, in a fork of a process that has its imports.
+    """Runs `python -m causalfusion_jax.NAME ARGS` in a fork of a process that has imported what it needs.
 
-    Implicit host reads of device arrays fail in it, as `host_reads` says.
+    Implicit host reads of device arrays fail in it (see `host_reads`).
     """
     module = f"causalfusion_jax.{name}"
-    # Preflight compiles for devices that are not there.
+    # Preflight compiles for devices that this machine does not have.
     return run_module(module, *args) if name == "preflight" else run_module("host_reads", module, *args)
 
 
 def run_module(name: str, *args: str) -> subprocess.CompletedProcess:
-    """`command` for a module of any name, of `tests` too."""
+    """`command` for any module, also of `tests`."""
     server, folder = command_server()
-    request = {"module": name, "args": [str(arg) for arg in args]}
-    if name.endswith(".preflight"):
-        # The TPU compiler does not know all options of the CPU's.
-        request["unset"] = ["XLA_FLAGS"]
     paths = {stream: folder / stream for stream in ("stdout", "stderr")}
+    # The TPU compiler does not know all options of the CPU's.
+    unset = ["XLA_FLAGS"] if name.endswith(".preflight") else []
+    request = {"module": name, "args": [str(arg) for arg in args], "unset": unset}
     server.stdin.write(json.dumps(request | {stream: str(path) for stream, path in paths.items()}) + "\n")
     server.stdin.flush()
-    _, status = server.stdout.readline(), int(server.stdout.readline())
+    status = int(server.stdout.readline())
     written = {stream: path.read_text() for stream, path in paths.items()}
     return subprocess.CompletedProcess([name, *args], status, **written)
 
@@ -143,7 +144,7 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     """The process that `command` forks, and a folder for what commands print."""
     folder = tempfile.TemporaryDirectory(prefix="causalfusion_jax-commands-")
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "command_server.py")],
+        [sys.executable, "-m", "command_server"],
         cwd=ROOT,
         env=command_env(),
         stdin=subprocess.PIPE,
@@ -152,6 +153,21 @@ def command_server() -> tuple[subprocess.Popen, pathlib.Path]:
     )
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return server, pathlib.Path(folder.name)
+
+
+def run_python(*args) -> subprocess.CompletedProcess:
+    """Runs `python ARGS` in the repository, in the environment of commands."""
+    command_line = [sys.executable, *map(str, args)]
+    return subprocess.run(command_line, cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=900)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Waits until `condition()` is true. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not after {seconds} s")
+        time.sleep(0.02)
 
 
 def start_processes(count: int, module: str, *args: str) -> list[subprocess.Popen]:
@@ -173,8 +189,8 @@ def start_processes(count: int, module: str, *args: str) -> list[subprocess.Pope
     ]
 
 
-def all_done(processes: list[subprocess.Popen], timeout: float = 600) -> list[str]:
-    """Waits for processes that must all succeed. Returns what each printed."""
+def assert_all_succeed(processes: list[subprocess.Popen], timeout: float = 600) -> list[str]:
+    """Asserts that all processes exit with 0. Returns what each printed."""
     printed = [process.communicate(timeout=timeout) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), printed
     return [out for out, _ in printed]
@@ -182,12 +198,12 @@ def all_done(processes: list[subprocess.Popen], timeout: float = 600) -> list[st
 
 @functools.cache
 def command_env() -> dict[str, str]:
-    """The environment of commands: one device; what one compiled, the next one reuses."""
+    """The environment of commands: one device, and one cache of compiled programs."""
     env = os.environ | {"XLA_FLAGS": quick_compilation.FLAGS}
     cache = tempfile.TemporaryDirectory(prefix="causalfusion_jax-compiled-")
     atexit.register(cache.cleanup)
     return env | {
-        # This checkout's package, whatever is installed, and what tests run commands by.
+        # The package of this checkout, whatever is installed, and the modules of tests.
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache.name,

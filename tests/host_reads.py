@@ -1,16 +1,15 @@
-"""Reads of device arrays on the host, guarded on a CPU as an accelerator guards them.
+"""Guards host reads of device arrays on a CPU as an accelerator does.
 
     python -m host_reads causalfusion_jax.train --config=... --workdir=...
 
-A CPU array is read in place, so no transfer happens and `jax.transfer_guard` has nothing to
-refuse. `accelerator_reads` makes every read of an array count as a transfer: a guard of
-`disallow` then refuses `np.asarray(x)`, `float(x)`, `x.copy_to_host_async()`, iteration and
-printing, and lets `jax.device_get(x)` pass. As on an accelerator, an array that was read
-once keeps its host copy and can be read again. As a command, this runs a module with
-implicit reads disallowed on the main thread from start to end, also where the module sets
-no guard of its own.
+A CPU array is read in place: no transfer happens, so `jax.transfer_guard` refuses nothing.
+`accelerator_reads` has every read of an array count as a transfer: a guard of `disallow` then
+refuses `np.asarray(x)`, `float(x)`, `x.copy_to_host_async()`, iteration and printing, and permits
+`jax.device_get(x)`. As on an accelerator, an array that was read once keeps its host copy and can
+be read again. As a command, this runs a module with implicit reads disallowed on the main thread
+throughout, even where the module sets no guard of its own.
 
-Transfers to the device need nothing of the kind: a CPU checks them as an accelerator does.
+Transfers to the device need no such mode: a CPU checks them as an accelerator does.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from jax._src.lib import guard_lib
 READ = "_single_device_array_to_np_array_did_copy"
 COPY = "_copy_single_device_array_to_host_async"
 COPIED = "_copied_to_host"
-"""What an array's attributes hold once it has a host copy."""
+"""Attribute of an array that has a host copy."""
 _TP_AS_BUFFER = 20 * ctypes.sizeof(ctypes.c_void_p)
 """Where CPython 3.11 to 3.13 keeps a type's pointer to its buffer procedures; bf_getbuffer is the first."""
 
@@ -52,12 +51,12 @@ def check_read(array: ArrayImpl) -> None:
 
 @contextlib.contextmanager
 def accelerator_reads() -> Iterator[None]:
-    """Within, reads of arrays are guarded; levels that only log are taken for `allow`."""
+    """A context in which reads of arrays are guarded; levels that only log count as `allow`."""
     read, copy = getattr(ArrayImpl, READ), getattr(ArrayImpl, COPY)
 
     def guarded_read(array):
         check_read(array)
-        # A copy: what is read stays as it is when the array is donated.
+        # A copy: it must not change when the array is donated.
         return np.array(read(array)[0]), True
 
     def guarded_copy(array):
@@ -80,7 +79,7 @@ def accelerator_reads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_implicit_reads() -> Iterator[None]:
-    """Within, implicit reads fail on this thread, unless a guard of `allow` is set around them."""
+    """A context in which implicit reads fail on this thread, unless a guard of `allow` is set around them."""
     with accelerator_reads(), jax.transfer_guard_device_to_host("disallow"):
         yield
 

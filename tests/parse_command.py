@@ -12,10 +12,10 @@ from causalfusion_jax.cli import app
 from causalfusion_jax.config import experiment
 
 
-def check(main, required=()):
+def parse_only(main, required=()):
     """In place of `app.run`."""
-    rest = app.parse(sys.argv, required)
-    assert len(rest) == 1, rest
+    if len(rest := app.parse(sys.argv, required)) > 1:
+        sys.exit(f"arguments that are not flags: {rest[1:]}")
     if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
         experiment.from_dict(flags.FLAGS["config"].value.to_dict())
 
@@ -23,5 +23,5 @@ def check(main, required=()):
 if __name__ == "__main__":
     # Overrides of a config are read from there.
     sys.argv = sys.argv[1:]
-    app.run = check
+    app.run = parse_only
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Options of XLA for machine code that is quick to make: compilation is most of a test's time.
+"""Options of XLA for fast compilation, which takes most of the time of a test.
 
 On the training step of `helpers.tiny_config`: 9 seconds with fusion emitters, 3 without.
 """
@@ -6,6 +6,6 @@ On the training step of `helpers.tiny_config`: 9 seconds with fusion emitters, 3
 import importlib.metadata
 
 FLAGS = "--xla_backend_optimization_level=0"
-# XLA refuses to start on an option it does not know, and drops some with time.
+# XLA refuses to start with an option it does not know, and removes some over time.
 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"

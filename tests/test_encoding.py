@@ -12,7 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import ROOT, all_done, command, command_env, start_processes
+from helpers import ROOT, assert_all_succeed, command, command_env, start_processes
 from tiny_data import NAMES, write_clip, write_tars, write_tfds, write_vae
 
 from causalfusion_jax.common import files
@@ -410,7 +410,7 @@ def test_clips_are_encoded_trained_on_and_continued(clips, vae, tmp_path):
 
 def processes(name, count, *args):
     """Runs a command as `count` processes of one job."""
-    all_done(start_processes(count, f"causalfusion_jax.{name}", *args))
+    assert_all_succeed(start_processes(count, f"causalfusion_jax.{name}", *args))
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def test_other_names_are_refused_with_a_hint(name, hint):
     assert hint in str(error.value)
 
 
-def test_kinds_are_told_apart():
+def test_device_kinds_are_distinguished():
     kinds = [kind for a in hardware.ACCELERATORS for kind in a.device_kinds]
     assert len(set(kinds)) == len(kinds)
     assert hardware.by_device_kind("TPU v5 lite").name == "v5e" and hardware.by_device_kind("TPU v5").name == "v5p"

@@ -1,4 +1,4 @@
-"""Host reads of device arrays: the test mode against jax's own guard, and whole runs in it."""
+"""Host reads of device arrays: the test mode against jax's own guard, and whole runs with it."""
 
 import json
 import pickle

@@ -17,7 +17,7 @@ LAYERS = (
     ("cli", "evaluation", "compile_ahead"),
     ("train", "sample", "edit", "caption", "evaluate", "probe", "encode", "convert", "preflight"),
 )
-"""Rooms of the package, from the bottom up: a module imports only from rooms in layers below its own, or its own room."""
+"""Rooms of the package, lowest layer first: a module imports only from rooms in lower layers, or its own room."""
 SUBPACKAGES = ("models/attention",)
 COMMANDS = LAYERS[-1]
 
@@ -100,11 +100,34 @@ def test_flags_only_in_commands():
             assert "DEFINE_" not in path.read_text(), path
 
 
+def source_files():
+    return sorted(path for folder in (PACKAGE, ROOT / "configs", ROOT / "launch") for path in folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_functions_are_short_and_calls_have_few_positional_arguments(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert {node.name for node in functions if node.end_lineno - node.lineno >= 60} == set()
+    calls = [node for node in nodes if isinstance(node, ast.Call) and len(node.args) > 6]
+    assert {f"line {node.lineno}: {ast.unparse(node.func)}" for node in calls} == set()
+
+
+TEST_HELPERS = sorted(path for path in (ROOT / "tests").rglob("*.py") if not path.name.startswith("test_"))
+
+
+@pytest.mark.parametrize("path", TEST_HELPERS, ids=lambda path: path.name)
+def test_names_of_test_helpers_tell_that_they_assert(path):
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    asserting = {node.name for node in functions if any(isinstance(child, ast.Assert) for child in ast.walk(node))}
+    assert {name for name in asserting if not name.startswith("assert_")} == set()
+
+
 ALWAYS_TRUE = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.GeneratorExp, ast.ListComp, ast.Lambda, ast.JoinedStr)
 
 
 def always_true(tree):
-    """Assertions of what is never empty or false: a tuple, a generator, a tree of results."""
+    """Assertions that cannot fail: of a tuple, a generator, a tree of results."""
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.Assert)):
         called = ast.unparse(node.test.func) if isinstance(node.test, ast.Call) else ""
         same = (
@@ -119,8 +142,8 @@ def test_every_assertion_can_fail():
     for wrong in ("(x, y)", "(x for x in y)", "jax.tree.map(f, a, b)", "x == x", "[f(x) for x in y]", "'x'"):
         assert len(list(always_true(ast.parse(f"assert {wrong}")))) == 1, wrong
     assert not list(always_true(ast.parse("assert all(x for x in y)\nassert x == y, (x, y)")))
-    found = {path.name: list(always_true(ast.parse(path.read_text()))) for path in (ROOT / "tests").rglob("*.py")}
-    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+    assertions = {path.name: list(always_true(ast.parse(path.read_text()))) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: wrong for name, wrong in assertions.items() if wrong} == {}
 
 
 def test_top_level():

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import all_done, command, start_processes
+from helpers import assert_all_succeed, command, start_processes
 from PIL import Image
 from tiny_data import write_inception, write_vae
 
@@ -57,7 +57,7 @@ def one(name, *args) -> str:
 
 
 def several(count, name, *args) -> list[str]:
-    return all_done(start_processes(count, f"causalfusion_jax.{name}", *args))
+    return assert_all_succeed(start_processes(count, f"causalfusion_jax.{name}", *args))
 
 
 def series(workdir, name):

@@ -85,7 +85,7 @@ def write_tfds(folder: str, num: int) -> str:
 
         def _generate_examples(self):
             labels = digits("train").labels
-            # What TFDS has ffmpeg make of a file.
+            # As TFDS decodes a file with ffmpeg.
             video = [encoded(Image.fromarray(clip_frame(j)), "JPEG") for j in range(12)]
             for i in range(num):
                 words = NAMES[labels[i]]
@@ -108,7 +108,7 @@ def write_tfds(folder: str, num: int) -> str:
 
 
 def clip_frame(index: int) -> np.ndarray:
-    """A frame of 20x24 pixels whose mean, 10 (index + 1), tells its number; lighter to the right."""
+    """A frame of 20x24 pixels whose mean, 10 (index + 1), encodes its index; brighter to the right."""
     slope = np.linspace(-8, 8, 24)[None, :, None]
     return np.uint8(np.broadcast_to(10 * (index + 1) + slope, (20, 24, 3)))
 
@@ -130,7 +130,7 @@ def write_clip(path, kind: str, frames: int):
 
     codec, options = {"webm": ("libvpx-vp9", {}), "avi": ("mpeg4", {"bf": "0"})}.get(kind, ("libx264", {"bf": "2"}))
     with av.open(str(path), "w") as container:
-        # A group of pictures is shorter than the clip, so that there is something to seek.
+        # The interval between keyframes is shorter than the clip, so that readers must seek.
         stream = container.add_stream(codec, rate=25, options={"g": "7", **options})
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 24, 20, "yuv420p", 4_000_000
         for picture in pictures:

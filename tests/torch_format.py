@@ -92,6 +92,7 @@ class Pickler(pickle._Pickler):
             kind = Global("torch", STORAGES[obj.memory.dtype.name])
             identity = ("storage", kind, obj.key, "cpu", obj.memory.size)
             return identity + ((None,) if self.legacy else ())
+        return None
 
     def reducer_override(self, obj: Any) -> Any:
         hooks = collections.OrderedDict()
@@ -172,10 +173,10 @@ def save_script(path, weights: dict[str, np.ndarray]) -> None:
     tree: dict[str, Any] = {}
     for name, array in weights.items():
         *parents, leaf = name.split(".")
-        place = tree
+        node = tree
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = array
+            node = node.setdefault(parent, {})
+        node[leaf] = array
 
     def scripted(attributes: dict[str, Any], name: str) -> Script:
         own = {key: scripted(value, key) if isinstance(value, dict) else value for key, value in attributes.items()}
@@ -191,7 +192,7 @@ def save_script(path, weights: dict[str, np.ndarray]) -> None:
 
 
 def released(model: dict, ema: dict | None = None, args: dict | None = None) -> dict:
-    """The layout of a released training checkpoint, with an optimizer's state that no one should need to read."""
+    """The layout of a released training checkpoint, with an optimizer's state that readers must skip."""
     moments = {0: {"step": 3.0, "exp_avg": np.ones((2, 3), np.float32)}}
     groups = [{"lr": 1e-4, "betas": (0.9, 0.95), "params": [0]}]
     checkpoint = {"model": model, "opt": {"state": moments, "param_groups": groups}, "step": 3}

@@ -1,4 +1,4 @@
-"""Arrays of pixels as pictures: grids, strips, PNG and GIF files."""
+"""Images as grids and strips, written as PNG and GIF files."""
 
 import pathlib
 
@@ -14,11 +14,11 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def frames_in_rows(images: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
-    """What `make_grid` shows of images or videos: a video is a row of its frames.
+    """Images or videos as cells for `make_grid`: a video is a row of its frames.
 
     Args:
-      images: [num, (frames,) height, width, channels]; uint8, or float latents, of which up
-        to three channels are shown, stretched to their own range.
+      images: [num, (frames,) height, width, channels]; uint8, or float latents, of which at
+        most three channels are shown, scaled to their range.
       columns: images in a row.
 
     Returns:
@@ -34,13 +34,13 @@ def frames_in_rows(images: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
 
 
 def make_grid(images: np.ndarray, columns: int, min_cell: int = 32, margin: int = 2) -> np.ndarray:
-    """Images side by side.
+    """Arranges images in a grid.
 
     Args:
       images: uint8 [num, height, width, channels].
       columns: images in a row.
-      min_cell: small images are enlarged by a whole factor to at least this height.
-      margin: white pixels around each.
+      min_cell: smaller images are enlarged by an integer factor to at least this height.
+      margin: white pixels around each image.
 
     Returns:
       uint8 [height, width, channels].
@@ -57,15 +57,15 @@ def make_grid(images: np.ndarray, columns: int, min_cell: int = 32, margin: int 
 
 
 MASKED = (228, 87, 86)
-"""Colour (red) of what is regenerated."""
+"""Colour (red) of the regenerated part."""
 
 
 def edit_strip(before: np.ndarray, mask: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Edited images in rows: the image, the same with the mask in red, the results.
+    """Edited images, a row for each: the image, the image with the mask in red, the results.
 
     Args:
-      before: [num, height, width, channels], as of `frames_in_rows`.
-      mask: bool [height, width], what was regenerated.
+      before: [num, height, width, channels], from `frames_in_rows`.
+      mask: bool [height, width], True where pixels were regenerated.
       after: [num * results, height, width, channels], the results of each image in turn.
 
     Returns:
@@ -81,19 +81,19 @@ def edit_strip(before: np.ndarray, mask: np.ndarray, after: np.ndarray) -> np.nd
 
 
 def save_gif(path: pathlib.Path, clips: np.ndarray, columns: int, frames_per_second: float = 8.0) -> None:
-    """Writes clips side by side as an animation that repeats for ever.
+    """Writes a grid of clips as an animation that loops.
 
     Args:
       path: the file.
-      clips: [num, frames, height, width, channels]; uint8, or float latents, as of `frames_in_rows`.
+      clips: [num, frames, height, width, channels]; uint8, or float latents, as in `frames_in_rows`.
       columns: clips in a row.
-      frames_per_second: of the animation; GIFs count in hundredths of a second.
+      frames_per_second: of the animation; a GIF rounds to hundredths of a second.
     """
     num, frames = clips.shape[:2]
     cells, _ = frames_in_rows(clips, frames)
     cells = cells.reshape(num, frames, *cells.shape[1:])
     grids = [make_grid(cells[:, frame], columns) for frame in range(frames)]
-    pictures = [Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid) for grid in grids]
+    pictures = [_picture(grid) for grid in grids]
     duration = round(100.0 / frames_per_second) * 10
     with files.replacing(path) as part:
         pictures[0].save(
@@ -104,4 +104,9 @@ def save_gif(path: pathlib.Path, clips: np.ndarray, columns: int, frames_per_sec
 def save_png(path: pathlib.Path, image: np.ndarray) -> None:
     """Writes uint8 [height, width, 1 or 3], whole or not at all."""
     with files.replacing(path) as part:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(part, "PNG")
+        _picture(image).save(part, "PNG")
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    """uint8 [height, width, 1 or 3] as a grey or RGB picture."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from causalfusion_jax.common import distributed, files
+from causalfusion_jax.common.charts import heat_map, save_chart
 from causalfusion_jax.common.errors import require, require_one_of
-from causalfusion_jax.common.heat_map import Panel, heat_map
-from causalfusion_jax.common.pictures import save_png
 from causalfusion_jax.common.requests import plain, require_same
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.probe import PROBES
@@ -184,8 +183,6 @@ def fine_tuned(study: Study, networks: Networks, folder: pathlib.Path, request: 
 
 def _draw(path: pathlib.Path, result: dict[str, Any]) -> None:
     """Draws the maps."""
-    panels = [
-        Panel(f"linear probe, {name}", np.array(result[name])) for name in ("trained", "untrained") if name in result
-    ]
+    panels = {f"linear probe, {name}": np.array(result[name]) for name in ("trained", "untrained") if name in result}
     rows = [str(layer) for layer in result["layers"]]
-    save_png(path, heat_map(panels, rows, result["tokens"], "layer", "noise level t / T"))
+    save_chart(path, heat_map(panels, rows, result["tokens"], row_label="layer", column_label="noise level t / T"))

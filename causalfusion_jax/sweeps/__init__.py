@@ -1,1 +1,5 @@
-"""Sweeps: many runs of one config, and a table of their scores."""
+"""Sweeps: runs of one config with different settings, and a table of their scores."""
+
+from causalfusion_jax.sweeps.sweep import Sweep, chain, grid, product, together
+
+__all__ = ["Sweep", "chain", "grid", "product", "together"]

@@ -12,11 +12,11 @@ CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfu
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],
-        # From 1 to 1 is no weight, as in the ablations before this one.
+        # A weight from 1 to 1 is no weight, as in the paper's earlier ablations.
         overrides=chain(
             grid({"factorization.weight": ["none"]}), grid({"factorization.weight_max": [1.5, 2.0, 2.5, 3.0]})
         ),

@@ -1,10 +1,10 @@
-"""CausalFusion's way from the DiT to its in-context baseline, of one AR step.
+"""CausalFusion's ablation from the DiT to its in-context baseline, with one AR step.
 
 The paper's FID-10k: DiT 18.24 -> without adaLN 26.71 -> new recipe 21.94 -> timestep added to
 the tokens 20.68 -> qk-norm 18.66 -> learning rate warm-up 17.11 -> all 13.78. In-context
-conditioning adds the timestep to the tokens here, always, so what is swept over is the rest.
-On ImageNet the DiT's recipe is batch 256 and learning rate 1e-4, the new one 2048 and 8e-4,
-for as many epochs; digits have one recipe.
+conditioning always adds the timestep to the tokens here, so the sweep covers the other steps.
+On ImageNet the DiT's recipe is batch 256 and learning rate 1e-4, the new one 2048 and 8e-4, for
+the same number of epochs; digits have one recipe.
 
     python launch/sweep.py --sweep=configs/sweeps/baseline.py:digits --workdir=sweeps/baseline
 """
@@ -21,7 +21,7 @@ OLD_RECIPE = {
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     old, no_warmup, no_norm = OLD_RECIPE[data], {"optimizer.warmup_steps": 0}, {"model.qk_norm": False}
     dit = {f"model.{name}": value for name, value in DIT.items()}

@@ -1,7 +1,7 @@
-"""ACDiT's dial, the block size, from autoregression to full-sequence diffusion.
+"""ACDiT's block size, from autoregression to full-sequence diffusion.
 
-Every model is sampled block by block as it was trained. ACDiT's paper gives no FID by block
-size, but perplexities on text: blocks of 256 at most 22.98, 128 22.82, 8 21.59.
+Every model is sampled with the blocks it was trained on. ACDiT's paper gives no FID by block size,
+but upper bounds of the perplexity on text: blocks of 256 tokens 22.98, 128 22.82, 8 21.59.
 
     python launch/sweep.py --sweep=configs/sweeps/block_size.py:digits --workdir=sweeps/block_size
 """
@@ -15,7 +15,7 @@ BLOCKS = {"digits": [1, 4, 16], "imagenet": [64, 256, 1024]}
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     blocks = BLOCKS[data]
     return Sweep(

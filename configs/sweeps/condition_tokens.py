@@ -1,7 +1,7 @@
-"""CausalFusion's ablation of the number of condition tokens that a class becomes.
+"""CausalFusion's ablation of the number of condition tokens of a class.
 
-The paper's FID-10k at one AR step: 4 tokens 12.13, 16 tokens 12.04, 64 tokens 11.84; 64 tokens
-of which 1 is learned and repeated 12.29, of which 4 are 11.75.
+The paper's FID-10k at one AR step: 4 tokens 12.13, 16 tokens 12.04, 64 tokens 11.84; 64 tokens of
+which 1 is learned and repeated 12.29, of which 4 are learned and repeated 11.75.
 
     python launch/sweep.py --sweep=configs/sweeps/condition_tokens.py:digits --workdir=sweeps/condition_tokens
 """
@@ -13,7 +13,7 @@ CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfu
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],

@@ -1,7 +1,7 @@
-"""Eight quick runs on digits: what each part of CausalFusion's recipe changes.
+"""Eight quick runs on digits: the effect of each part of CausalFusion's recipe.
 
-Decay of the number of AR steps times AR loss weight, then the order, fixed AR steps and the
-condition tokens, one at a time.
+Every combination of two decays of the number of AR steps and two AR loss weights, then the order, fixed
+AR steps and the condition tokens, one at a time.
 
     python launch/sweep.py --sweep=configs/sweeps/digits_ablation.py --workdir=sweeps/digits_ablation
 """
@@ -21,7 +21,7 @@ def get_sweep(arg: str = ""):
             together({"factorization.steps": ["fixed", "fixed"], "factorization.num_steps": [1, 16]}),
             grid({"model.num_condition_tokens": [16]}),
         ),
-        # A fifth of the recipe: enough to tell the runs apart.
+        # A fifth of the recipe is enough to distinguish the runs.
         fixed={"train.steps": 450, "optimizer.warmup_steps": 50, "checkpoint.every": 150, "logging.sample_every": 0},
         ar_steps=(1, 4, 16),
         num_samples=500,

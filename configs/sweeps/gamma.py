@@ -12,7 +12,7 @@ CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfu
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],

@@ -1,8 +1,8 @@
 """CausalFusion's ablation of the token order, sampled in the order trained, in one AR step.
 
 The paper chose random (FID-10k 12.89; raster 14.46, block-raster 8x8 14.76 and 4x4 14.62,
-dilated 15.54). It does not give the stride of dilated; 2 here. The 4x4 tokens of digits
-have blocks of one size, 2x2: larger or smaller ones are raster.
+dilated 15.54). It does not give the stride of dilated, which is 2 here. The 4x4 tokens of digits
+have blocks of one size, 2x2: larger or smaller blocks are raster.
 
     python launch/sweep.py --sweep=configs/sweeps/order.py:digits --workdir=sweeps/order
 """
@@ -15,7 +15,7 @@ BLOCKS = {"digits": [2], "imagenet": [8, 4]}
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     blocks = BLOCKS[data]
     return Sweep(

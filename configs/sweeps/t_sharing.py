@@ -1,6 +1,6 @@
-"""CausalFusion's comparison of one t for all AR steps of an image with one for each, or a few draws.
+"""CausalFusion's comparison of one timestep t for all AR steps of an image with one for each, or a few draws.
 
-The paper finds it immaterial (FID-10k: shared 12.13, independent 12.27; with 4 draws an image
+The paper finds no difference (FID-10k: shared 12.13, independent 12.27; with 4 draws per image
 12.19, with 8 12.23).
 
     python launch/sweep.py --sweep=configs/sweeps/t_sharing.py:digits --workdir=sweeps/t_sharing
@@ -13,7 +13,7 @@ CONFIGS = {"digits": "configs/digits.py", "imagenet": "configs/imagenet_causalfu
 
 
 def get_sweep(arg: str = "digits"):
-    """The sweep; `arg` is what is trained on, digits or imagenet."""
+    """The sweep; `arg` is the training data, digits or imagenet."""
     (data,) = choose(arg, data=tuple(CONFIGS))
     return Sweep(
         config=CONFIGS[data],

@@ -1,7 +1,7 @@
-"""What accelerator.sh runs: measurements in child processes, their results kept in a folder.
+"""Run by accelerator.sh: measurements in child processes, whose results are kept in a folder.
 
-This process never touches a device, as a TPU serves one process at a time. It imports
-the standard library alone, so that it can say which packages are missing.
+This process never touches a device, as a TPU serves one process at a time. It imports only the
+standard library, so that it can name missing packages.
 """
 
 import argparse
@@ -18,10 +18,13 @@ import sys
 import time
 from collections.abc import Callable
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from markdown_table import table
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 BENCH = pathlib.Path("launch") / "bench"
 LIMIT_SECONDS = 570.0
-"""Of one child process."""
+"""Time limit of a child process."""
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest error of attention, relative to the largest value."""
 NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|Ran out of memory|exceeds available memory")
@@ -29,7 +32,7 @@ XL = "configs/imagenet_causalfusion.py:XL"
 
 
 class Failed(Exception):
-    """A measurement did not end well; the message is one line."""
+    """A measurement failed; the message is one line."""
 
 
 class OutOfMemory(Failed):
@@ -40,10 +43,10 @@ class OutOfMemory(Failed):
 
 
 def missing_packages(requirements: str, version_of: Callable[[str], str] = importlib.metadata.version) -> list[str]:
-    """What of `install_requires` is not installed, or too old.
+    """Requirements that are not installed, or too old.
 
     Args:
-      requirements: its lines, NAME>=VERSION with an optional marker; comments and blank lines are passed over.
+      requirements: lines of NAME>=VERSION with an optional marker; comments and blank lines are skipped.
       version_of: the installed version of a package; raises PackageNotFoundError.
     """
     missing = []
@@ -52,18 +55,18 @@ def missing_packages(requirements: str, version_of: Callable[[str], str] = impor
         if not requirement or requirement.startswith("#"):
             continue
         name, _, least = requirement.partition(">=")
-        # Either variant of TensorFlow will do.
-        name, found = name.removesuffix("-cpu"), None
+        # Either variant of TensorFlow is enough.
+        name, version = name.removesuffix("-cpu"), None
         variants = [name, f"{name}-cpu"]
         for variant in variants:
             try:
-                found = found or version_of(variant)
+                version = version or version_of(variant)
             except importlib.metadata.PackageNotFoundError:
                 continue
-        if found is None:
+        if version is None:
             missing.append(f"{name}>={least} (not installed)")
-        elif _numbers(found) < _numbers(least):
-            missing.append(f"{name}>={least} (is {found})")
+        elif _numbers(version) < _numbers(least):
+            missing.append(f"{name}>={least} (is {version})")
     return list(dict.fromkeys(missing))
 
 
@@ -78,7 +81,7 @@ def install_requires() -> str:
     return setup["options"]["install_requires"]
 
 
-# --- Running and keeping ----------------------------------------------------------
+# --- Running and storing ----------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -87,7 +90,7 @@ class Bench:
 
     Attributes:
       out: the folder, absolute.
-      rehearse: small, on a CPU.
+      rehearse: whether everything is small, for a CPU.
       device: `platform`, `device`, `devices`, `jax`.
     """
 
@@ -96,7 +99,7 @@ class Bench:
     device: dict = dataclasses.field(default_factory=dict)
 
     def env(self, **changes: str) -> dict[str, str]:
-        """The environment of child processes: this checkout; programs once compiled are kept."""
+        """The environment of child processes: this checkout, and a cache of compiled programs."""
         env = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.out / "compiled")),
@@ -104,13 +107,13 @@ class Bench:
         return env | ({"JAX_PLATFORMS": "cpu"} if self.rehearse else {}) | changes
 
     def log(self, name: str) -> pathlib.Path:
-        """File for what a child prints."""
+        """File for the output of a child process."""
         path = self.out / "logs" / f"{name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def kept(self, name: str, measure: Callable[[], dict]) -> dict:
-        """The result of `measure()`, taken from the folder where it is there."""
+    def cached(self, name: str, measure: Callable[[], dict]) -> dict:
+        """The result of `measure()`, read from the folder if it is there."""
         path = self.out / "measured" / f"{name}.json"
         if path.is_file():
             return json.loads(path.read_text())
@@ -122,11 +125,11 @@ class Bench:
         return result
 
     def child(self, name: str, *args: str, **env: str) -> str:
-        """What a Python child process prints on stdout.
+        """Runs a Python child process and returns its standard output.
 
         Raises:
           OutOfMemory: its program does not fit into the device's memory.
-          Failed: it ended with another status than 0, or took longer than LIMIT_SECONDS.
+          Failed: its exit status is not 0, or it took longer than LIMIT_SECONDS.
         """
         log = self.log(name)
         try:
@@ -135,8 +138,7 @@ class Bench:
                 cwd=ROOT,
                 env=self.env(**env),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                capture_output=True,
                 text=True,
                 timeout=LIMIT_SECONDS,
             )
@@ -155,7 +157,7 @@ class Bench:
 
 
 def check_memory(name: str, printed: str) -> None:
-    """Raises OutOfMemory where a child that failed says so."""
+    """Raises OutOfMemory if the output of a failed child process reports it."""
     if NO_MEMORY.search(printed):
         raise OutOfMemory(f"{name}: does not fit into the device's memory")
 
@@ -170,54 +172,50 @@ def write(path: pathlib.Path, text: str) -> None:
 
 DEVICE = """
 import json, jax
-found = jax.devices()
-print(json.dumps({"platform": found[0].platform, "device": found[0].device_kind, "devices": len(found),
+devices = jax.devices()
+print(json.dumps({"platform": devices[0].platform, "device": devices[0].device_kind, "devices": len(devices),
                   "jax": jax.__version__}))
 """
 
 
 # --- The parts --------------------------------------------------------------------
 #
-# Each returns the rows of its table; `ok` in a row says whether a check passed.
+# Each returns the rows of its table; `ok` in a row tells whether a check passed.
+
+
+def settings(**sections: dict) -> list[str]:
+    """Flags that change settings of a config."""
+    return [f"--config.{section}.{name}={value}" for section in sections for name, value in sections[section].items()]
 
 
 def digits(bench: Bench) -> list[dict]:
-    """Training with saves, grids and evaluations: in one go, and killed and resumed."""
+    """Training with checkpoints, grids and evaluations: uninterrupted, and killed and resumed."""
     steps, every = (30, 6) if bench.rehearse else (2300, 250)
-    flags = [
-        "--config=configs/digits.py",
-        f"--config.train.steps={steps}",
-        f"--config.checkpoint.every={every}",
-        f"--config.logging.sample_every={2 * every}",
-        f"--config.evaluation.eval_every={2 * every}",
-        f"--config.logging.every={every // 6 or 1}",
-    ]
+    flags = ["--config=configs/digits.py", *settings(
+        train=dict(steps=steps), checkpoint=dict(every=every), evaluation=dict(eval_every=2 * every),
+        logging=dict(every=every // 6 or 1, sample_every=2 * every),
+    )]  # fmt: skip
     if bench.rehearse:
-        flags += [
-            "--config.model.hidden=32",
-            "--config.model.heads=2",
-            "--config.train.batch_size=8",
-            "--config.optimizer.warmup_steps=3",
-            "--config.evaluation.num_images=20",
-            "--config.sampling.solver_steps=4",
-        ]
+        flags += settings(
+            model=dict(hidden=32, heads=2), train=dict(batch_size=8), optimizer=dict(warmup_steps=3),
+            evaluation=dict(num_images=20), sampling=dict(solver_steps=4),
+        )  # fmt: skip
     num = 20 if bench.rehearse else 500
     whole, killed = (bench.out / "digits" / name for name in ("whole", "killed"))
-    rows = [bench.kept("digits_whole", lambda: {"run": "whole"} | trained(bench, "digits_whole", flags, whole))]
-    stop = bench.kept("digits_kill", lambda: kill_training(bench, "digits_kill", flags, killed, steps // 2))
-    rows.append(bench.kept("digits_killed", lambda: {
-        "run": "killed and resumed", **stop, **trained(bench, "digits_killed", flags, killed),
-    }))  # fmt: skip
+    rows = [bench.cached("digits_whole", lambda: {"run": "whole"} | trained(bench, "digits_whole", flags, whole))]
+    stop = bench.cached("digits_kill", lambda: kill_training(bench, "digits_kill", flags, killed, steps // 2))
+    resumed = bench.cached("digits_killed", lambda: trained(bench, "digits_killed", flags, killed))
+    rows.append({"run": "killed and resumed", **stop, **resumed})
     for row, workdir in zip(rows, (whole, killed), strict=True):
-        row |= bench.kept(f"digits_{workdir.name}_scores", lambda workdir=workdir: scores(bench, workdir, num))
-        # A kill loses what came after the newest checkpoint, at most one that was being written.
+        row |= bench.cached(f"digits_{workdir.name}_scores", lambda workdir=workdir: scores(bench, workdir, num))
+        # A kill loses the steps after the newest checkpoint, and one checkpoint that was being written.
         row["ok"] = row.get("resumed at", 0) >= row.get("killed at", 0) - 2 * every
-    same = bench.kept("digits_same", lambda: compare(bench, whole, killed))
+    same = bench.cached("digits_same", lambda: compare(bench, whole, killed))
     return [*rows, {"run": "difference", **same}]
 
 
 def trained(bench: Bench, name: str, flags: list[str], workdir: pathlib.Path) -> dict:
-    """Trains to the end; what the run says of itself."""
+    """Trains to the end; returns metrics of the run."""
     start = time.perf_counter()
     printed = bench.child(name, "-m", "causalfusion_jax.train", *flags, f"--workdir={workdir}", **deterministic(bench))
     seconds = time.perf_counter() - start
@@ -234,7 +232,7 @@ def trained(bench: Bench, name: str, flags: list[str], workdir: pathlib.Path) ->
 
 
 def deterministic(bench: Bench) -> dict[str, str]:
-    """Environment in which a GPU adds in the same order every time."""
+    """Environment in which a GPU adds in the same order in every run."""
     if bench.device.get("platform") != "gpu":
         return {}
     flags = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
@@ -254,8 +252,8 @@ def kill_training(bench: Bench, name: str, flags: list[str], workdir: pathlib.Pa
         )
         reached = 0
         for line in process.stdout:
-            found = re.match(r"step +(\d+)/", line)
-            reached = int(found[1]) if found else reached
+            step_line = re.match(r"step +(\d+)/", line)
+            reached = int(step_line[1]) if step_line else reached
             if reached >= step:
                 break
         process.kill()
@@ -272,29 +270,28 @@ def scores(bench: Bench, workdir: pathlib.Path, num: int) -> dict:
     run = ("-m", "causalfusion_jax.sample", f"--workdir={workdir}", f"--num={num}", f"--out={out}", *quick)
     bench.child(f"{name}_sample", *run, **deterministic(bench))
     flags = (f"--workdir={workdir}", f"--samples={out / 'samples.npz'}")
-    found = bench.child(f"{name}_evaluate", "-m", "causalfusion_jax.evaluate", *flags)
-    return {key: round(json.loads(found)[key], 4) for key in ("accuracy", "fd")}
+    printed = bench.child(f"{name}_evaluate", "-m", "causalfusion_jax.evaluate", *flags)
+    return {key: round(json.loads(printed)[key], 4) for key in ("accuracy", "fd")}
 
 
 def compare(bench: Bench, whole: pathlib.Path, killed: pathlib.Path) -> dict:
-    """How the ends of two runs differ; `ok` where the weights are all but the same."""
+    """How the ends of two runs differ; `ok` if the weights are nearly the same."""
     printed = bench.child("digits_same", BENCH / "compare_runs.py", whole, killed, JAX_PLATFORMS="cpu")
-    found = json.loads(printed)
-    found["samples identical"] = (whole / "end" / "samples.npz").read_bytes() == (
-        killed / "end" / "samples.npz"
-    ).read_bytes()
-    return found | {"ok": found["relative difference of weights"] < 1e-2}
+    compared = json.loads(printed)
+    samples, other_samples = ((workdir / "end" / "samples.npz").read_bytes() for workdir in (whole, killed))
+    compared["samples identical"] = samples == other_samples
+    return compared | {"ok": compared["relative difference of weights"] < 1e-2}
 
 
 def attention(bench: Bench) -> list[dict]:
-    """Attention in tiles beside dense attention."""
+    """Attention in tiles against dense attention."""
     lengths, rounds = ((64,), 1) if bench.rehearse else ((256, 1024, 4096), 10)
     rows = []
     for tokens in lengths:
         for dtype, tolerance in TOLERANCES.items():
             flags = [f"--tokens={tokens}", f"--block={tokens // 4}", f"--dtype={dtype}", f"--rounds={rounds}"]
             name = f"attention_{tokens}_{dtype}"
-            measured = bench.kept(name, lambda name=name, flags=flags: {
+            measured = bench.cached(name, lambda name=name, flags=flags: {
                 "rows": bench.rows(name, "attention.py", "--values", *flags)
             })["rows"]  # fmt: skip
             for row in measured:
@@ -304,39 +301,35 @@ def attention(bench: Bench) -> list[dict]:
 
 
 def small_network(bench: Bench) -> list[str]:
-    """Flags that make XL a network for a rehearsal."""
-    sizes = {"layers": 2, "hidden": 32, "heads": 2, "num_condition_tokens": 4, "dtype": "float32"}
-    network = [f"--config.model.{name}={value}" for name, value in sizes.items()]
-    return [*network, "--config.data.image_size=4"] if bench.rehearse else []
+    """Flags that make XL small enough for a rehearsal."""
+    network = dict(layers=2, hidden=32, heads=2, num_condition_tokens=4, dtype="float32")
+    return settings(model=network, data=dict(image_size=4)) if bench.rehearse else []
 
 
 def step(bench: Bench) -> list[dict]:
-    """The training step at growing batch sizes, until one does not fit."""
+    """The training step at increasing batch sizes, until one does not fit."""
     batches = (4, 8) if bench.rehearse else (16, 32, 64, 128, 256)
     rows = []
-    for way in ("flash", "dense"):
+    for implementation in ("flash", "dense"):
         for batch in batches:
             batch *= bench.device["devices"]
-            name = f"step_{way}_{batch}"
+            name = f"step_{implementation}_{batch}"
             flags = [
                 f"--config={XL}",
                 *small_network(bench),
-                f"--attention={way}",
-                f"--config.train.batch_size={batch}",
-                "--config.train.grad_accum_steps=1",
-                "--steps=2",
-                f"--rounds={1 if bench.rehearse else 3}",
+                *settings(train=dict(batch_size=batch, grad_accum_steps=1)),
             ]
-            found = fitting(bench, name, "train_step.py", flags)
-            if not found:
-                rows.append({"attention": way, "batch": batch, "fits": False})
+            flags += [f"--attention={implementation}", "--steps=2", f"--rounds={1 if bench.rehearse else 3}"]
+            measured = fitting(bench, name, "train_step.py", flags)
+            if not measured:
+                rows.append({"attention": implementation, "batch": batch, "fits": False})
                 break
-            rows += [{**row, "fits": True} for row in found]
+            rows += [{**row, "fits": True} for row in measured]
     return rows
 
 
 def fitting(bench: Bench, name: str, script: str, flags: list[str]) -> list[dict]:
-    """The rows of a benchmark; none where its program does not fit into the device's memory."""
+    """The rows of a benchmark; none if its program does not fit into the device's memory."""
 
     def measure() -> dict:
         try:
@@ -344,39 +337,32 @@ def fitting(bench: Bench, name: str, script: str, flags: list[str]) -> list[dict
         except OutOfMemory:
             return {"rows": []}
 
-    return bench.kept(name, measure)["rows"]
+    return bench.cached(name, measure)["rows"]
 
 
 def sampler(bench: Bench) -> list[dict]:
-    """The sampler at growing numbers of images, until one does not fit."""
+    """The sampler at increasing numbers of images, until one does not fit."""
     rows = []
     for num in (2, 4) if bench.rehearse else (16, 64, 256):
         num *= bench.device["devices"]
-        flags = [
-            f"--config={XL}",
-            *small_network(bench),
-            f"--num={num}",
-            "--ar_steps=1,8",
-            "--config.sampling.cfg_scale=1.5",
-            f"--config.sampling.solver_steps={2 if bench.rehearse else 25}",
-            "--rounds=1",
-        ]
-        found = fitting(bench, f"sampler_{num}", "sampler.py", flags)
-        if not found:
+        solver = settings(sampling=dict(cfg_scale=1.5, solver_steps=2 if bench.rehearse else 25))
+        flags = [f"--config={XL}", *small_network(bench), *solver, f"--num={num}", "--ar_steps=1,8", "--rounds=1"]
+        measured = fitting(bench, f"sampler_{num}", "sampler.py", flags)
+        if not measured:
             rows.append({"images": num, "fits": False})
             break
-        rows += [{**row, "fits": True} for row in found]
+        rows += [{**row, "fits": True} for row in measured]
     return rows
 
 
 PARTS = {"digits": digits, "attention": attention, "step": step, "sampler": sampler}
 
 
-# --- The whole --------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------
 
 
 def run_part(bench: Bench, name: str) -> dict:
-    """A part's record, taken from the folder where it is there."""
+    """A part's record, read from the folder if it is there."""
     path = bench.out / "parts" / f"{name}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -392,13 +378,11 @@ def all_ok(rows: list[dict]) -> bool:
 
 
 def write_results(bench: Bench) -> None:
-    """results.md and results.jsonl of the parts that are there."""
-    from common import table
-
+    """Writes results.md and results.jsonl of the parts measured so far."""
     paths = [bench.out / "parts" / f"{name}.json" for name in PARTS]
     records = [json.loads(path.read_text()) for path in paths if path.is_file()]
-    where = "{devices} x {device}, jax {jax}".format(**bench.device)
-    text = f"# {where}{' (a rehearsal in small on a CPU)' if bench.rehearse else ''}\n"
+    machine = "{devices} x {device}, jax {jax}".format(**bench.device)
+    text = f"# {machine}{' (a small rehearsal on a CPU)' if bench.rehearse else ''}\n"
     for record in records:
         text += f"\n## {record['part']}: {'ok' if record['ok'] else 'FAILED'}\n\n{table(record['rows'])}\n"
     write(bench.out / "results.md", text)
@@ -406,18 +390,18 @@ def write_results(bench: Bench) -> None:
 
 
 def open_folder(bench: Bench) -> None:
-    """Notes the device; results of two devices, or of a rehearsal and a run, do not mix."""
+    """Records the device; results of two devices, or of a rehearsal and a run, are kept apart."""
     bench.device = json.loads(bench.child("device", "-c", DEVICE).splitlines()[-1])
     if bench.device["platform"] == "cpu" and not bench.rehearse:
         fail(
             "jax finds no accelerator here, only a CPU. Is its plugin installed (. launch/setup_env.sh cuda, or tpu)?"
-            " --rehearse runs everything in small on a CPU"
+            " --rehearse runs a small version of everything on a CPU"
         )
     path = bench.out / "device.json"
-    noted = bench.device | {"rehearsal": bench.rehearse}
-    if path.is_file() and json.loads(path.read_text()) != noted:
+    record = bench.device | {"rehearsal": bench.rehearse}
+    if path.is_file() and json.loads(path.read_text()) != record:
         fail(f"--out={bench.out}: holds results of {path.read_text()}; give another folder")
-    write(path, json.dumps(noted))
+    write(path, json.dumps(record))
 
 
 def fail(message: str) -> None:
@@ -432,7 +416,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the parts; the exit status."""
+    """Runs the parts; returns the exit status."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out", default="accelerator")
     parser.add_argument("--part", choices=[*PARTS])

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The first session on an accelerator: does it train, stop and resume as it should, and how fast is it?
+# The first session on an accelerator: checks that it trains, stops and resumes correctly, and measures its speed.
 #
 #   bash launch/bench/accelerator.sh [--out=FOLDER] [--part=NAME] [--rehearse]
 #
-#   digits      trains configs/digits.py with saves, grids and evaluations; again, with a SIGKILL
+#   digits      trains configs/digits.py with checkpoints, grids and evaluations; again, with a SIGKILL
 #               half way and a resume; compares weights and samples at the end
 #   attention   attention in tiles (the Pallas kernel on a TPU, plain JAX elsewhere) against dense:
 #               values in float32 and bfloat16, and speed, by length
@@ -11,14 +11,14 @@
 #               TPU preflight's bound
 #   sampler     CausalFusion-XL's sampler with its cache, at 1 and 8 AR steps: images/s
 #
-# FOLDER (default: accelerator) gets results.md with a table of every part, results.jsonl with a line
-# of every part, and logs/. No command takes more than ten minutes, and what has been measured is kept:
-# run it again after any interruption, or part by part. --rehearse runs all of it in small on a CPU.
+# FOLDER (default: accelerator) receives results.md with a table of every part, results.jsonl with a
+# line of every part, and logs/. No command takes more than ten minutes, and measurements are kept: run
+# it again after any interruption, or part by part. --rehearse runs a small version of it on a CPU.
 #
 # Needs the project's packages: `. launch/setup_env.sh cuda` (or tpu) makes .venv with them. PYTHON
 # chooses the interpreter (default: that of .venv where there is one, else python3).
 #
-# Exit status: 0 all is well; 1 a part failed, or a value is out of its tolerance; 2 wrong input.
+# Exit status: 0 success; 1 a part failed, or a value is out of its tolerance; 2 wrong input.
 
 set -euo pipefail
 folder="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

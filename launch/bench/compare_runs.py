@@ -1,9 +1,9 @@
-"""How far the averaged weights of two runs are from each other at their newest checkpoints.
+"""Compares the averaged weights of two runs at their newest checkpoints.
 
     python launch/bench/compare_runs.py WORKDIR OTHER_WORKDIR
 
 Prints one JSON line: the steps, whether all weights are bit-identical, and the norm of the
-difference over that of the weights.
+difference relative to that of the weights.
 """
 
 import json
@@ -19,11 +19,11 @@ from causalfusion_jax.sampling.trained import from_run
 def difference(a, b) -> dict:
     """`identical`, and the relative difference of two trees of arrays."""
     a, b = (jax.tree.leaves(jax.device_get(tree)) for tree in (a, b))
-    apart = math.sqrt(sum(float(np.sum((x - y) ** 2, dtype=np.float64)) for x, y in zip(a, b, strict=True)))
+    distance = math.sqrt(sum(float(np.sum((x - y) ** 2, dtype=np.float64)) for x, y in zip(a, b, strict=True)))
     norm = math.sqrt(sum(float(np.sum(x**2, dtype=np.float64)) for x in a))
     return {
         "weights identical": all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True)),
-        "relative difference of weights": float(f"{apart / norm:.3g}"),
+        "relative difference of weights": float(f"{distance / norm:.3g}"),
     }
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Texts and images in one model: CausalFusion beside Transfusion on pairs of digits:
+# Texts and images in one model: CausalFusion against Transfusion on pairs of digits:
 #
 #   bash launch/bench/digit_pairs.sh [WORKDIR]          (default: pairs)
 #
-# Trains configs/digit_pairs.py and its :transfusion, and scores checkpoints on the way: images of
-# 500 prompts (ten pairs of words that training never saw), both digits read by an SVC of held-out
-# digits; greedy captions of 500 images of held-out digits, in those ten pairs and in all hundred;
-# bits a token of their own captions. Prints a table.
-# About an hour on two CPU cores; run it again to resume or to reuse what is there.
+# Trains configs/digit_pairs.py and its :transfusion, and scores intermediate checkpoints: images of
+# 500 prompts (ten held-out pairs of words), both digits read by an SVC of held-out digits; greedy
+# captions of 500 images of held-out digits, in those ten pairs and in all hundred; bits per token of
+# their true captions. Prints a table.
+# About an hour on two CPU cores; run it again to resume or to reuse results.
 
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../../pairs}")"
 . "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh" ""
@@ -44,7 +44,7 @@ import pathlib
 import sys
 
 workdir, models, steps = pathlib.Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3].split()
-print("\n| model | step | text to image | captions, unseen pairs: exact / CIDEr | all pairs | bits a token |")
+print("\n| model | step | text to image | captions, unseen pairs: exact / CIDEr | all pairs | bits per token |")
 print("|---|---|---|---|---|---|")
 for model in models:
     for step in steps:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The dial between diffusion and autoregression, CausalFusion beside ACDiT on digits:
+# From diffusion to autoregression: CausalFusion and ACDiT on digits by number of AR steps:
 #
 #   bash launch/bench/digits_dial.sh [WORKDIR]          (default: dial)
 #
 # Trains configs/digits.py and configs/digits.py:acdit, samples each at 1, 2, 4, 8 and 16 AR
-# steps (1000 images, 50 DDPM steps; guidance as the configs have it: none for CausalFusion,
-# 1.5 for ACDiT) and prints accuracy and fd as a table.
-# About 20 minutes on two CPU cores; run it again to resume or to reuse what is there.
+# steps (1000 images, 50 DDPM steps; guidance of the configs: none for CausalFusion, 1.5 for ACDiT)
+# and prints accuracy and fd as a table.
+# About 20 minutes on two CPU cores; run it again to resume or to reuse results.
 
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../../dial}")"
 . "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh" ""

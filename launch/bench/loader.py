@@ -1,19 +1,19 @@
-"""Times the input pipeline alone, or beside a plain Python loop that does the same.
+"""Times the input pipeline alone, or against a plain Python loop that does the same.
 
     python launch/bench/loader.py --config=configs/digits.py [--workers=0,1,2] [--batches=100]
     python launch/bench/loader.py --compare [--workers=1,2] [--num=512]
     python launch/bench/loader.py --train [--workers=1,2] [--num=512]
 
-With --config: batches a second of that config, by number of workers.
+With --config: batches per second of that config, by number of workers.
 
-With --compare: records a second of JPEG files, 500 x 375, decoded and cropped to 256x256 (folder
+With --compare: records per second of JPEG files, 500 x 375, decoded and cropped to 256x256 (folder
 and tar shards), and of latents of that size, 32x32x4, sampled from mean and standard deviation;
-each by a plain loop over the files in one thread, and by the pipeline. The files are made for
-it, of smooth noise, and the loop, the workers and the disk's cache see the same ones.
+each by a plain loop over the files in one thread, and by the pipeline. Both read the same generated
+files of smooth noise.
 
-With --train: images a second of the training loop on the same images and latents, and the share of
-its time that it waited for them, with one small network of 256 tokens: of 16x16 pixels or
-of 2x2 latents.
+With --train: images per second of the training loop on the same images and latents, and the share
+of its time that it waited for them, with a small network of 256 tokens: of 16x16 pixels or of 2x2
+latents.
 """
 
 import dataclasses
@@ -44,14 +44,14 @@ _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker proc
 _BATCHES = flags.DEFINE_integer("batches", 100, "Batches timed, after as many tenths to warm up.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Images and latents beside a plain loop, instead of a config.")
 _TRAIN = flags.DEFINE_bool("train", False, "The training loop on images and on latents, instead.")
-_NUM = flags.DEFINE_integer("num", 512, "With --compare and --train: files of each kind.")
+_NUM = flags.DEFINE_integer("num", 512, "With --compare and --train: number of files of each kind.")
 _BATCH = 16
 _READ_AHEAD = 32
-"""Batches that a process may have ready before the clock starts; many more are timed."""
+"""Upper bound of the batches that a process has ready before timing starts; many more are timed."""
 
 
 def timed(iterator, batches: int) -> float:
-    """Seconds a batch, after a tenth as many to warm up."""
+    """Seconds per batch, after a warm-up of a tenth as many."""
     for _ in range(max(batches // 10, 1)):
         next(iterator)
     start = time.perf_counter()
@@ -61,7 +61,7 @@ def timed(iterator, batches: int) -> float:
 
 
 def pipeline(config: DataConfig, workers: int, batch: int, batches: int, seed: int = 0) -> float:
-    """Examples a second of the pipeline."""
+    """Examples per second of the pipeline."""
     threads = config.kind.reading_threads
     iterator = BatchIterator(host_batches(make_source(config), config, batch, seed), 0, workers, threads)
     try:
@@ -70,7 +70,7 @@ def pipeline(config: DataConfig, workers: int, batch: int, batches: int, seed: i
         iterator.close()
 
 
-def of_config() -> list[dict]:
+def config_rows() -> list[dict]:
     """A row for each number of workers."""
     config = experiment.from_dict(_CONFIG.value.to_dict())
     batch, rows = config.train.batch_size, []
@@ -90,7 +90,7 @@ def of_config() -> list[dict]:
 
 
 def write_images(folder: pathlib.Path, num: int) -> tuple[DataConfig, DataConfig]:
-    """JPEG files as a folder, and the same as tar shards."""
+    """JPEG files as a folder, and the same files as tar shards."""
     rng = np.random.default_rng(0)
     (folder / "images" / "a").mkdir(parents=True)
     (folder / "tars").mkdir()
@@ -111,7 +111,7 @@ def write_images(folder: pathlib.Path, num: int) -> tuple[DataConfig, DataConfig
 
 
 def write_latents(folder: pathlib.Path, num: int) -> DataConfig:
-    """Latents as `encode` leaves them, of random numbers."""
+    """Latents as `encode` writes them, with random values."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir()
@@ -141,7 +141,7 @@ def write_latents(folder: pathlib.Path, num: int) -> DataConfig:
 
 
 def plain_images(config: DataConfig) -> float:
-    """Images a second of a loop: open, decode, crop, flip, stack."""
+    """Images per second of a loop: open, decode, crop, flip, stack."""
     rng, paths = np.random.default_rng(0), sorted(pathlib.Path(config.path).rglob("*.jpg"))
     order, batch = rng.permutation(len(paths)), []
     start = time.perf_counter()
@@ -156,7 +156,7 @@ def plain_images(config: DataConfig) -> float:
 
 
 def plain_latents(config: DataConfig) -> float:
-    """Latents a second of a loop: read, unpack, choose a flip, sample, stack."""
+    """Latents per second of a loop: read, unpack, choose a flip, sample, stack."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(
@@ -176,13 +176,14 @@ def plain_latents(config: DataConfig) -> float:
 
 
 def compared(folder: pathlib.Path) -> list[dict]:
-    """A row for each kind of data and each way to read it."""
+    """A row for each kind of data and each reader."""
     images, tars = write_images(folder, _NUM.value)
     encoded = write_latents(folder / "latents", 8 * _NUM.value)
     plain = {"image_folder": plain_images(images), "latents": plain_latents(encoded)}
     plain["tar"] = plain["image_folder"]
     rows = [
-        {"source": name, "way": "plain loop", "records/s": round(plain[name])} for name in ("image_folder", "latents")
+        {"source": name, "reader": "plain loop", "records/s": round(plain[name])}
+        for name in ("image_folder", "latents")
     ]
     for config in (images, tars, encoded):
         for workers in map(int, _WORKERS.value):
@@ -191,9 +192,9 @@ def compared(folder: pathlib.Path) -> list[dict]:
             rows.append(
                 {
                     "source": config.source,
-                    "way": f"pipeline, {workers} workers",
+                    "reader": f"pipeline, {workers} workers",
                     "records/s": round(rate),
-                    "of the plain loop": f"{rate / plain[config.source]:.2f}",
+                    "relative to the plain loop": f"{rate / plain[config.source]:.2f}",
                 }
             )
     return rows
@@ -212,9 +213,9 @@ def trained(folder: pathlib.Path) -> list[dict]:
             config.train.update(steps=steps, batch_size=_BATCH)
             config.checkpoint.every, config.logging.every = steps, steps // 2
             config.optimizer.warmup_steps = 1
-            seen = []
             workdir = folder / f"{data.source}_{workers}"
-            train(experiment.from_dict(config.to_dict()), str(workdir), lambda _, metrics: seen.append(metrics))
+            seen = []
+            train(experiment.from_dict(config.to_dict()), str(workdir), lambda _, m, seen=seen: seen.append(m))
             rows.append(
                 {
                     "source": data.source,
@@ -230,7 +231,7 @@ def main(argv):
     """Runs the benchmark."""
     del argv
     if not (_COMPARE.value or _TRAIN.value):
-        report(of_config())
+        report(config_rows())
         return
     with tempfile.TemporaryDirectory() as folder:
         report((trained if _TRAIN.value else compared)(pathlib.Path(folder)))

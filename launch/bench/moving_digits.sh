@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Video: ACDiT on clips of moving digits, then four times as long by a window that rolls:
+# Video: ACDiT on clips of moving digits, sampled four times as long with a rolling window:
 #
 #   bash launch/bench/moving_digits.sh [WORKDIR]          (default: moving_digits)
 #
-# Trains configs/moving_digits.py on 16 frames, samples NUM (200) clips of 64, and reads them: the
-# class in every frame by an SVC of held-out digits, and how far the tracked path is from a straight
-# line with bounce; both also of real clips of the training digits, and of the samples with their
-# frames in random order, which is what a path of no motion scores. Then the memory that sampling
-# takes at its peak, for 16, 64 and 256 frames. Prints a table. About 45 minutes on two CPU cores, 30
-# of them training; run it again to resume or to reuse what is there.
+# Trains configs/moving_digits.py on 16 frames, samples NUM (200) clips of 64, and scores them: the
+# class in every frame by an SVC of held-out digits, and the distance of the tracked path from a
+# straight line with bounce; both also for real clips of the training digits, and for the samples with
+# their frames in random order, the score of no motion. Then the peak memory of sampling 16, 64 and 256
+# frames. Prints a table. About 45 minutes on two CPU cores, 30 of them training; run it again to
+# resume or to reuse results.
 
 workdir="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../../moving_digits}")"
 . "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh" ""
@@ -46,8 +46,8 @@ names = ("accuracy", "motion_error", "accuracy_beyond", "motion_error_beyond")
 print(f"\n| {len(clips)} clips | class, frames 1-16 | motion error, pixels | class, frames 17-64 | motion error |")
 print("|---|---|---|---|---|")
 scores = {}
-for row, (videos, asked) in rows.items():
-    scores[row] = score_moving_digits(videos, asked, data.frames)
+for row, (videos, classes) in rows.items():
+    scores[row] = score_moving_digits(videos, classes, data.frames)
     print(f"| {row} | {' | '.join(format(scores[row][n], '.3f') if n in scores[row] else '' for n in names)} |")
 
 MEASURED = """

@@ -2,13 +2,12 @@
 
     python launch/drills/damage.py --out=drills/damage
 
-Each damage is done to a copy of one stopped run. Training must see it, say so, go back to the
-checkpoint before and end as a run that nothing interrupted. The same command continues. Prints
-a table and one JSON line; exit status 1 where a damage was not seen, a restart was refused,
-more than `checkpoint.every` steps were lost, or an end differs.
+Each damage is done to a copy of one stopped run. Training must detect and report it, resume from the
+previous checkpoint and end as an uninterrupted run. The same command continues. Prints a table and
+one JSON line; exit status 1 if damage was not detected, a restart was refused, more than
+`checkpoint.every` steps were lost, or an end differs.
 """
 
-import argparse
 import functools
 import pathlib
 import random
@@ -22,38 +21,38 @@ import drill
 import moments
 
 STOPPED_AT = 5 * drill.EVERY
-"""The step that the run to be damaged was stopped at; the checkpoint before is `checkpoint.every` older."""
+"""The step at which the run to be damaged was stopped; its previous checkpoint is `checkpoint.every` older."""
 
 Damage = Callable[[pathlib.Path, pathlib.Path, pathlib.Path, random.Random], None]
-"""Called with the file, the same file of the step before (which may not exist), another file, and random numbers."""
+"""Called with the file, the same file of the previous checkpoint (which may not exist), another file, and an RNG."""
 
 
 def flip_bit(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: random.Random) -> None:
-    """Flips one bit, at random."""
+    """Flips one random bit."""
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
 def truncate(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: random.Random) -> None:
-    """Cuts it at a random byte."""
+    """Cuts the file at a random byte."""
     path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
 
 
 def delete(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: random.Random) -> None:
-    """Deletes it."""
+    """Deletes the file."""
     path.unlink()
 
 
 def swap(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: random.Random) -> None:
-    """Exchanges it with another file."""
+    """Exchanges the file with another one."""
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
     other.write_bytes(content)
 
 
 def make_stale(path: pathlib.Path, older: pathlib.Path, other: pathlib.Path, rng: random.Random) -> None:
-    """Puts the same file of the step before in its place."""
+    """Replaces the file by that of the previous checkpoint."""
     path.write_bytes(older.read_bytes())
 
 
@@ -70,14 +69,14 @@ def files_of(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
 
 
 def cases(workdir: pathlib.Path) -> list[tuple[str, pathlib.Path, pathlib.Path, pathlib.Path]]:
-    """(damage, file, the same file of the step before, another file) of a run, by paths below it.
+    """(damage, file, the same file of the previous checkpoint, another file) of a run, by paths below it.
 
-    Only what changes something: an empty file has no bit, and some files are alike in every step.
+    Only damages that change something: an empty file has no bit, and some files are the same in every step.
     """
     step, before = drill.steps_of(workdir)[:2]
     files = files_of(workdir, step)
     content = {path: (workdir / path).read_bytes() for path in files}
-    found = []
+    damages = []
     for path in files:
         # checkpoints/STEP/..., or manifests/STEP/...
         older = pathlib.Path(path.parts[0], str(before), *path.parts[2:])
@@ -85,12 +84,12 @@ def cases(workdir: pathlib.Path) -> list[tuple[str, pathlib.Path, pathlib.Path, 
         is_stale = (workdir / older).is_file() and (workdir / older).read_bytes() != content[path]
         left_out = set() if content[path] else {"a flipped bit", "truncated"}
         left_out |= set() if is_stale else {"that of the step before"}
-        found += [(name, path, older, other) for name in DAMAGES if name not in left_out]
-    return found
+        damages += [(name, path, older, other) for name in DAMAGES if name not in left_out]
+    return damages
 
 
 def undetected_bits(workdir: pathlib.Path, step: int, count: int, rng: random.Random) -> list[str]:
-    """Flips `count` bits of a step's manifest one by one, and undoes each; those that were not detected."""
+    """Flips and restores `count` bits of each manifest of a step, one by one; returns those that were not detected."""
     missed = []
     for path in (path for path in files_of(workdir, step) if path.parts[0] == "manifests"):
         content = (workdir / path).read_bytes()
@@ -109,7 +108,7 @@ def undetected_bits(workdir: pathlib.Path, step: int, count: int, rng: random.Ra
 
 
 def damaged_run(workdir: pathlib.Path, step: int, expected: dict[str, Any]) -> dict[str, Any]:
-    """Continues a damaged run; what became of it."""
+    """Continues a damaged run; returns its record."""
     process = drill.train(workdir)
     process.wait()
     resumed = drill.started_at(process.output)
@@ -119,57 +118,42 @@ def damaged_run(workdir: pathlib.Path, step: int, expected: dict[str, Any]) -> d
         "lost": None if resumed is None else step - resumed,
         "error": process.output[-2000:],
     }
-    differs = drill.differences(expected, drill.read_end(workdir)) if outcome["survived"] else ["it did not end"]
-    return outcome | {"differs": differs, "identical": not differs}
+    return outcome | drill.compared(expected, functools.partial(drill.read_end, workdir), outcome["survived"])
 
 
 def rows_of(records: list[dict], flips: int, missed: list[str]) -> list[dict]:
     """The table: a row for each damage, of the files of a step and of its manifest."""
     rows = []
-    for what in ("a file of the step", "its manifest"):
+    for folder, kind in (("checkpoints", "a file of the step"), ("manifests", "its manifest")):
         for name in DAMAGES:
-            group = [r for r in records if r["damage"] == name and r["file"].startswith("manifests") == ("man" in what)]
+            group = [r for r in records if r["damage"] == name and r["file"].startswith(folder)]
             if group:
-                rows.append(
-                    {
-                        "damage": f"{what}: {name}",
-                        "tried": len(group),
-                        "detected": sum(r["detected"] for r in group),
-                        "survived": sum(r["survived"] for r in group),
-                        "most steps lost": max((r["lost"] for r in group if r["lost"] is not None), default=""),
-                        "byte-identical at the end": f"{sum(r['identical'] for r in group)} of {len(group)}",
-                    }
-                )
+                row = {"damage": f"{kind}: {name}", "tried": len(group), "detected": sum(r["detected"] for r in group)}
+                rows.append(row | drill.continued_columns(group) | drill.identical_column(group))
     return rows + [{"damage": "its manifest: bits, not restarted", "tried": flips, "detected": flips - len(missed)}]
 
 
 def failures_of(records: list[dict]) -> list[str]:
-    """What missed the goal."""
-    found = []
+    """A line for each damage that missed the goal."""
+    failures = []
     for record in records:
-        name = f"{record['file']} {record['damage']}"
-        if not record["survived"]:
-            found.append(f"{name}: not continued: {record['error'].strip().splitlines()[-1]}")
-        elif not record["detected"]:
-            found.append(f"{name}: not detected")
-        elif record["lost"] > drill.EVERY:
-            found.append(f"{name}: {record['lost']} steps lost")
-        elif not record["identical"]:
-            found.append(f"{name}: the end differs in {', '.join(record['differs'][:5])}")
-    return found
+        failure = drill.missed_goal(record)
+        if record["survived"] and not record["detected"]:
+            failure = "not detected"
+        if failure:
+            failures.append(f"{record['file']} {record['damage']}: {failure}")
+    return failures
 
 
 def main() -> int:
     """Runs the drill; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--files", type=int, default=0, help="number of files to damage, drawn at random; 0 is all")
-    parser.add_argument("--manifest_bits", type=int, default=200, help="bits of the manifest that are flipped")
-    args = parser.parse_args()
-    out = args.out.absolute()
-    drill.prepare(out)
-    print(f"seed {args.seed}, in {out}", flush=True)
+    args = drill.start(
+        __doc__,
+        seed=dict(type=int, default=0),
+        files=dict(type=int, default=0, help="number of files to damage, drawn at random; 0 is all"),
+        manifest_bits=dict(type=int, default=200, help="bits of the manifest that are flipped"),
+    )
+    out = args.out
     expected, _ = drill.reference(out)
     stopped = out / "stopped"
     if not stopped.is_dir() or STOPPED_AT not in drill.steps_of(stopped):
@@ -194,8 +178,7 @@ def main() -> int:
         print(f"{path} {name}: {detected}, {outcome['lost']} steps lost", flush=True)
     missed = drill.value_of(lambda: undetected_bits(stopped, STOPPED_AT, args.manifest_bits, random.Random(args.seed)))
     failures = failures_of(done.records) + [f"not detected: {bit}" for bit in missed]
-    rows = rows_of(done.records, args.manifest_bits, missed)
-    return drill.report("damage", rows, failures, seed=args.seed, every=drill.EVERY, steps=drill.STEPS)
+    return drill.report("damage", rows_of(done.records, args.manifest_bits, missed), failures, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Takes the disk away from training, sampling and encoding while they write, and gives it back.
+"""Has the disk fail while training, sampling and encoding write to it, and lets them continue.
 
     python launch/drills/disk.py --out=drills/disk
 
-Each command writes to a small file system (a tmpfs, which root may mount; or the folder given as
---small_disk, which should be one) that is full from a named moment on, or under a limit on
-the size of files, which fails each write beyond it. It must end with one line that names the
-file and the reason, and continue to the same bytes once there is space. The same command
-continues. Prints a table and one JSON line; exit status 1 where any of this is not so.
+Each command writes to a small file system (a tmpfs, which root may mount; or the folder
+--small_disk, which should be one) that becomes full at a named moment, or under a limit on file
+size, beyond which each write fails. It must end with one line that names the file and the reason,
+and continue to the same bytes once there is space. The same command continues. Prints a table and
+one JSON line; exit status 1 if any of this does not hold.
 """
 
-import argparse
 import contextlib
 import errno
 import os
@@ -33,9 +32,9 @@ class Case(NamedTuple):
 
     Attributes:
       command: its name.
-      writing: what is being written then.
-      moment: when.
-      count: how often the moment comes before the disk fails.
+      writing: what it is writing then.
+      moment: the moment at which the disk fails.
+      count: the number of times that the moment comes until then.
     """
 
     command: str
@@ -87,7 +86,7 @@ def command(name: str, out: pathlib.Path, folder: pathlib.Path) -> tuple[str, ..
 
 
 def end_of(name: str, folder: pathlib.Path) -> dict[str, Any]:
-    """What must be the same whenever a command has ended."""
+    """The end of a command, the same whether it was interrupted or not."""
     return drill.read_end(folder) if name == "train" else drill.digests(folder)
 
 
@@ -130,39 +129,39 @@ def small_disk(folder: pathlib.Path, is_mounted: bool) -> Iterator[None]:
 
 
 def failing(case: Case, error: str, disk: pathlib.Path) -> Callable[[], None]:
-    """What makes the disk of a command fail at its moment."""
+    """A function that has the disk fail at the moment of a case."""
     if error == "no space left":
         return moments.at(case.moment, case.count, lambda: moments.fill_disk(disk))
     return moments.at(case.moment, case.count, lambda: moments.limit_file_size(0))
 
 
 def judged(output: str, error: str, folder: pathlib.Path) -> str:
-    """What is wrong with what a failed command printed; nothing where it is one line that says all."""
-    # Libraries log what they raise, tracebacks too; the command's own line comes last.
-    lines = output.strip().splitlines() or [""]
-    if not lines[-1].startswith("error: "):
+    """What is wrong with the output of a failed command; "" if it ends in one line with file and reason."""
+    # Libraries log what they raise, tracebacks too; the line of the command itself comes last.
+    last = drill.last_line(output)
+    if not last.startswith("error: "):
         return "a traceback" if "Traceback" in output else "no line of error"
-    if sum(line.startswith("error: ") for line in lines) > 1:
+    if sum(line.startswith("error: ") for line in output.splitlines()) > 1:
         return "more than one line of error"
-    if os.strerror(ERRORS[error]) not in lines[-1]:
+    if os.strerror(ERRORS[error]) not in last:
         return "the reason is not said"
-    if not re.search(re.escape(str(folder)) + r"/\S", lines[-1]):
+    if not re.search(re.escape(str(folder)) + r"/\S", last):
         return "the file is not named"
     return ""
 
 
 def tried(case: Case, error: str, out: pathlib.Path, disk: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Fails a command's disk, then lets it continue; what became of it."""
+    """Fails a command's disk, then lets it continue; returns its record."""
     folder = disk / case.command
     drill.remove(folder)
     module, *args = command(case.command, out, folder)
     process = drill.Process(module, args, failing(case, error, disk))
     process.wait()
-    came = moments.FIRED in process.output
+    fired = moments.FIRED in process.output
     (disk / "ballast").unlink(missing_ok=True)
     reached = drill.reached(folder) if case.command == "train" else 0
     outcome = {
-        "came": came,
+        "fired": fired,
         "status": process.returncode,
         "wrong": judged(process.output, error, folder),
         "output": process.output[-4000:],
@@ -176,8 +175,7 @@ def tried(case: Case, error: str, out: pathlib.Path, disk: pathlib.Path, expecte
         "lost": drill.lost_steps(reached, resumed),
         "error": again.output[-2000:],
     }
-    differs = drill.differences(expected, end_of(case.command, folder)) if outcome["survived"] else ["it did not end"]
-    return outcome | {"differs": differs, "identical": not differs}
+    return outcome | drill.compared(expected, lambda: end_of(case.command, folder), outcome["survived"])
 
 
 def rows_of(records: list[dict]) -> list[dict]:
@@ -199,35 +197,29 @@ def rows_of(records: list[dict]) -> list[dict]:
 
 
 def failures_of(records: list[dict]) -> list[str]:
-    """What missed the goal."""
-    found = []
+    """A line for each way in which a case missed the goal."""
+    failures = []
     for record in records:
         name = f"{record['command']}, {record['writing']}, {record['disk error']}"
-        if not record["came"]:
-            found.append(f"{name}: the moment did not come")
+        if not record["fired"]:
+            failures.append(f"{name}: the moment did not come")
         elif record["status"] in (0, 75) or record["wrong"]:
-            found.append(f"{name}: status {record['status']}, {record['wrong'] or 'one line'}")
-        if not record["survived"]:
-            found.append(f"{name}: not continued: {record['error'].strip().splitlines()[-1]}")
-        elif not record["identical"]:
-            found.append(f"{name}: the end differs in {', '.join(record['differs'][:5])}")
-        elif record["lost"] > drill.EVERY:
-            found.append(f"{name}: {record['lost']} steps lost")
-    return found
+            failures.append(f"{name}: status {record['status']}, {record['wrong'] or 'one line'}")
+        if failure := drill.missed_goal(record):
+            failures.append(f"{name}: {failure}")
+    return failures
 
 
 def main() -> int:
     """Runs the drill; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--small_disk", type=pathlib.Path, help="folder on a small file system; mounted where left out")
-    parser.add_argument("--errors", choices=ERRORS, action="append", help="only these [all]")
-    parser.add_argument("--commands", choices=("train", "sample", "encode"), action="append", help="only these [all]")
-    args = parser.parse_args()
-    out = args.out.absolute()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    drill.prepare(out)
-    print(f"in {out}", flush=True)
+    args = drill.start(
+        __doc__,
+        small_disk=dict(type=pathlib.Path, help="folder on a small file system [mounted]"),
+        errors=dict(choices=ERRORS, action="append", help="only these [all]"),
+        commands=dict(choices=("train", "sample", "encode"), action="append", help="only these [all]"),
+    )
+    out = args.out
     expected = {"train": drill.reference(out)[0]}
     if not (out / "vae").is_dir():
         drill.value_of(lambda: write_vae(out / "vae"))
@@ -247,7 +239,7 @@ def main() -> int:
                 outcome = tried(case, error, out, disk, expected[case.command])
                 done.add([named | outcome])
                 print(f"{', '.join(named.values())}: {outcome['wrong'] or 'one line'}", flush=True)
-    return drill.report("disk", rows_of(done.records), failures_of(done.records), every=drill.EVERY, steps=drill.STEPS)
+    return drill.report("disk", rows_of(done.records), failures_of(done.records))
 
 
 if __name__ == "__main__":

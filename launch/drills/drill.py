@@ -1,5 +1,6 @@
-"""What the drills share: a tiny run, its processes, and whether two runs ended alike."""
+"""Shared by the drills: a tiny run, its processes, whether two runs ended alike, and the report."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -16,13 +17,16 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import command_server  # noqa: E402
+from markdown_table import table
+from processes import die_with_parent, import_commands, run_module
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 STEPS, EVERY = 24, 4
-"""Length of a tiny run, and the steps between its checkpoints."""
+"""Steps of a tiny run, and between its checkpoints."""
 
 TINY = (
     f"--config={ROOT / 'configs' / 'digits.py'}", "--config.model.hidden=32", "--config.model.heads=2",
@@ -36,14 +40,25 @@ TINY = (
 """Flags of a run on digits with checkpoints, grids and evaluations, in about two seconds."""
 
 TIMES = ("steps_per_second", "images_per_second", "model_flops_utilization", "data_wait_fraction")
-"""Metrics that are measured, and differ between two runs."""
+"""Metrics that are timed, and differ between two runs."""
 
 
-def prepare(out: pathlib.Path) -> None:
-    """Makes `out`, and this process one whose forks need not import or compile anything again.
+def start(doc: str, **options: dict[str, Any]) -> argparse.Namespace:
+    """Parses the flags of a drill, makes its folder, and imports what its processes need.
 
-    To be called before jax is imported; starts no device.
+    Forks of this process import and compile nothing again. To be called before jax is imported;
+    starts no device.
+
+    Args:
+      doc: the drill's docstring.
+      **options: the arguments of `add_argument` for each flag beside --out, by name.
     """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    for name, option in options.items():
+        parser.add_argument(f"--{name}", **option)
+    args = parser.parse_args()
+    args.out = out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -51,13 +66,15 @@ def prepare(out: pathlib.Path) -> None:
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(out / "compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command_server.import_all()
+    import_commands()
+    print(f"in {out}", flush=True)
+    return args
 
 
 class Process:
     """A command in a fork of this process, its output read through a pipe.
 
-    A pipe, because a full disk or a limited file size must not take what it says.
+    A full disk or a limited file size would cut off output that is written to a file.
 
     Args:
       module, args: as of `python -m`; or a function without arguments, whose value is printed as JSON.
@@ -87,19 +104,19 @@ class Process:
     def _run(module, args: list[str], fault) -> int:
         """In the new process: the command; its exit status."""
         try:
-            command_server.die_with_parent()
+            die_with_parent()
             if fault is not None:
                 fault()
             if isinstance(module, str):
-                status = command_server.run_module(module, args)
+                status = run_module(module, args)
             else:
                 print(json.dumps(module()), flush=True)
                 status = 0
-            # As Python does at the end: waits for threads that are no daemons.
+            # As Python does at its end: waits for threads that are not daemons.
             threading._shutdown()
             return status
         except BaseException:
-            # Nothing may reach the stack that this process has inherited.
+            # Nothing may propagate into the stack inherited from the parent.
             traceback.print_exc()
             return 1
 
@@ -132,7 +149,7 @@ class Process:
         return self.returncode
 
     def _read(self, timeout: float) -> None:
-        """Whatever is in the pipe, waiting for it `timeout` seconds."""
+        """Reads what is in the pipe, waiting for it at most `timeout` seconds."""
         while select.select([self._pipe], [], [], timeout)[0]:
             read = os.read(self._pipe, 65536)
             if not read:
@@ -147,10 +164,10 @@ def train(workdir: pathlib.Path, *flags: str, fault: Callable[[], None] | None =
     return Process("causalfusion_jax.train", (*TINY, f"--workdir={workdir}", *flags), fault)
 
 
-def finished(process: Process, what: str) -> Process:
-    """`process`, ended. Raises RuntimeError with its output unless it succeeded."""
+def finished(process: Process, description: str) -> Process:
+    """Waits for a process. Raises RuntimeError with its output unless it succeeded."""
     if process.wait():
-        raise RuntimeError(f"{what}: status {process.returncode}\n{process.output}")
+        raise RuntimeError(f"{description}: status {process.returncode}\n{process.output}")
     return process
 
 
@@ -158,13 +175,13 @@ def finished(process: Process, what: str) -> Process:
 
 
 def started_at(output: str) -> int | None:
-    """The step that a training process began with, by its own first line; None where it did not come so far."""
-    found = re.search(r"^(?:resuming .* at step (\d+):|.* already trained to step (\d+)$|training in )", output, re.M)
-    return None if found is None else int(found.group(1) or found.group(2) or 0)
+    """The step that a training process began with, by its first line; None if it ended before."""
+    line = re.search(r"^(?:resuming .* at step (\d+):|.* already trained to step (\d+)$|training in )", output, re.M)
+    return None if line is None else int(line.group(1) or line.group(2) or 0)
 
 
 def reached(workdir: pathlib.Path) -> int:
-    """The last step that was trained, by the run's metrics; 0 where none was."""
+    """The last step that was trained, by the run's metrics; 0 if none was."""
     steps = re.findall(r'^\{"step": (\d+),', _text(workdir / "metrics.jsonl"), re.M)
     return int(steps[-1]) if steps else 0
 
@@ -176,39 +193,39 @@ def _text(path: pathlib.Path) -> str:
 def lost_steps(reached: int, resumed: int, every: int = EVERY) -> int:
     """Steps lost, of those up to the newest checkpoint whose save had begun.
 
-    Saving goes on in the background: steps trained meanwhile are repeated too, but are not
-    what `checkpoint.every` promises.
+    Saving runs in the background: steps trained meanwhile are repeated too, but the bound of
+    `checkpoint.every` does not cover them.
     """
     return max(0, (reached - 1) // every * every - resumed)
 
 
 def metrics_of(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What `metrics.jsonl` says by step: the last line of a step counts, and times do not.
+    """The metrics in `metrics.jsonl` by step, without times; the last line of a step counts.
 
     Args:
-      lines: of the file; those of evaluations are a step's own second line.
+      lines: of the file; an evaluation is a second line of its step.
     """
-    found = {}
+    metrics = {}
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
         except ValueError:
-            found[f"broken line {number} of the metrics"] = {"text": line}
+            metrics[f"broken line {number} of the metrics"] = {"text": line}
             continue
         kind = "evaluation" if any(name.startswith("evaluation/") for name in values) else "training"
-        found[f"{kind} of step {values['step']}"] = {n: v for n, v in values.items() if n not in TIMES}
-    return found
+        metrics[f"{kind} of step {values['step']}"] = {n: v for n, v in values.items() if n not in TIMES}
+    return metrics
 
 
 def steps_of(workdir: pathlib.Path) -> list[int]:
-    """Steps of which something is saved, newest first."""
+    """Steps with a checkpoint, whole or not, newest first."""
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def is_intact(workdir: pathlib.Path, step: int) -> bool:
-    """Whether a step is given where it is asked for, rather than refused as damaged."""
+    """Whether a step can be restored, rather than being refused as damaged."""
     from causalfusion_jax.checkpoints.checkpoint import Checkpoints
     from causalfusion_jax.common.errors import InputError
 
@@ -219,9 +236,9 @@ def is_intact(workdir: pathlib.Path, step: int) -> bool:
 
 
 def end_of(workdir: pathlib.Path) -> dict[str, Any]:
-    """What must be the same at the end of two runs of the same settings, as plain values.
+    """The end of a run as plain values, the same for two runs of the same settings.
 
-    The arrays are read by Orbax alone. Starts jax's device: for a process of its own.
+    The arrays are read by Orbax alone. Starts jax's device: to be called in a process of its own.
     """
     import jax
     import numpy as np
@@ -260,14 +277,20 @@ def digests(folder: pathlib.Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): _digest(path.read_bytes()) for path in paths}
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names of what differs between two ends, sorted; empty where they are byte-identical."""
-    names = sorted(expected.keys() | found.keys())
-    return [name for name in names if name not in expected or name not in found or expected[name] != found[name]]
+def differences(expected: dict[str, Any], end: dict[str, Any]) -> list[str]:
+    """Names of the values in which two ends differ, sorted; empty if they are byte-identical."""
+    names = sorted(expected.keys() | end.keys())
+    return [name for name in names if name not in expected or name not in end or expected[name] != end[name]]
+
+
+def compared(expected: dict[str, Any], read: Callable[[], dict[str, Any]], survived: bool) -> dict[str, Any]:
+    """`differs` and `identical` of a record, for the end that `read` gives of a run that survived."""
+    differs = differences(expected, read()) if survived else ["it did not end"]
+    return {"differs": differs, "identical": not differs}
 
 
 def value_of(function: Callable[[], Any]) -> Any:
-    """What a function returns, called in a process of its own, as plain values."""
+    """The value of a function called in a process of its own; a plain value."""
     process = finished(Process(function), "a process of the drill")
     return json.loads(process.output.strip().splitlines()[-1])
 
@@ -278,9 +301,9 @@ def read_end(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def reference(out: pathlib.Path, *flags: str) -> tuple[dict[str, Any], float]:
-    """The end of the run that nothing interrupts, and the seconds that it takes.
+    """The end of an uninterrupted run, and the seconds that it takes.
 
-    It is trained twice: what the first one compiled, the second reuses, and both must end alike.
+    It is trained twice: the second reuses the programs that the first compiled, and both must end alike.
 
     Raises:
       RuntimeError: they do not.
@@ -303,7 +326,7 @@ def remove(folder: pathlib.Path) -> None:
 
 
 class Records:
-    """What a drill has done so far: one JSON line each, so that the same command continues.
+    """The records of a drill so far, one JSON line each, so that the same command continues.
 
     Attributes:
       records: plain values, in order.
@@ -313,20 +336,47 @@ class Records:
         self._path, self.records = path, [json.loads(line) for line in _text(path).splitlines()]
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
-        """Keeps them."""
+        """Appends records."""
         with self._path.open("a") as file:
             for record in records:
                 self.records.append(record)
                 file.write(json.dumps(record) + "\n")
 
 
-# --- Tables -----------------------------------------------------------------------
+# --- The report -------------------------------------------------------------------
+
+
+def last_line(text: str) -> str:
+    """The last line of an output; "" for none."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def missed_goal(record: dict[str, Any]) -> str:
+    """Why the run of a record, once continued, missed the goal of every drill; "" if it met it."""
+    if not record["survived"]:
+        return f"not continued: {last_line(record['error'])}"
+    if record["lost"] > EVERY:
+        return f"{record['lost']} steps lost"
+    return "" if record["identical"] else f"the end differs in {', '.join(record['differs'][:5])}"
+
+
+def continued_columns(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Columns of a table: how the runs of records were continued."""
+    return {
+        "survived": sum(record["survived"] for record in records),
+        "most steps lost": max((record["lost"] for record in records if record.get("lost") is not None), default=""),
+    }
+
+
+def identical_column(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Column of a table: the number of runs that ended as the uninterrupted one."""
+    return {"byte-identical at the end": f"{sum(record['identical'] for record in records)} of {len(records)}"}
 
 
 def machine() -> str:
     """Processor and cores."""
-    found = re.search(r"^model name\s*: (.*)$", _text(pathlib.Path("/proc/cpuinfo")), re.M)
-    return f"{os.cpu_count()} cores, {found.group(1) if found else 'unknown processor'}"
+    name = re.search(r"^model name\s*: (.*)$", _text(pathlib.Path("/proc/cpuinfo")), re.M)
+    return f"{os.cpu_count()} cores, {name.group(1) if name else 'unknown processor'}"
 
 
 def commit() -> str:
@@ -335,29 +385,18 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; a column for each name."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return "\n".join(head + [f"| {' | '.join(str(row.get(name, '')) for name in columns)} |" for row in rows])
-
-
 def report(drill: str, rows: Sequence[dict[str, Any]], failures: Sequence[str], **values: Any) -> int:
-    """Prints the table, what missed the goal, and one JSON line; the exit status.
+    """Prints the table, the failures and one JSON line; returns the exit status.
 
     Args:
       drill: its name.
       rows: of the table.
-      failures: each a line; the goal is met where there is none.
-      **values: also for the JSON line.
+      failures: a line each; the goal is met if there is none.
+      **values: added to the JSON line.
     """
     print("\n" + table(rows) + "\n")
     for failure in failures:
         print(f"missed: {failure}")
-    print(
-        json.dumps(
-            {"drill": drill, "met": not failures, "commit": commit(), "machine": machine(), **values, "rows": rows}
-        ),
-        flush=True,
-    )
+    values = {"commit": commit(), "machine": machine(), "every": EVERY, "steps": STEPS, **values}
+    print(json.dumps({"drill": drill, "met": not failures, **values, "rows": rows}), flush=True)
     return 1 if failures else 0

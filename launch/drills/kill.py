@@ -2,13 +2,12 @@
 
     python launch/drills/kill.py --kills=100 --out=drills/kill
 
-Each run is killed up to five times, then trained to its end, which must be that of a run that
-nothing interrupted. The same command continues; another --seed needs another --out. Prints a
-table and one JSON line; exit status 1 where a restart was refused, more than
-`checkpoint.every` steps were lost, or an end differs.
+Each run is killed up to five times, then trained to its end, which must be that of an uninterrupted
+run. The same command continues; another --seed needs another --out. Prints a table and one JSON
+line; exit status 1 if a restart was refused, more than `checkpoint.every` steps were lost, or an
+end differs.
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -33,7 +32,14 @@ KILLS_OF_A_RUN = 5
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """One of the kills: its number, the moment's name, the signal, and `checkpoint.keep` of its run."""
+    """A kill.
+
+    Attributes:
+      number: unique in the drill.
+      moment: name of one of `MOMENTS`.
+      signal: SIGKILL or SIGTERM.
+      keep: `checkpoint.keep` of its run.
+    """
 
     number: int
     moment: str
@@ -42,7 +48,7 @@ class Kill:
 
 
 def all_kills(count: int) -> list[Kill]:
-    """`count` kills: every moment, signal and number of kept steps as often as the others."""
+    """`count` kills: every moment, signal and number of kept checkpoints equally often."""
     kinds = itertools.cycle(itertools.product(MOMENTS, SIGNALS, KEPT))
     return [Kill(number, *next(kinds)) for number in range(count)]
 
@@ -53,11 +59,11 @@ class KilledRun:
     Args:
       workdir: its folder.
       keep: `checkpoint.keep`.
-      rng: of the times and counts.
-      seconds: that the whole run takes.
+      rng: draws the times and counts.
+      seconds: time that the whole run takes.
 
     Attributes:
-      outcomes: what became of each kill, in order.
+      outcomes: a record of each kill, in order.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int, rng: random.Random, seconds: float):
@@ -65,11 +71,11 @@ class KilledRun:
         self.outcomes, self._unjudged = [], []
 
     def run(self, kills: list[Kill]) -> None:
-        """Kills it by some of `kills`; one whose moment does not come is left for another run."""
+        """Kills it by some of `kills`; a kill whose moment does not come is left for another run."""
         for kill in kills:
-            process, came = self._killed(kill)
+            process, fired = self._killed(kill)
             refused = not self._judge(process)
-            if came:
+            if fired:
                 reached = drill.reached(self._workdir)
                 outcome = dataclasses.asdict(kill) | {"reached": reached, "status": process.returncode}
                 self.outcomes.append(outcome)
@@ -79,7 +85,7 @@ class KilledRun:
         process = drill.train(self._workdir, self._flags)
         process.wait()
         if self._judge(process) and self._unjudged:
-            raise RuntimeError(f"{self._workdir}: not to be judged:\n{process.output}")
+            raise RuntimeError(f"{self._workdir}: the output does not say how it continued:\n{process.output}")
 
     def _killed(self, kill: Kill) -> tuple[drill.Process, bool]:
         """A process that has ended, and whether it was killed."""
@@ -90,7 +96,7 @@ class KilledRun:
             process = drill.train(self._workdir, self._flags)
             process.wait(self._rng.uniform(0, self._seconds), number)
             return process, process.was_killed
-        # SIGTERM lets the process go on, so that it must find its files as they are.
+        # After SIGTERM the process continues and must find its files whole.
         moment = moment._replace(half=moment.half and number == signal.SIGKILL)
         fault = moments.at(moment, count, functools.partial(moments.kill, number))
         process = drill.train(self._workdir, self._flags, fault=fault)
@@ -98,7 +104,7 @@ class KilledRun:
         return process, moments.FIRED in process.output
 
     def _judge(self, process: drill.Process) -> bool:
-        """Judges the kills before `process` by how it went on; False where it refused."""
+        """Judges the kills before `process` by how it continued; False if it refused."""
         resumed = drill.started_at(process.output)
         refused = process.returncode in (1, 2)
         if resumed is not None or refused:
@@ -123,47 +129,36 @@ def rows_of(outcomes: list[dict]) -> list[dict]:
 
 
 def _row(group: list[dict]) -> dict:
-    survived = [outcome for outcome in group if outcome["survived"]]
     signals = [sum(outcome["signal"] == name for outcome in group) for name in SIGNALS]
+    repeated = (outcome["repeated"] for outcome in group if outcome["survived"])
     return {
         "tried": len(group),
         "SIGKILL, SIGTERM": f"{signals[0]}, {signals[1]}",
-        "survived": len(survived),
-        "most steps lost": max((outcome["lost"] for outcome in survived), default=""),
-        "most steps repeated": max((outcome["repeated"] for outcome in survived), default=""),
-        "byte-identical at the end": f"{sum(outcome['identical'] for outcome in group)} of {len(group)}",
+        **drill.continued_columns(group),
+        "most steps repeated": max(repeated, default=""),
+        **drill.identical_column(group),
     }
 
 
 def failures_of(outcomes: list[dict]) -> list[str]:
-    """What missed the goal."""
-    found = []
+    """A line for each kill that missed the goal."""
+    failures = []
     for outcome in outcomes:
-        name = f"run {outcome['run']}: {outcome['signal']} {outcome['moment']}, keep={outcome['keep']}"
-        if not outcome["survived"]:
-            error = outcome["error"].strip().splitlines()
-            found.append(f"{name}: not continued: {error[-1] if error else ''}")
-        elif outcome["lost"] > drill.EVERY:
-            found.append(f"{name}: {outcome['lost']} steps lost")
-        elif outcome["status"] == 75 and outcome["repeated"]:
-            found.append(f"{name}: said it was saved, and {outcome['repeated']} steps were repeated")
-        elif not outcome["identical"]:
-            found.append(f"{name}: the end differs in {', '.join(outcome['differs'][:5])}")
-        elif outcome["signal"] == "SIGTERM" and outcome["status"] not in (75, -signal.SIGTERM, 0):
-            found.append(f"{name}: status {outcome['status']}")
-    return found
+        failure = drill.missed_goal(outcome)
+        if not failure and outcome["status"] == 75 and outcome["repeated"]:
+            failure = f"said it was saved, and {outcome['repeated']} steps were repeated"
+        if not failure and outcome["signal"] == "SIGTERM" and outcome["status"] not in (75, -signal.SIGTERM, 0):
+            failure = f"status {outcome['status']}"
+        if failure:
+            name = f"run {outcome['run']}: {outcome['signal']} {outcome['moment']}, keep={outcome['keep']}"
+            failures.append(f"{name}: {failure}")
+    return failures
 
 
 def main() -> int:
     """Runs the drill; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    out = args.out.absolute()
-    drill.prepare(out)
-    print(f"seed {args.seed}, {args.kills} kills in {out}", flush=True)
+    args = drill.start(__doc__, kills=dict(type=int, default=100), seed=dict(type=int, default=0))
+    out = args.out
     expected, seconds = drill.reference(out)
     done = drill.Records(out / "kill.jsonl")
     left = [kill for kill in all_kills(args.kills) if kill.number not in {r["number"] for r in done.records}]
@@ -178,18 +173,16 @@ def main() -> int:
         run.run([kill for kill in left if kill.keep == left[0].keep])
         if not run.outcomes:
             raise RuntimeError(f"run {number}: the moment of {left[0]} did not come")
-        whole = all(outcome["survived"] for outcome in run.outcomes)
-        differs = drill.differences(expected, drill.read_end(workdir)) if whole else ["it did not end"]
+        survived = all(outcome["survived"] for outcome in run.outcomes)
+        end = drill.compared(expected, functools.partial(drill.read_end, workdir), survived)
         for outcome in run.outcomes:
-            outcome |= {"run": number, "differs": differs, "identical": not differs}
+            outcome |= {"run": number, **end}
         done.add(run.outcomes)
-        told = (f"{o['signal']} {o['moment']} at step {o['reached']}" for o in run.outcomes)
-        print(f"run {number}, keep={left[0].keep}{' DIFFERS' if differs else ''}: {', '.join(told)}", flush=True)
+        kills = ", ".join(f"{o['signal']} {o['moment']} at step {o['reached']}" for o in run.outcomes)
+        print(f"run {number}, keep={left[0].keep}{'' if end['identical'] else ' DIFFERS'}: {kills}", flush=True)
         numbers = {outcome["number"] for outcome in run.outcomes}
         left = [kill for kill in left if kill.number not in numbers]
-    return drill.report(
-        "kill", rows_of(done.records), failures_of(done.records), seed=args.seed, every=drill.EVERY, steps=drill.STEPS
-    )
+    return drill.report("kill", rows_of(done.records), failures_of(done.records), seed=args.seed)
 
 
 if __name__ == "__main__":

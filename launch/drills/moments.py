@@ -1,8 +1,8 @@
-"""Named moments of a run, at which a drill has its process killed or its disk filled.
+"""Named moments of a run, at which a drill kills its process or fills its disk.
 
-Most are what Python's audit events announce: that a file is about to be opened, renamed or
-removed. The code under test needs no hooks for that, and the moments stay what they are when
-it changes. The others are calls of a function.
+Most are Python's audit events: a file is about to be opened, renamed or removed. The tested
+code needs no hooks for these, and may change without changing the moments. The others are
+calls of a function.
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 
 class Moment(NamedTuple):
-    """What a process is about to do.
+    """An action that a process is about to take.
 
     Attributes:
       event: an audit event (`open` is for writing), or `call`.
@@ -34,7 +34,7 @@ class Moment(NamedTuple):
 
 
 FIRED = "drill: the moment has come"
-"""What the process prints."""
+"""Printed by the process at the moment."""
 
 ARRAYS = Moment("os.mkdir", r"/checkpoints/\d+\.orbax-checkpoint-tmp[^/]*/state[^/]*/array_metadatas")
 COMMIT = Moment("os.rename", r"/checkpoints/\d+")
@@ -59,7 +59,7 @@ def limit_file_size(size: int) -> None:
 
 
 def fill_disk(folder: pathlib.Path, leave: int = 0) -> None:
-    """Writes `folder`/ballast until there is no space left, but for `leave` bytes."""
+    """Writes `folder`/ballast until only `leave` bytes of space are left."""
     file = os.open(folder / "ballast", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         while True:
@@ -71,7 +71,7 @@ def fill_disk(folder: pathlib.Path, leave: int = 0) -> None:
 
 
 def at(moment: Moment, count: int, act: Callable[[], None]) -> Callable[[], None]:
-    """What makes this process call `act` when a moment comes for the `count`th time, right before it."""
+    """A function that has this process call `act` right before a moment, when it comes for the `count`th time."""
 
     def fire(source: str = ""):
         os.write(1, f"{FIRED}\n".encode())
@@ -81,7 +81,7 @@ def at(moment: Moment, count: int, act: Callable[[], None]) -> Callable[[], None
 
     if moment.event == "call":
         return functools.partial(_patch, moment.target, _countdown(count, fire))
-    return lambda: sys.addaudithook(_hook(moment, count, fire))
+    return lambda: sys.addaudithook(audit_hook(moment, count, fire))
 
 
 def _countdown(count: int, fire: Callable[..., None]) -> Callable[..., None]:
@@ -98,7 +98,7 @@ def _countdown(count: int, fire: Callable[..., None]) -> Callable[..., None]:
 
 
 def _patch(target: str, before: Callable[[], None]) -> None:
-    """Has `before()` called before every call of a function."""
+    """Has every call of a function call `before()` first."""
     module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -112,11 +112,11 @@ def _patch(target: str, before: Callable[[], None]) -> None:
     setattr(owner, name, patched)
 
 
-def _hook(moment: Moment, count: int, fire: Callable[..., None]) -> Callable[[str, tuple[Any, ...]], None]:
+def audit_hook(moment: Moment, count: int, fire: Callable[..., None]) -> Callable[[str, tuple[Any, ...]], None]:
     """The audit hook of a moment; it calls `fire` with the event's first path."""
     pattern, is_deleting = re.compile(rf".*{moment.target}"), False
-    come = _countdown(count, fire)
-    removed = _countdown(moment.files_removed, come)
+    tick = _countdown(count, fire)
+    removed = _countdown(moment.files_removed, tick)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal is_deleting
@@ -130,6 +130,6 @@ def _hook(moment: Moment, count: int, fire: Callable[..., None]) -> Callable[[st
         if moment.files_removed:
             is_deleting = True
         else:
-            come(args[0])
+            tick(args[0])
 
     return hook

@@ -1,4 +1,4 @@
-"""The page of tables: our scores beside the papers', and whether the papers' claims hold of them."""
+"""The page of tables: our scores beside the papers', and whether the papers' claims hold for ours."""
 
 import dataclasses
 import math
@@ -9,31 +9,32 @@ from typing import NamedTuple
 
 import scipy.stats
 import tables
-from tables import Claim, Place, Table
+from tables import Cell, Claim, Table
 
 from causalfusion_jax.sweeps import sweep as sweeps
+from causalfusion_jax.sweeps.results import gather
 
 METRICS = {"digits": "fd", "imagenet": "fid"}
 CONFIDENCE = 0.95
 RULE = f"""\
-**Rule.** A claim says that one score is lower than another. Δ is the mean of the one that should be higher
-less the mean of the other, over seeds; its margin is Student's t at {CONFIDENCE:.0%}, two-sided, times the pooled
+**Rule.** A claim says that one score is lower than another. Δ is the mean of the score that should be higher
+minus the mean of the other, over seeds; its margin is Student's t at {CONFIDENCE:.0%}, two-sided, times the pooled
 standard error, sqrt(s² (1/n + 1/m)) with s² the pooled variance of n and m seeds. *agrees*: Δ above the
 margin; *disagrees*: below minus the margin; *within the spread*: between them. A claim that something is
 immaterial *agrees* where Δ is within the margin, which with few seeds is weak support, and *disagrees*
-beyond it. *not run*, or *one seed*: nothing is said. Claims are tested one by one, so of twenty that are
-false one may seem to hold."""
+beyond it. *not run* and *one seed*: no verdict. Claims are tested one by one, so one in twenty false claims
+may seem to hold."""
 
-Scores = dict[Place, dict[str, list[float]]]
-"""Of each place, by metric, a score for each seed that is there."""
+Scores = dict[Cell, dict[str, list[float]]]
+"""The scores of each cell, by metric; one for each seed that was measured."""
 
 
 class Verdict(NamedTuple):
-    """What became of a claim.
+    """Whether a claim holds.
 
     Attributes:
       word: agrees, disagrees, within the spread, one seed, not run.
-      difference, margin: of the scores; NaN where there are too few.
+      difference, margin: of the scores; NaN with too few seeds.
     """
 
     word: str
@@ -42,21 +43,21 @@ class Verdict(NamedTuple):
 
 
 def verdict(claim: Claim, better: Sequence[float], worse: Sequence[float]) -> Verdict:
-    """Whether `claim` holds of our scores, by RULE.
+    """Whether `claim` holds for our scores, by RULE.
 
     Args:
-      claim: what the paper says.
-      better, worse: scores of the two places, one a seed; less is better.
+      claim: the paper's claim.
+      better, worse: scores of the two cells, one for each seed; lower is better.
     """
     if not better or not worse:
         return Verdict("not run")
     difference = statistics.fmean(worse) - statistics.fmean(better)
     if len(better) < 2 or len(worse) < 2:
         return Verdict("one seed", difference)
-    freedom = len(better) + len(worse) - 2
+    degrees = len(better) + len(worse) - 2
     squares = sum((len(scores) - 1) * statistics.variance(scores) for scores in (better, worse))
-    error = math.sqrt(squares / freedom * (1 / len(better) + 1 / len(worse)))
-    margin = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    error = math.sqrt(squares / degrees * (1 / len(better) + 1 / len(worse)))
+    margin = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
     if claim.immaterial:
         return Verdict("agrees" if abs(difference) <= margin else "disagrees", difference, margin)
     word = "agrees" if difference > margin else "disagrees" if difference < -margin else "within the spread"
@@ -71,7 +72,7 @@ def collect(
     num: int,
     overrides: sweeps.Overrides | None = None,
 ) -> dict[str, Scores]:
-    """The scores of each table that are in `workdir`.
+    """The scores of each table in `workdir`.
 
     Args:
       workdir: folder that run.py was given.
@@ -82,12 +83,12 @@ def collect(
     Raises:
       InputError: a run in it was trained by other settings.
     """
-    found = {}
+    collected = {}
     for folder, group in tables.groups(names, on).items():
         sweep = tables.joined(group, on, seeds, num)
         sweep = dataclasses.replace(sweep, fixed={**sweep.fixed, **(overrides or {})})
         runs = sweeps.expand(sweep, tables.base_of(sweep.config))
-        results = {result.run.name: result for result in sweeps.gather(sweep, runs, workdir / folder, {})}
+        results = {result.run.name: result for result in gather(sweep, runs, workdir / folder, {})}
         by_key = {
             tuple(sorted(overrides.items())): results[run.name]
             for overrides, run in zip(sweep.overrides, runs, strict=True)
@@ -96,15 +97,15 @@ def collect(
             scores: Scores = {}
             for entry in tables.entries(tables.TABLES[name], on, seeds):
                 for ar_steps in entry.ar_steps:
-                    of_place = scores.setdefault(Place(entry.row, ar_steps), {})
+                    cell_scores = scores.setdefault(Cell(entry.row, ar_steps), {})
                     for metric, value in by_key[entry.key].scores.get(ar_steps, {}).items():
-                        of_place.setdefault(metric, []).append(value)
-            found[name] = scores
-    return {name: found[name] for name in names}
+                        cell_scores.setdefault(metric, []).append(value)
+            collected[name] = scores
+    return {name: collected[name] for name in names}
 
 
 def number(value: float) -> str:
-    """A score to three digits or so."""
+    """A score, rounded for the table."""
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
@@ -120,8 +121,8 @@ def ours(scores: dict[str, list[float]], metric: str) -> str:
 
 def table_lines(table: Table, scores: Scores, metric: str) -> Iterable[str]:
     """The table in Markdown: for each number of AR steps the paper's figure, then our score."""
-    columns = sorted({s for figures in table.figures.values() for s in figures} | {place.ar_steps for place in scores})
-    rows = dict.fromkeys([*table.figures, *(place.row for place in scores)])
+    columns = sorted({s for figures in table.figures.values() for s in figures} | {cell.ar_steps for cell in scores})
+    rows = dict.fromkeys([*table.figures, *(cell.row for cell in scores)])
     paper = bool(table.figures)
     header = [""] + [name for s in columns for name in ([f"paper, S_eval = {s}"] if paper else []) + [f"ours, {s}"]]
     yield f"| {' | '.join(header)} |"
@@ -131,50 +132,50 @@ def table_lines(table: Table, scores: Scores, metric: str) -> Iterable[str]:
         for s in columns:
             figure = table.figures.get(row, {}).get(s)
             cells += ["" if figure is None else f"{figure:g}"] if paper else []
-            cells.append(ours(scores[Place(row, s)], metric) if Place(row, s) in scores else "—")
+            cells.append(ours(scores[Cell(row, s)], metric) if Cell(row, s) in scores else "—")
         yield f"| {' | '.join(cells)} |"
 
 
 def figures_of(table: Table, claim: Claim) -> tuple[float, float]:
-    """The paper's figures of the two places that a claim compares."""
+    """The paper's figures of the two cells that a claim compares."""
     return claim.figures or tuple(table.figures[row][s] for row, s in (claim.better, claim.worse))
 
 
 def claim_lines(table: Table, scores: Scores, metric: str) -> Iterable[tuple[Verdict, str]]:
-    """Each claim about places that we run: what became of it, and a line that says so with all its numbers."""
+    """The verdict on each claim about cells that we run, and a line of Markdown with all its numbers."""
     for claim in table.claims:
         if claim.better not in scores or claim.worse not in scores:
             continue
-        better, worse = (scores[place].get(metric, []) for place in (claim.better, claim.worse))
-        found = verdict(claim, better, worse)
+        better, worse = (scores[cell].get(metric, []) for cell in (claim.better, claim.worse))
+        result = verdict(claim, better, worse)
         paper = "{:g} against {:g}".format(*figures_of(table, claim))
-        line = f"- {claim.text}: **{found.word}** (paper {paper}"
-        if not math.isnan(found.difference):
+        line = f"- {claim.text}: **{result.word}** (paper {paper}"
+        if not math.isnan(result.difference):
             line += f"; ours {number(statistics.fmean(better))} against {number(statistics.fmean(worse))}"
-            line += f", Δ = {found.difference:.3f}"
-        if not math.isnan(found.margin):
-            line += f", margin {found.margin:.3f}"
-        yield found, f"{line})"
+            line += f", Δ = {result.difference:.3f}"
+        if not math.isnan(result.margin):
+            line += f", margin {result.margin:.3f}"
+        yield result, f"{line})"
 
 
 def render(
     scores: dict[str, Scores], on: str, seeds: int, num: int, header: str = "", overrides: Sequence[str] = ()
 ) -> str:
     """The whole page; `overrides` as launch/sweep.py was given them."""
-    passed = " ".join(["--parallel=2 --fork", *(f"--override={text}" for text in overrides)])
+    passed = " ".join(["--parallel=2", *(f"--override={text}" for text in overrides)])
     metric, parts, counts = METRICS[on], [], {}
-    for name, of_table in scores.items():
+    for name, table_scores in scores.items():
         table = tables.TABLES[name]
-        claims = list(claim_lines(table, of_table, metric))
-        for found, _ in claims:
-            counts[found.word] = counts.get(found.word, 0) + 1
+        claims = list(claim_lines(table, table_scores, metric))
+        for result, _ in claims:
+            counts[result.word] = counts.get(result.word, 0) + 1
         command = f"python launch/tables/run.py --table={name} --on={on} --seeds={seeds}"
         parts.append(
             "\n".join(
                 [
                     f"## {table.title}\n",
                     f"`{command} --workdir=DIR -- {passed}`: {tables.describe([name], on, seeds, num)}\n",
-                    *table_lines(table, of_table, metric),
+                    *table_lines(table, table_scores, metric),
                     "",
                     *(line for _, line in claims),
                     *(["", table.note] if table.note else []),
@@ -188,8 +189,8 @@ def render(
     lines = [
         "# The papers' ablations beside ours\n",
         *([f"{header}\n"] if header else []),
-        f"Ours: {on}, {score}; less is better but for accuracy. Papers: FID-10k on ImageNet at 256x256, so numbers do "
-        "not compare, only what is said of them. S_eval is the number of AR steps in sampling; — is not run.\n",
+        f"Ours: {on}, {score}; lower is better except for accuracy. Papers: FID-10k on ImageNet at 256x256, so only "
+        "the claims compare, not the numbers. S_eval is the number of AR steps in sampling; — is not run.\n",
         f"{RULE}\n",
         f"Of all claims, {total}.\n",
     ]

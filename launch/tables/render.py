@@ -1,10 +1,10 @@
-"""Sets our scores beside the papers', and says of each of their claims whether it holds here.
+"""Compares our scores with the papers', and tells for each of their claims whether it holds here.
 
     python launch/tables/render.py --workdir=tables [--on=digits] [--table=gamma,order] --out=launch/tables/RESULTS.md
 
-With --override where launch/sweep.py was given it; runs by other settings are refused.
-Reads what run.py left in WORKDIR; what is not there yet stays empty. Whether a claim holds is
-computed, by the rule that is printed above the tables. Without --out the page is printed.
+Reads the scores that run.py left in WORKDIR; cells that were not run yet stay empty. Give the --override
+that launch/sweep.py was given; runs with other settings are refused. Whether a claim holds is computed by the
+rule that is printed above the tables. Without --out the page is printed.
 """
 
 import pathlib
@@ -33,10 +33,10 @@ def main(argv):
     workdir = pathlib.Path(_WORKDIR.value)
     require(workdir.is_dir(), "--workdir", str(workdir), "no such folder")
     require(_SEEDS.value >= 1, "--seeds", _SEEDS.value, "must be >= 1")
-    asked = _ON.value, _SEEDS.value, _NUM.value
+    runs = _ON.value, _SEEDS.value, _NUM.value
     overrides = sweeps.parse_overrides("--override", ",".join(_OVERRIDE.value))
-    scores = page.collect(workdir, tables.check_names(_TABLE.value), *asked, overrides)
-    text = page.render(scores, *asked, _HEADER.value, _OVERRIDE.value)
+    scores = page.collect(workdir, tables.check_names(_TABLE.value), *runs, overrides)
+    text = page.render(scores, *runs, _HEADER.value, _OVERRIDE.value)
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(text)
     else:

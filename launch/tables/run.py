@@ -1,15 +1,15 @@
-"""Trains, samples and scores what tables need and is not there yet, by launch/sweep.py.
+"""Trains, samples and scores the runs that tables need and do not have yet, with launch/sweep.py.
 
-    python launch/tables/run.py --workdir=tables -- --parallel=2 --fork
+    python launch/tables/run.py --workdir=tables -- --parallel=2
     python launch/tables/run.py --table=gamma,order,fixed_steps --workdir=tables
     python launch/tables/run.py --table=gamma --on=imagenet --workdir=/shared/tables --dry_run -- \
         --override=data.path=/shared/latents --sample_flags=--vae=/shared/sd_vae \
         --evaluate_flags='--inception=/shared/inception --reference=/shared/reference.npz' \
         --launcher='sbatch --job-name={name} --gpus=8 --wrap="{command}"'
 
-What follows `--` goes to launch/sweep.py, which says what it means. A run that several tables
-have in common is trained once, and scored once at each number of AR steps. Run the same
-command again, with more tables or more --seeds too, and only what is missing is done. Then
+The flags after `--` are those of launch/sweep.py. A run that several tables have in common is
+trained once, and scored once at each number of AR steps. The same command again, also with more
+tables or more --seeds, runs only what is missing. Then
 
     python launch/tables/render.py --workdir=tables
 """
@@ -34,7 +34,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands; change nothi
 
 
 def run(command: list[str]) -> int:
-    """A command's exit status; it gets the signals that come meanwhile, and may take its time with them."""
+    """Runs a command, passes SIGTERM on to it, and returns its exit status."""
     process = subprocess.Popen(command, cwd=pathlib.Path.cwd())
     # The terminal sends Ctrl-C to the command as well.
     previous = {

@@ -1,7 +1,7 @@
-"""The papers' ablations: the sweep that each one is, the papers' figures, and what they say of them.
+"""The papers' ablations: the sweep of each, the papers' figures, and the claims they make.
 
-`run.py` trains and scores them, `render.py` sets our scores beside the papers'. As a sweep of
-its own, several tables joined, runs common to them once:
+`run.py` trains and scores them, `render.py` compares our scores with the papers'. Several tables joined
+are one sweep, in which the runs that they have in common appear once:
 
     python launch/sweep.py --sweep=launch/tables/tables.py:digits,gamma,order,seeds=3 --workdir=DIR
 
@@ -23,21 +23,20 @@ from causalfusion_jax.sweeps.sweep import Sweep
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DATA = ("digits", "imagenet")
 SHORT = {"configs/digits.py": "configs/digits.py:short", "configs/digits.py:acdit": "configs/digits.py:acdit,short"}
-"""What stands for a sweep's config: with so many runs, each is short."""
+"""Shorter trainings that replace the config of a sweep, as the tables have many runs."""
 
 FIXED = {"logging.sample_every": 0}
 """Settings of all runs of all tables."""
 
 SEEDS = 3
 
-
 SECONDS = {"start": 3.0, "train": 16.0, "sample": 2.0}
-"""What a process, 300 steps of 36 tokens and 1000 samples of digits add to the time on 2 cores of an Intel Xeon
-at 2.50 GHz, two runs at a time."""
+"""Time of starting a process, of 300 training steps of 36 tokens and of 1000 samples of digits, on 2 cores of an
+Intel Xeon at 2.50 GHz with two runs at a time."""
 
 
-class Place(NamedTuple):
-    """A score's place in a table: row, and AR steps in sampling."""
+class Cell(NamedTuple):
+    """A cell of a table: its row, and the number of AR steps in sampling."""
 
     row: str
     ar_steps: int
@@ -49,14 +48,14 @@ class Claim:
 
     Attributes:
       text: the claim, in words.
-      better, worse: the places compared; scores are such that less is better.
+      better, worse: the cells compared; a lower score is better.
       immaterial: the paper says that it makes no difference.
       figures: the paper's figures of both, where they are not in the table.
     """
 
     text: str
-    better: Place
-    worse: Place
+    better: Cell
+    worse: Cell
     immaterial: bool = False
     figures: tuple[float, float] | None = None
 
@@ -66,12 +65,12 @@ class Table:
     """One ablation.
 
     Attributes:
-      name: of `configs/sweeps/NAME.py`, too.
+      name: also of its sweep, `configs/sweeps/NAME.py`.
       title: what is varied.
-      row: a run's row.
-      figures: the paper's, by row and AR steps in sampling.
-      claims: what the paper says of them.
-      note: what else must be known to read it.
+      row: gives the row of a run from its settings.
+      figures: the paper's scores, by row and AR steps in sampling.
+      claims: the paper's comparisons of them.
+      note: printed below the table.
     """
 
     name: str
@@ -88,15 +87,15 @@ def at(ar_steps: Sequence[int], *values: float) -> dict[int, float]:
 
 
 def beats(better: str, worse: str, ar_steps: Sequence[int]) -> tuple[Claim, ...]:
-    """One row is better than another, at each of `ar_steps`."""
-    return tuple(Claim(f"{better} beats {worse} at S_eval = {s}", Place(better, s), Place(worse, s)) for s in ar_steps)
+    """Claims that one row is better than another at each of `ar_steps`."""
+    return tuple(Claim(f"{better} beats {worse} at S_eval = {s}", Cell(better, s), Cell(worse, s)) for s in ar_steps)
 
 
 # --- The rows ---------------------------------------------------------------------
 
 
 def baseline_row(config: ExperimentConfig) -> str:
-    """What the DiT has become."""
+    """The step from the DiT to the in-context baseline."""
     if config.model.conditioning == "adaln":
         return "DiT (adaLN)"
     if config.train.batch_size == 256:
@@ -111,7 +110,7 @@ def baseline_row(config: ExperimentConfig) -> str:
 
 
 def fixed_steps_row(config: ExperimentConfig) -> str:
-    """AR steps in training."""
+    """The number of AR steps in training."""
     if config.factorization.steps != "fixed":
         return "random"
     steps = config.factorization.num_steps
@@ -119,12 +118,12 @@ def fixed_steps_row(config: ExperimentConfig) -> str:
 
 
 def gamma_row(config: ExperimentConfig) -> str:
-    """The decay."""
+    """The decay of the number of AR steps."""
     return f"γ = {config.factorization.gamma:g}"
 
 
 def order_row(config: ExperimentConfig) -> str:
-    """The token order; blocks by how many tile the grid, so that grids of any size compare."""
+    """The token order; blocks by the number that tile the grid, so that grids of any size compare."""
     order = config.factorization.order
     if order != "block_raster":
         return order
@@ -139,20 +138,20 @@ def ar_weight_row(config: ExperimentConfig) -> str:
 
 
 def condition_tokens_row(config: ExperimentConfig) -> str:
-    """Their number, or that of the learned ones and how often these come."""
+    """The number of condition tokens, or of learned ones and their repetitions."""
     tokens, repeats = config.model.num_condition_tokens, config.model.condition_repeats
     return str(tokens) if repeats == 1 else f"{tokens // repeats} repeated {repeats} times"
 
 
 def t_sharing_row(config: ExperimentConfig) -> str:
-    """What has a t of its own, or how many there are."""
+    """What shares a timestep t, or the number of draws of it."""
     if config.diffusion.t_draws:
         return f"{config.diffusion.t_draws} draws"
     return {"image": "shared", "step": "independent"}[config.diffusion.t_shared_by]
 
 
 def block_size_row(config: ExperimentConfig) -> str:
-    """Tokens in a block, and how many blocks that makes."""
+    """The block size as a fraction of the number L of tokens."""
     block, tokens = config.factorization.block_size, config.transformer.num_tokens
     return "B = L" if block == tokens else "B = 1" if block == 1 else f"B = L/{tokens // block}"
 
@@ -202,11 +201,11 @@ FIXED_STEPS = Table(
         "random": at(_EVAL, 21.31, 22.17, 23.54, 25.05),
     },
     (
-        *(Claim(f"S = 1 collapses at S_eval = {s}", Place("S = 1", 1), Place("S = 1", s)) for s in _EVAL[1:]),
-        *(Claim(f"S = {s} beats random at its own S_eval", Place(f"S = {s}", s), Place("random", s)) for s in _EVAL),
-        *(Claim(f"random beats S = {s} at S_eval = 8", Place("random", 8), Place(f"S = {s}", 8)) for s in (1, 2, 4)),
-        Claim("random beats S = 8 at S_eval = 1", Place("random", 1), Place("S = 8", 1)),
-        *(Claim(f"random beats S = L at S_eval = {s}", Place("random", s), Place("S = L", s)) for s in (1, 8)),
+        *(Claim(f"S = 1 collapses at S_eval = {s}", Cell("S = 1", 1), Cell("S = 1", s)) for s in _EVAL[1:]),
+        *(Claim(f"S = {s} beats random at its own S_eval", Cell(f"S = {s}", s), Cell("random", s)) for s in _EVAL),
+        *(Claim(f"random beats S = {s} at S_eval = 8", Cell("random", 8), Cell(f"S = {s}", 8)) for s in (1, 2, 4)),
+        Claim("random beats S = 8 at S_eval = 1", Cell("random", 1), Cell("S = 8", 1)),
+        *(Claim(f"random beats S = L at S_eval = {s}", Cell("random", s), Cell("S = L", s)) for s in (1, 8)),
     ),
     _SCALED,
 )
@@ -226,7 +225,7 @@ GAMMA = Table(
         *beats("γ = 0.9", "γ = 1", _EVAL),
         *beats("γ = 0.9", "γ = 0.95", (1,)),
         *beats("γ = 0.9", "γ = 0.8", (4, 8)),
-        Claim("γ = 0.9 is better at S_eval = 1 than at 8", Place("γ = 0.9", 1), Place("γ = 0.9", 8)),
+        Claim("γ = 0.9 is better at S_eval = 1 than at 8", Cell("γ = 0.9", 1), Cell("γ = 0.9", 8)),
     ),
     f"{_SCALED} Mean S in training at γ = 1, 0.95, 0.9, 0.85, 0.8 and L = 16: 8.5, 7.4, 6.4, 5.4, 4.5; at 256: 128, "
     "20, 10, 6.7, 5.",
@@ -256,7 +255,7 @@ ORDER = Table(
 
 AR_WEIGHT = Table(
     "ar_weight",
-    "AR loss weight, from the first place to the last",
+    "AR loss weight, from the first AR step to the last",
     ar_weight_row,
     {
         "1 → 1": at((1, 2, 4), 12.89, 15.57, 18.83),
@@ -295,7 +294,7 @@ T_SHARING = Table(
     t_sharing_row,
     {"shared": {1: 12.13}, "independent": {1: 12.27}, "4 draws": {1: 12.19}, "8 draws": {1: 12.23}},
     tuple(
-        Claim(f"one t for an image or {other} is immaterial", Place("shared", 1), Place(row, 1), immaterial=True)
+        Claim(f"one t for an image or {other} is immaterial", Cell("shared", 1), Cell(row, 1), immaterial=True)
         for row, other in {
             "independent": "one for each AR step",
             "4 draws": "4 draws of it",
@@ -305,30 +304,20 @@ T_SHARING = Table(
     "AR steps take the draws in turn; the paper does not say how they share them.",
 )
 
+_QUARTER = Cell("B = L/4", 4)
+
 BLOCK_SIZE = Table(
     "block_size",
     "Block size of ACDiT",
     block_size_row,
     {},
-    (
-        Claim(
-            "smaller blocks model better (single tokens against a quarter of the image)",
-            Place("B = 1", 16),
-            Place("B = L/4", 4),
-            figures=(21.59, 22.98),
-        ),
-        Claim(
-            "smaller blocks model better (a sixteenth against a quarter of the image)",
-            Place("B = L/16", 16),
-            Place("B = L/4", 4),
-            figures=(21.59, 22.98),
-        ),
-        Claim(
-            "smaller blocks model better (a quarter of the image against full-sequence diffusion)",
-            Place("B = L/4", 4),
-            Place("B = L", 1),
-            figures=(22.82, 22.98),
-        ),
+    tuple(
+        Claim(f"smaller blocks model better ({sizes})", better, worse, figures=figures)
+        for sizes, better, worse, figures in (
+            ("single tokens against a quarter of the image", Cell("B = 1", 16), _QUARTER, (21.59, 22.98)),
+            ("a sixteenth against a quarter of the image", Cell("B = L/16", 16), _QUARTER, (21.59, 22.98)),
+            ("a quarter of the image against full-sequence diffusion", _QUARTER, Cell("B = L", 1), (22.82, 22.98)),
+        )
     ),
     "Each model is sampled in the blocks it was trained on. The paper gives no FID by block size; its figures in the "
     "statements are perplexities on text, of blocks of 8 (21.59), 128 (22.82) and 256 tokens (22.98).",
@@ -348,9 +337,9 @@ class Entry:
     """A run of a table.
 
     Attributes:
-      row: where it belongs.
+      row: its row.
       seed: of training.
-      overrides: what it changes in `config_of` and FIXED; the same run has the same in all tables.
+      overrides: the settings that differ from the config and FIXED; the same run has the same ones in all tables.
       ar_steps: numbers of AR steps that it is sampled at.
     """
 
@@ -361,12 +350,12 @@ class Entry:
 
     @property
     def key(self) -> tuple:
-        """Tells runs apart."""
+        """The same for the same run of different tables."""
         return tuple(sorted(self.overrides.items()))
 
 
 def sweep_of(table: Table, on: str) -> Sweep:
-    """Its ablation, one seed, of the config that tables use."""
+    """The ablation, with one seed, on the config that tables use."""
     sweep = sweeps.load("--table", f"configs/sweeps/{table.name}.py:{on}", "get_sweep", ROOT)
     return dataclasses.replace(sweep, config=SHORT.get(sweep.config, sweep.config))
 
@@ -386,13 +375,14 @@ def entries(table: Table, on: str, seeds: int) -> list[Entry]:
     """All runs of a table."""
     sweep = sweep_of(table, on)
     base = base_of(sweep.config)
-    plain, found = _settings(sweeps.merge(base, FIXED)), []
+    plain, table_runs = _settings(sweeps.merge(base, FIXED)), []
     for overrides, ar_steps in zip(sweep.overrides, sweep.ar_steps_by_run, strict=True):
         config = sweeps.merge(base, {**FIXED, **sweep.fixed, **overrides})
-        # Only what differs, whatever sweep it came from.
+        # Only the settings that differ from the config, so that the same run of two sweeps is equal.
         changed = {path: value for path, value in _settings(config).items() if value != plain[path]}
-        found += [Entry(table.row(config), seed, {**changed, "train.seed": seed}, ar_steps) for seed in range(seeds)]
-    return found
+        for seed in range(seeds):
+            table_runs.append(Entry(table.row(config), seed, {**changed, "train.seed": seed}, ar_steps))
+    return table_runs
 
 
 def joined(names: Sequence[str], on: str, seeds: int = SEEDS, num: int = 0) -> Sweep:
@@ -408,10 +398,10 @@ def joined(names: Sequence[str], on: str, seeds: int = SEEDS, num: int = 0) -> S
       InputError: tables of different configs, or none.
     """
     require(bool(names), "--table", names, "must name at least one table")
-    of_table = {name: sweep_of(TABLES[name], on) for name in names}
-    configs = {sweep.config for sweep in of_table.values()}
+    table_sweeps = {name: sweep_of(TABLES[name], on) for name in names}
+    configs = {sweep.config for sweep in table_sweeps.values()}
     require(len(configs) == 1, "--table", ",".join(names), f"are of different configs: {', '.join(sorted(configs))}")
-    first, runs = of_table[names[0]], {}
+    first, runs = table_sweeps[names[0]], {}
     for entry in (entry for name in names for entry in entries(TABLES[name], on, seeds)):
         runs.setdefault(entry.key, (entry.overrides, set()))[1].update(entry.ar_steps)
     return dataclasses.replace(
@@ -424,7 +414,7 @@ def joined(names: Sequence[str], on: str, seeds: int = SEEDS, num: int = 0) -> S
 
 
 def describe(names: Sequence[str], on: str, seeds: int = SEEDS, num: int = 0) -> str:
-    """How many runs and scores tables of one config need, by themselves, and on digits about how long."""
+    """The number of runs and scores that tables of one config need and, on digits, about how long they take."""
     sweep = joined(names, on, seeds, num)
     scores = [ar_steps for numbers in sweep.ar_steps_by_run for ar_steps in numbers]
     text = f"{len(sweep.overrides)} runs, {len(scores)} scores"
@@ -438,12 +428,12 @@ def describe(names: Sequence[str], on: str, seeds: int = SEEDS, num: int = 0) ->
 
 
 def groups(names: Sequence[str], on: str) -> dict[str, list[str]]:
-    """Tables that share runs, by the folder that these are in."""
-    found = {}
+    """Tables that share runs, by the folder of these runs."""
+    folders: dict[str, list[str]] = {}
     for name in names:
         location = sweep_of(TABLES[name], on).config
-        found.setdefault(f"{on}_acdit" if "acdit" in location else on, []).append(name)
-    return found
+        folders.setdefault(f"{on}_acdit" if "acdit" in location else on, []).append(name)
+    return folders
 
 
 def check_names(names: Sequence[str]) -> list[str]:

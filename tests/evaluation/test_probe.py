@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from causalfusion_jax.common.errors import InputError
-from causalfusion_jax.common.heat_map import Panel, color, heat_map
 from causalfusion_jax.config.probe import FinetuneConfig, ProbeConfig
 from causalfusion_jax.evaluation import probe
 
@@ -91,13 +90,3 @@ def test_settings_that_cannot_be_are_refused(cls, values, field):
     with pytest.raises(InputError) as error:
         cls(**values)
     assert error.value.field == field
-
-
-def test_heat_map_shows_the_values():
-    values = np.linspace(0.2, 0.9, 6).reshape(2, 3)
-    picture = heat_map([Panel("a", values), Panel("b", values[::-1])], ["1", "2"], ["x", "y", "z"], "layer", "noise")
-    assert picture.dtype == np.uint8 and picture.shape[2] == 3
-    shown = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
-    assert {color(value, 0.2, 0.9) for value in values.ravel()} <= shown
-    brightness = [sum(color(value, 0.0, 1.0)) for value in np.linspace(0, 1, 11)]
-    assert brightness == sorted(brightness) and color(0.5, 0.5, 0.5) == color(0.0, 0.0, 1.0)

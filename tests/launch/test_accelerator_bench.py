@@ -44,7 +44,7 @@ def children(accelerator, monkeypatch):
 def test_what_is_measured_is_kept(accelerator, children, tmp_path, capsys):
     out = tmp_path / "out"
     assert accelerator.main([f"--out={out}", "--part=step"]) == 0
-    steps = [f"step_{way}_{batch}" for way in ("flash", "dense") for batch in (16, 32, 64)]
+    steps = [f"step_{implementation}_{batch}" for implementation in ("flash", "dense") for batch in (16, 32, 64)]
     assert children == ["device", *steps], "larger batches are not tried once one does not fit"
     assert accelerator.main([f"--out={out}", "--part=step"]) == 0
     assert children == ["device", *steps, "device"]

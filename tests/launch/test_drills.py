@@ -3,12 +3,11 @@
 import json
 import os
 import random
-import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT, command_env
+from helpers import ROOT, run_python
 
 from causalfusion_jax.checkpoints.checkpoint import Checkpoints
 
@@ -32,10 +31,10 @@ def test_the_last_line_of_a_step_counts_without_its_times():
         '{"step": 1, "loss": 1.0, "steps_per_second": 9.0}',
         '{"step": 2, "lo',
     ]
-    found = drill.metrics_of(lines)
-    assert found["training of step 1"] == {"step": 1, "loss": 1.0}
-    assert found["evaluation of step 1"] == {"step": 1, "evaluation/fd": 3.0}
-    assert "broken line 4 of the metrics" in found
+    metrics = drill.metrics_of(lines)
+    assert metrics["training of step 1"] == {"step": 1, "loss": 1.0}
+    assert metrics["evaluation of step 1"] == {"step": 1, "evaluation/fd": 3.0}
+    assert "broken line 4 of the metrics" in metrics
 
 
 def test_ends_differ_in_what_one_lacks_or_has_otherwise():
@@ -56,20 +55,8 @@ def test_every_moment_is_tried_with_both_signals_and_numbers_of_checkpoints():
 
 
 def outcome(**changes):
-    values = dict(
-        run=1,
-        moment="in a grid",
-        signal="SIGTERM",
-        keep=1,
-        status=75,
-        survived=True,
-        error="",
-        lost=0,
-        repeated=0,
-        identical=True,
-        differs=[],
-    )
-    return values | changes
+    kill_of_run = dict(run=1, moment="in a grid", signal="SIGTERM", keep=1, status=75)
+    return kill_of_run | dict(survived=True, error="", lost=0, repeated=0, identical=True, differs=[]) | changes
 
 
 @pytest.mark.parametrize(
@@ -82,8 +69,8 @@ def outcome(**changes):
     ],
 )  # fmt: skip
 def test_a_kill_misses_the_goal_by_each_of_its_conditions(changes, words):
-    found = kill.failures_of([outcome(**changes)])
-    assert (words is None and not found) or words in found[0]
+    failures = kill.failures_of([outcome(**changes)])
+    assert (words is None and not failures) or words in failures[0]
 
 
 @pytest.mark.parametrize(
@@ -100,26 +87,26 @@ def test_a_failed_command_must_name_file_and_reason_in_one_line(output, wrong):
 
 
 def test_a_moment_comes_at_its_event_and_count():
-    come = []
-    hook = moments._hook(moments.COMMIT, 2, lambda *_: come.append(1))
+    fired = []
+    hook = moments.audit_hook(moments.COMMIT, 2, lambda *_: fired.append(1))
     rename = lambda target: hook("os.rename", ("from", target, -1, -1))
     for target in ("/run/checkpoints/4/state", "/run/checkpoints/4", "/run/manifests/4"):
         rename(target)
-        assert not come
+        assert not fired
     hook("open", ("/run/checkpoints/8", "w", os.O_WRONLY))
-    assert not come
+    assert not fired
     rename("/run/checkpoints/8")
     rename("/run/checkpoints/12")
-    assert come == [1]
+    assert fired == [1]
 
 
 def test_reading_a_file_is_no_moment_of_writing_it():
-    come = []
-    hook = moments._hook(moments.MANIFEST, 1, lambda *_: come.append(1))
+    fired = []
+    hook = moments.audit_hook(moments.MANIFEST, 1, lambda *_: fired.append(1))
     hook("open", ("/run/manifests/4/0.json", "r", os.O_RDONLY))
-    assert not come
+    assert not fired
     hook("open", ("/run/manifests/4/.0.json.part", "w", os.O_WRONLY))
-    assert come
+    assert fired
 
 
 def test_only_the_file_that_is_written_at_the_moment_is_cut_to_half(tmp_path, capfd):
@@ -138,14 +125,14 @@ def test_only_the_file_that_is_written_at_the_moment_is_cut_to_half(tmp_path, ca
 
 
 def test_deletion_is_interrupted_after_some_files():
-    come = []
-    hook = moments._hook(moments.DELETION, 1, lambda *_: come.append(1))
+    fired = []
+    hook = moments.audit_hook(moments.DELETION, 1, lambda *_: fired.append(1))
     hook("os.remove", ("before", -1))
     hook("shutil.rmtree", ("/run/checkpoints/4", None))
     for i in range(moments.DELETION.files_removed):
-        assert not come
+        assert not fired
         hook("os.remove", (str(i), 7))
-    assert come == [1]
+    assert fired == [1]
 
 
 @pytest.fixture(scope="module")
@@ -189,12 +176,6 @@ def test_no_flipped_bit_of_a_manifest_goes_undetected(two_steps):
 )  # fmt: skip
 def test_a_small_drill_meets_its_goal(tmp_path, args):
     script, *flags = args
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "drills" / script), f"--out={tmp_path / 'out'}", *flags],
-        cwd=ROOT,
-        env=command_env(),
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(f"launch/drills/{script}", f"--out={tmp_path / 'out'}", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["met"]

@@ -28,16 +28,16 @@ def commands() -> list[list[str]]:
     return [shlex.split(line.replace("$STORE", "/store")) for line in lines]
 
 
-def of_module(name: str, *having: str) -> list[str]:
-    """Arguments of the command of a module that has all these flags."""
-    found = [
+def module_args(name: str, *having: str) -> list[str]:
+    """Arguments of the only command of a module with all these flags."""
+    matching = [
         args[3:]
         for args in commands()
         if args[:3] == ["python", "-m", f"causalfusion_jax.{name}"]
         and all(any(arg.split("=")[0] == flag for arg in args) for flag in having)
     ]
-    assert len(found) == 1, (name, having)
-    return found[0]
+    assert len(matching) == 1, (name, having)
+    return matching[0]
 
 
 def parse(args: list[str]) -> None:
@@ -55,7 +55,7 @@ def test_python_commands_parse(args):
 
 
 def test_the_parser_notices():
-    train = ["causalfusion_jax.train", *of_module("train")]
+    train = ["causalfusion_jax.train", *module_args("train")]
     wrong = {
         "--wrokdir=x": "wrokdir",
         "--config.evaluation.metric=fdi": "did you mean fd?",
@@ -130,20 +130,20 @@ def test_miniature(tmp_path):
     latents = dict(config__data__channels=4, config__data__image_size=4)
     vae, inception = tmp_path / "vae", tmp_path / "inception"
 
-    encode = of_module("encode", "--config.data.workers")
+    encode = module_args("encode", "--config.data.workers")
     encode = changed(encode, **images, **latents, vae=vae, out=tmp_path / "latents")
     assert "64 latents of shape" in run("encode", encode)
 
     reference = tmp_path / "reference.npz"
     make = changed(
-        of_module("evaluate", "--make_reference"), **images, config__data__image_size=16, inception=inception,
+        module_args("evaluate", "--make_reference"), **images, config__data__image_size=16, inception=inception,
         out=reference, num_reference_images=16, batch_size=16,
     )  # fmt: skip
     assert "statistics of 64 images, 16 of them kept" in run("evaluate", make)
 
     workdir = tmp_path / "run"
     train = changed(
-        of_module("train"), **data, **latents, config__data__path=tmp_path / "latents", workdir=workdir,
+        module_args("train"), **data, **latents, config__data__path=tmp_path / "latents", workdir=workdir,
         config__model__hidden=32, config__model__heads=2, config__model__layers=2, config__model__dtype="float32",
         config__model__num_condition_tokens=4, config__train__steps=30, config__train__batch_size=8,
         config__optimizer__warmup_steps=3, config__logging__every=10, config__logging__sample_every=0,
@@ -159,7 +159,7 @@ def test_miniature(tmp_path):
 
     out = tmp_path / "samples"
     sample = changed(
-        of_module("sample", "--num"), workdir=workdir, vae=vae, num=64, solver_steps=5, batch_size=32, out=out,
+        module_args("sample", "--num"), workdir=workdir, vae=vae, num=64, solver_steps=5, batch_size=32, out=out,
         step="best",
     )  # fmt: skip
     run("sample", sample)
@@ -168,7 +168,7 @@ def test_miniature(tmp_path):
         assert arrays["arr_0"].shape == (64, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
 
     evaluate = changed(
-        of_module("evaluate", "--samples"), samples=out, reference=reference, inception=inception, batch_size=16
+        module_args("evaluate", "--samples"), samples=out, reference=reference, inception=inception, batch_size=16
     )
     scores = json.loads(run("evaluate", evaluate))
     assert scores["num"] == 64
@@ -177,7 +177,7 @@ def test_miniature(tmp_path):
     assert scores["fid"] > 0 and scores["inception_score"] >= 1
     assert json.loads((out / "evaluation.json").read_text()) == scores
 
-    named = of_module("sample", "--labels")
+    named = module_args("sample", "--labels")
     named = changed(named, workdir=workdir, vae=vae, labels="dog,1,cat", solver_steps=2, out=tmp_path / "named")
     run("sample", named)
     with np.load(tmp_path / "named" / "samples.npz") as arrays:

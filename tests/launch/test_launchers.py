@@ -1,4 +1,4 @@
-"""tpu_vm.sh and gke_jobset.yaml: what they would do, without a cloud to do it in."""
+"""tpu_vm.sh and gke_jobset.yaml: the commands they would run, without a cloud."""
 
 import os
 import pathlib
@@ -6,11 +6,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, wait_for
 
 from causalfusion_jax.cli import app
 
@@ -35,7 +34,7 @@ def tpu_vm(*args, env=TPU | RUN, path=os.environ["PATH"], **kwargs):
 
 
 def commands(*args, **kwargs):
-    """What a dry run prints, as argument lists."""
+    """The commands that a dry run prints, as argument lists."""
     shown = tpu_vm("--dry_run", *args, **kwargs)
     assert shown.returncode == 0, shown.stderr
     words = shlex.split(shown.stdout, comments=True)
@@ -44,7 +43,7 @@ def commands(*args, **kwargs):
 
 
 def short(command):
-    """A command with the script it sends cut off."""
+    """A command without the script that it sends."""
     return " ".join(word for word in command if not word.startswith("--command="))
 
 
@@ -58,10 +57,10 @@ def ssh(worker):
 
 
 def test_create_delete_status():
-    made, described = commands("create")
+    created, described = commands("create")
     queued = "gcloud compute tpus queued-resources"
     flags = "--node-id=tpu --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e"
-    assert short(made) == f"{queued} create tpu {WHERE} {flags} --spot"
+    assert short(created) == f"{queued} create tpu {WHERE} {flags} --spot"
     assert short(described) == f"{queued} describe tpu {WHERE} --format=value(state.state)"
     on_demand, _ = commands("create", "--spot=0", "--runtime-version=r", "--service_account=a@b")
     assert short(on_demand).endswith("--runtime-version=r --service-account=a@b")
@@ -170,7 +169,7 @@ def test_a_run_is_started_once_followed_stopped_and_resumed(cloud):
     worker, kwargs = cloud
     started = tpu_vm("run", "--follow=0", **kwargs)
     assert started.returncode == 0, started.stderr
-    wait_for(worker / "started")
+    wait_for((worker / "started").exists)
     assert "already running" in tpu_vm("run", "--follow=0", **kwargs).stdout
     assert "running" in tpu_vm("status", **kwargs).stdout
     assert tpu_vm("stop", **kwargs).returncode == 0
@@ -228,20 +227,13 @@ def test_another_process_of_that_id_is_not_the_run(cloud):
 def test_a_command_of_several_lines_has_ended_when_its_program_has_saved(cloud, command):
     worker, kwargs = cloud
     assert tpu_vm("run", "--follow=0", f"--command={command}", **kwargs).returncode == 0
-    wait_for(worker / "started")
+    wait_for((worker / "started").exists)
     assert tpu_vm("stop", **kwargs).returncode == 0
-    wait_for(worker / "run" / "status")
+    wait_for((worker / "run" / "status").exists)
     log = (worker / "run" / "log").read_text().splitlines()
     # What the stand-in for Python waits in is terminated, too.
     assert [line for line in log if line != "Terminated"] == ["training: train", "saved"]
     assert (worker / "run" / "status").read_text() == f"{app.INTERRUPTED}\n"
-
-
-def wait_for(path):
-    end = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < end, path
-        time.sleep(0.02)
 
 
 def test_jobset():
@@ -286,8 +278,7 @@ def test_a_stopped_pod_does_not_count_as_complete(tmp_path):
     (tmp_path / "python").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
     pod = subprocess.Popen([*container["command"], *container["args"]], env=env, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "started").exists():
-        time.sleep(0.05)
+    wait_for((tmp_path / "started").exists)
     pod.terminate()
     output, _ = pod.communicate(timeout=120)
     assert pod.returncode == app.INTERRUPTED

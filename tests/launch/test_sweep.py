@@ -1,20 +1,22 @@
-"""Sweeps: their algebra, their files, and launch/sweep.py, run as a user runs it."""
+"""Sweeps: combining overrides, their files, and launch/sweep.py as a user runs it."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT, command_env, expanded, finish_run
+from helpers import ROOT, command_env, expanded, finish_run, run_python, wait_for
 
 from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.sweeps import sweep as sweeps
 from causalfusion_jax.sweeps.sweep import Sweep, chain, grid, product, together
+
+sys.path.insert(0, str(ROOT / "launch"))
+from shell_template import fill
 
 GAMMA, WEIGHT, SEED = "factorization.gamma", "factorization.weight_max", "train.seed"
 FILES = {
@@ -30,10 +32,10 @@ FILES = {
 }
 
 
-# --- The algebra ------------------------------------------------------------------
+# --- Combining overrides ------------------------------------------------------------------
 
 
-def test_algebra():
+def test_overrides_are_combined():
     assert grid({GAMMA: [1.0, 0.9], SEED: [0, 1]}) == (
         {GAMMA: 1.0, SEED: 0}, {GAMMA: 1.0, SEED: 1}, {GAMMA: 0.9, SEED: 0}, {GAMMA: 0.9, SEED: 1},
     )  # fmt: skip
@@ -51,9 +53,9 @@ def test_algebra():
         (lambda: grid({GAMMA: []}), "must be a list"),
         (lambda: grid({"data.path": "ab"}), "must be a list"),
         (lambda: grid({}), "at least one path"),
-        (lambda: grid({GAMMA: [0.9, 0.9]}), "there twice"),
+        (lambda: grid({GAMMA: [0.9, 0.9]}), "run twice"),
         (lambda: together({GAMMA: [0.9], SEED: [0, 1]}), "as many values"),
-        (lambda: chain(grid({GAMMA: [0.9]}), grid({GAMMA: [0.9, 1.0]})), "there twice"),
+        (lambda: chain(grid({GAMMA: [0.9]}), grid({GAMMA: [0.9, 1.0]})), "run twice"),
         (lambda: product(grid({GAMMA: [0.9]}), grid({GAMMA: [1.0]})), "set twice"),
         (lambda: Sweep("configs/digits.py", ()), "at least one run"),
         (lambda: Sweep("configs/digits.py", ({},), metric="acuracy"), "did you mean accuracy"),
@@ -62,7 +64,7 @@ def test_algebra():
         (lambda: Sweep("configs/digits.py", grid({SEED: [0, 1]}), ar_steps=((4,), (1, 1))), "different numbers"),
     ],
 )
-def test_wrong_algebra(make, words):
+def test_wrong_combinations(make, words):
     with pytest.raises(InputError, match=words):
         make()
 
@@ -178,23 +180,20 @@ product.write_text("{}")
 DRIVER = """
 import pathlib, sys
 sys.path.insert(0, "launch")
-import sweep
-class Run:
-    def __init__(self, name): self.name = name
+import jobs, sweep
 folder = pathlib.Path(sys.argv[1])
 (folder / "logs").mkdir(exist_ok=True)
 def stage(run, name, kind):
     product = folder / run / name / "product.json"
-    return sweep.Stage(name, ("stub", kind, str(product)), product)
-servers = [] if (folder / "fork").exists() else None
+    return jobs.Stage(name, ("stub", kind, str(product)), product)
 with sweep.held(folder) as lock:
-    jobs = [
-        sweep.Job(Run(f"{i}-{kind}"), (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
-                  folder / "logs" / f"{i}.log", servers)
+    planned = [
+        jobs.Job(f"{i}-{kind}", (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
+                 folder / "logs" / f"{i}.log")
         for i, kind in enumerate(sys.argv[3:])
     ]
-    stopped_by = sweep.run_jobs(jobs, int(sys.argv[2]), lock)
-    print(stopped_by, [job.state for job in jobs])
+    signal_name = jobs.run_jobs(planned, int(sys.argv[2]), lock)
+    print(signal_name, [job.state for job in planned])
 """
 
 
@@ -209,13 +208,6 @@ def drive(folder, parallel, *kinds):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path):
@@ -248,57 +240,31 @@ def test_signals_reach_the_runs_which_save_and_resume(tmp_path, number):
     assert output.splitlines()[-1] == "None ['finished', 'finished', 'finished']"
 
 
-@pytest.mark.slow
-def test_commands_in_forks_fail_save_and_resume_alike(tmp_path):
-    (tmp_path / "fork").touch()
-    process = drive(tmp_path, 2, "ok", "slow", "fail")
-    wait_for(lambda: list(tmp_path.glob("*/training/started")) and (tmp_path / "logs" / "2.log").exists(), 120)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=600)
-    assert output.splitlines()[-1].startswith("SIGTERM [") and "'interrupted'" in output, errors
-    assert (tmp_path / "1-slow" / "training" / "saved").read_text() == "SIGTERM"
-    output, _ = drive(tmp_path, 2, "ok", "slow", "fail").communicate(timeout=600)
-    assert output.splitlines()[-1] == "None ['finished', 'finished', 'failed']"
-    assert "failed    2-fail  training: error: no luck (see" in output
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the death of a parent is signalled on Linux only")
 def test_runs_save_when_the_sweep_is_killed(tmp_path):
     process = drive(tmp_path, 1, "slow")
     wait_for(lambda: list(tmp_path.glob("*/training/started")))
     # Another sweep stays out meanwhile.
     _, errors = drive(tmp_path, 1, "ok").communicate(timeout=600)
-    assert "a sweep, or a run that it left to save, is at work there" in errors
+    assert "another sweep is running there, or a run that it started is still saving" in errors
     process.kill()
     process.communicate()
     wait_for(lambda: list(tmp_path.glob("*/training/saved")))
 
 
-def test_launcher_quotes_for_its_place():
-    code = (
-        "import sys; sys.path.insert(0, 'launch'); import sweep\n"
-        "values = dict(command=sys.argv[1], name='n'); print(sweep.fill(sys.argv[2], values))"
-    )
+def test_launcher_template_is_quoted_as_the_shell_needs_it():
     nasty = "python -m x '--a=(1, 2)' && echo \"$HOME\" `id` \\ it's"
     template = 'printf \'%s\\n\' {command} \'{command}\' "{command}" "cd x; {command}" {name} \\"{name} ${X}'
-    filled = subprocess.run([sys.executable, "-c", code, nasty, template], cwd=ROOT, capture_output=True, text=True)
-    shown = subprocess.run(["bash", "-c", filled.stdout], capture_output=True, text=True, env={"X": "y"})
+    filled = fill(template, dict(command=nasty, name="n"))
+    shown = subprocess.run(["bash", "-c", filled], capture_output=True, text=True, env={"X": "y"})
     assert shown.stdout.splitlines() == [nasty, nasty, nasty, f"cd x; {nasty}", "n", '"n', "y"], filled
     for wrong, word in (("echo {name}", "must hold {command}"), ("{command} {nam}", "must be one of command, name")):
-        refused = subprocess.run([sys.executable, "-c", code, "x", wrong], cwd=ROOT, capture_output=True, text=True)
-        assert word in refused.stderr
+        with pytest.raises(InputError, match=word):
+            fill(wrong, dict(command="x", name="n"))
 
 
-def run_sweep(*args, **kwargs):
-    return subprocess.run(
-        [sys.executable, "launch/sweep.py", *map(str, args)],
-        cwd=ROOT,
-        env=command_env(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        **kwargs,
-    )
+def run_sweep(*args):
+    return run_python("launch/sweep.py", *args)
 
 
 def test_dry_run_prints_commands_and_changes_nothing(tmp_path):
@@ -323,7 +289,7 @@ import json, sys
 sys.path.insert(0, "launch")
 import sweep
 from absl import flags
-from causalfusion_jax.errors import InputError
+from causalfusion_jax.common.errors import InputError
 for args in json.loads(sys.argv[1]):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
@@ -342,17 +308,10 @@ for args in json.loads(sys.argv[1]):
 def sweep_several(*commands):
     """How launch/sweep.py ends with each of several command lines: its exit status, or the InputError."""
     arguments = json.dumps([[str(arg) for arg in args] for args in commands])
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, arguments],
-        cwd=ROOT,
-        env=command_env(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("ended: ")]
-    assert len(found) == len(commands), done.stdout + done.stderr
-    return found
+    done = run_python("-c", SEVERAL, arguments)
+    ends = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("ended: ")]
+    assert len(ends) == len(commands), done.stdout + done.stderr
+    return ends
 
 
 def test_wrong_input_touches_nothing(tmp_path):
@@ -377,8 +336,10 @@ def test_wrong_input_touches_nothing(tmp_path):
     ]
     # Videos with what FVD needs are started.
     good = [f"--sweep={videos}", "--evaluate_flags=--i3d=x --reference=y", *scored, "--launcher=exit 3 #{command}"]
-    *found, started = sweep_several(*([workdir, *args] for args, *_ in cases), [f"--workdir={tmp_path / 'x/y'}", *good])
-    for error, (_, *words) in zip(found, cases, strict=True):
+    *errors, started = sweep_several(
+        *([workdir, *args] for args, *_ in cases), [f"--workdir={tmp_path / 'x/y'}", *good]
+    )
+    for error, (_, *words) in zip(errors, cases, strict=True):
         assert all(word in error for word in words), error
     assert started == 1, "the launcher's status"
     assert set(tmp_path.iterdir()) == {videos, pairs}
@@ -401,18 +362,18 @@ def test_results_and_jobs_of_other_settings_are_refused(tmp_path):
     finish_run(workdir, loaded, run, fd=1.5, accuracy=0.5)
     args, launcher = (sweep, f"--workdir={workdir}"), "--launcher=true # {command}"
     other = "--override=train.batch_size=16"
-    found = sweep_several(
+    ends = sweep_several(
         [*args, other, "--results_only"],
         [*args, other, launcher],
         [*args, launcher, "--sample_flags=--cfg_scale=2"],
         [*args, "--results_only"],
         [*args, "--results_only", "--sample_flags=--cfg_scale=2"],
     )
-    for refused in found[:2]:
+    for refused in ends[:2]:
         assert "trained by other settings (train.batch_size 48, now 16)" in refused
     # The jobs' flags are on record from here on.
-    assert found[2] == 0 and "belongs to another sweep: --sample_flags=''" in found[3]
-    assert found[4] == 0 and "| **1.500** |" in (workdir / "results.md").read_text()
+    assert ends[2] == 0 and "belongs to another sweep (--sample_flags ''" in ends[3]
+    assert ends[4] == 0 and "| **1.500** |" in (workdir / "results.md").read_text()
 
 
 TINY = """

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, command_env
+from helpers import ROOT, run_python
 
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError
@@ -16,9 +15,9 @@ from causalfusion_jax.sweeps import sweep as sweeps
 sys.path.insert(0, str(ROOT / "launch" / "tables"))
 import page
 import tables
-from tables import Claim, Place
+from tables import Cell, Claim
 
-CLAIM = Claim("a beats b", Place("a", 1), Place("b", 1))
+CLAIM = Claim("a beats b", Cell("a", 1), Cell("b", 1))
 RUNS = {
     # table: runs of a seed, on digits and on ImageNet
     "gamma": (5, 5), "order": (4, 5), "fixed_steps": (6, 6), "ar_weight": (5, 5), "condition_tokens": (5, 5),
@@ -42,16 +41,16 @@ def test_rows_of_runs_are_those_of_the_figures(name, on):
     table, entries = tables.TABLES[name], tables.entries(tables.TABLES[name], on, 1)
     rows = [entry.row for entry in entries]
     assert len(set(rows)) == len(rows) == RUNS[name][on == "imagenet"]
-    places = {(entry.row, s) for entry in entries for s in entry.ar_steps}
+    cells = {(entry.row, s) for entry in entries for s in entry.ar_steps}
     if table.figures:
-        assert places <= {(row, s) for row, figures in table.figures.items() for s in figures}
-    run = [claim for claim in table.claims if {claim.better, claim.worse} <= places]
+        assert cells <= {(row, s) for row, figures in table.figures.items() for s in figures}
+    run = [claim for claim in table.claims if {claim.better, claim.worse} <= cells]
     # Blocks of 4x4 need a grid of more than 4x4 tokens; ACDiT's blocks are a half or a quarter of either grid.
     left_out = {("order", "digits"): 1, ("block_size", "digits"): 1, ("block_size", "imagenet"): 1}
     assert len(table.claims) - len(run) == left_out.get((name, on), 0)
 
 
-def test_runs_in_common_are_there_once():
+def test_common_runs_appear_once():
     (shared,) = [names for folder, names in tables.groups(list(tables.TABLES), "digits").items() if folder == "digits"]
     sweep = tables.joined(shared, "digits", seeds=2)
     runs = sweeps.expand(sweep, tables.base_of(sweep.config))
@@ -95,9 +94,9 @@ def test_verdicts(better, worse, immaterial, word):
 
 
 def test_the_margin_is_students_t_times_the_pooled_standard_error():
-    found = page.verdict(CLAIM, [1.0, 1.2, 0.8], [1.5, 1.6, 1.4])
+    verdict = page.verdict(CLAIM, [1.0, 1.2, 0.8], [1.5, 1.6, 1.4])
     # s² = (0.04 + 0.01) / 2, standard error sqrt(s² 2 / 3), t of 4 degrees of freedom 2.776.
-    assert found.difference == pytest.approx(0.5) and found.margin == pytest.approx(2.7764 * 0.12910, rel=1e-4)
+    assert verdict.difference == pytest.approx(0.5) and verdict.margin == pytest.approx(2.7764 * 0.12910, rel=1e-4)
 
 
 def made_up(root, score):
@@ -105,7 +104,7 @@ def made_up(root, score):
     sweep = tables.joined(["gamma"], "digits", seeds=2)
     for run in sweeps.expand(sweep, tables.base_of(sweep.config)):
         for s in run.ar_steps:
-            folder = sweeps.samples_folder(root / "digits", run, s, sweep)
+            folder = run.samples_folder(root / "digits", s, sweep.num_samples)
             folder.mkdir(parents=True)
             fd = score(run.config.factorization.gamma, run.config.train.seed, s)
             (folder / "evaluation.json").write_text(json.dumps({"num": 1000, "fd": fd, "accuracy": 0.5}))
@@ -150,24 +149,12 @@ def test_scores_of_other_settings_are_not_collected(tmp_path):
     scores = page.collect(tmp_path, ["gamma"], "digits", 2, 0, overridden)
     assert sum(len(place.get("fd", [])) for place in scores["gamma"].values()) == 2 * 5 * 4 - 4
     text = page.render(scores, "digits", 2, 0, overrides=["train.batch_size=16"])
-    assert "--fork --override=train.batch_size=16`" in text
-
-
-def run(script, *args, **kwargs):
-    return subprocess.run(
-        [sys.executable, f"launch/tables/{script}.py", *map(str, args)],
-        cwd=ROOT,
-        env=command_env(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        **kwargs,
-    )
+    assert "--parallel=2 --override=train.batch_size=16`" in text
 
 
 def test_imagenet_is_the_same_command(tmp_path):
-    done = run(
-        "run",
+    done = run_python(
+        "launch/tables/run.py",
         "--table=gamma,order",
         "--on=imagenet",
         "--seeds=2",
@@ -196,16 +183,16 @@ def test_runs_and_renders(tmp_path):
         "checkpoint.every=4"
     )
     args = ("--table=t_sharing", "--seeds=1", "--num=20", f"--workdir={tmp_path}")
-    done = run("run", *args, "--", "--parallel=2", "--fork", tiny)
+    done = run_python("launch/tables/run.py", *args, "--", "--parallel=2", tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "page.md"
-    refused = run("render", *args, f"--out={out}")
+    refused = run_python("launch/tables/render.py", *args, f"--out={out}")
     assert refused.returncode == 2 and "trained by other settings" in refused.stderr and not out.exists()
-    rendered = run("render", *args, tiny, f"--out={out}", "--header=here, today")
+    rendered = run_python("launch/tables/render.py", *args, tiny, f"--out={out}", "--header=here, today")
     assert rendered.returncode == 0, rendered.stderr
     scores = [json.loads(path.read_text())["fd"] for path in tmp_path.glob("digits/*/samples_ar1_n20/evaluation.json")]
     text = out.read_text()
     assert len(scores) == 4 and all(page.number(score) in text for score in scores)
     assert "here, today" in text and "**one seed**" in text
-    again = run("run", *args, "--", "--parallel=2", "--fork", tiny)
+    again = run_python("launch/tables/run.py", *args, "--", "--parallel=2", tiny)
     assert again.stdout.count("was there already") == 4

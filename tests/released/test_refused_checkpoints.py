@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch_format
-from checkpoint_checks import error_of, error_of_reading, state
+from checkpoint_checks import assert_array_refused, assert_refused, state
 from torch_format import Global, Pickler, Storage
 
 from causalfusion_jax.common.errors import InputError
@@ -121,7 +121,7 @@ def test_hostile_pickles(tmp_path, case, protocol):
     marker, path = tmp_path / "marker", tmp_path / "c.pt"
     named, obj = hostile(marker)[case]
     write_object(path, {"good": tensor(), "odd": obj}, protocol)
-    error = error_of(path)
+    error = assert_refused(path)
     assert error.field == "--checkpoint" and named in str(error)
     assert ("nothing was executed" in str(error)) == (error.value != str(path))
     assert not marker.exists()
@@ -169,11 +169,11 @@ TEXT = struct.pack("<I", 18) + b"argparse.Namespace"
 def test_hostile_instructions(tmp_path, monkeypatch, content, named):
     monkeypatch.chdir(tmp_path)
     write_pickle(tmp_path / "c.pt", content)
-    assert named in str(error_of(tmp_path / "c.pt"))
+    assert named in str(assert_refused(tmp_path / "c.pt"))
     # The same where a legacy file starts.
     if content.startswith(b"\x80"):
         (tmp_path / "c.pkl").write_bytes(content)
-        error_of(tmp_path / "c.pkl")
+        assert_refused(tmp_path / "c.pkl")
     assert not (tmp_path / "marker").exists()
 
 
@@ -189,11 +189,11 @@ def test_short_pickles_stay_small(tmp_path):
     tracemalloc.start()
     assert open_checkpoint(path).metadata == {"kept": [1, 2.5]}
     write_pickle(path, b"\x80\x02}r\xff\xff\xff\x7f.")
-    assert "no named tensors" in str(error_of(path))
+    assert "no named tensors" in str(assert_refused(path))
     # One list made into a set again and again.
     numbers = b"".join(b"J" + struct.pack("<i", number) for number in range(1000))
     write_pickle(path, b"\x80\x02]q\x01(" + numbers + b"e" + 1000 * b"c__builtin__\nset\nh\x01\x85R" + b".")
-    error_of(path)
+    assert_refused(path)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
 
@@ -206,7 +206,7 @@ def test_legacy_storage_names(tmp_path):
         content = (tmp_path / "c.pt").read_bytes()
         (tmp_path / "c.pt").write_bytes(content.replace(pickle.dumps(["0"], 2), names))
         assert (tmp_path / "c.pt").read_bytes() != content
-        error_of(tmp_path / "c.pt")
+        assert_refused(tmp_path / "c.pt")
 
 
 def records(**changes):
@@ -220,18 +220,18 @@ def test_damaged_zip_files(tmp_path):
     torch_format.zip_file(path, records())
     assert open_checkpoint(path).shapes == {"good": (2, 3)}
     torch_format.zip_file(path, records(byteorder=b"middle"))
-    assert "byteorder" in str(error_of(path))
+    assert "byteorder" in str(assert_refused(path))
     torch_format.zip_file(path, records(), compression=zipfile.ZIP_DEFLATED)
-    assert "compressed" in str(error_of(path))
+    assert "compressed" in str(assert_refused(path))
     torch_format.zip_file(path, {"data/0": b"1"})
-    assert "data.pkl" in str(error_of(path))
+    assert "data.pkl" in str(assert_refused(path))
     torch_format.zip_file(path, records())
     content = path.read_bytes()
     # A header in the middle overwritten: found when the tensor is read.
     path.write_bytes(content.replace(b"PK\x03\x04", b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x03\x04", 1))
     checkpoint = open_checkpoint(path)
     assert checkpoint.shapes == {"good": (2, 3)}
-    assert "damaged" in str(error_of_reading(checkpoint, "good"))
+    assert "damaged" in str(assert_array_refused(checkpoint, "good"))
 
 
 def file_of(kind, path):
@@ -251,7 +251,7 @@ def test_truncated_files(tmp_path, kind, kept):
     file_of(kind, path := tmp_path / "c")
     content = path.read_bytes()
     path.write_bytes(content[: min(int(kept * len(content)), len(content) - 1)])
-    assert error_of(path).value == str(path)
+    assert assert_refused(path).value == str(path)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_truncated_files(tmp_path, kind, kept):
 )
 def test_other_files(tmp_path, content, named):
     (tmp_path / "c.pt").write_bytes(content)
-    error = error_of(tmp_path / "c.pt")
+    error = assert_refused(tmp_path / "c.pt")
     assert error.value == str(tmp_path / "c.pt") and named in str(error)
 
 
@@ -277,16 +277,16 @@ def test_other_contents(tmp_path):
     path = tmp_path / "c.pt"
     for content in (np.ones(3), [np.ones(3)], argparse.Namespace(a=1), 3):
         torch_format.save(path, content)
-        assert "must hold a dict" in str(error_of(path))
+        assert "must hold a dict" in str(assert_refused(path))
     for content in ({}, {"epoch": 3}, {3: np.ones(3)}, {"model": {}, "opt": {"state": {0: {"m": np.ones(3)}}}}):
         torch_format.save(path, content)
-        assert "no named tensors" in str(error_of(path))
+        assert "no named tensors" in str(assert_refused(path))
     torch_format.save(path, {"generator": state(), "discriminator": state()})
-    assert "generator, discriminator" in str(error_of(path))
+    assert "generator, discriminator" in str(assert_refused(path))
     torch_format.zip_file(path, {"readme.txt": b"text"})
-    assert "data.pkl" in str(error_of(path))
+    assert "data.pkl" in str(assert_refused(path))
     for place in (tmp_path, tmp_path / "none.pt"):
-        assert error_of(place).value == str(place)
+        assert assert_refused(place).value == str(place)
 
 
 def test_torchscript_of_objects_without_end_is_refused(tmp_path):

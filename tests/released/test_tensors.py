@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch_format
-from checkpoint_checks import check_equal, error_of, error_of_reading, state
+from checkpoint_checks import assert_array_refused, assert_checkpoint_equals, assert_refused, state
 from torch_format import Global, Parameter
 
 from causalfusion_jax.common.errors import InputError
@@ -33,14 +33,14 @@ def every_dtype():
 def test_every_dtype(tmp_path, legacy):
     torch_format.save(tmp_path / "c.pt", every_dtype(), legacy=legacy)
     with open_checkpoint(tmp_path / "c.pt") as checkpoint:
-        check_equal(checkpoint, every_dtype())
+        assert_checkpoint_equals(checkpoint, every_dtype())
 
 
 def test_big_endian(tmp_path):
     torch_format.save(tmp_path / "c.pt", every_dtype(), byteorder="big")
-    check_equal(open_checkpoint(tmp_path / "c.pt"), every_dtype())
+    assert_checkpoint_equals(open_checkpoint(tmp_path / "c.pt"), every_dtype())
     torch_format.save(tmp_path / "c.pt", every_dtype(), byteorder="little", folder="any name.v2")
-    check_equal(open_checkpoint(tmp_path / "c.pt"), every_dtype())
+    assert_checkpoint_equals(open_checkpoint(tmp_path / "c.pt"), every_dtype())
 
 
 @BOTH
@@ -57,7 +57,7 @@ def test_views_and_shared_storage(tmp_path, legacy):
         "repeated": np.broadcast_to(memory[7:8], (3, 4)),
     }
     torch_format.save(tmp_path / "c.pt", arrays, legacy=legacy)
-    check_equal(open_checkpoint(tmp_path / "c.pt"), arrays)
+    assert_checkpoint_equals(open_checkpoint(tmp_path / "c.pt"), arrays)
     assert os.path.getsize(tmp_path / "c.pt") < 3000
 
 
@@ -72,14 +72,14 @@ def test_released_layout(tmp_path, legacy, protocol):
     wrapped = {name: Parameter(array) for name, array in state(2).items()}
     torch_format.save(path, torch_format.released(model, wrapped, args), legacy=legacy, protocol=protocol)
     with open_checkpoint(path) as checkpoint:
-        check_equal(checkpoint, state(2))
+        assert_checkpoint_equals(checkpoint, state(2))
         plain = dict(
             model="ACDiT-XL", lr=1e-4, sizes=[1, 2], nested={"a": [1, None]}, flags=["b"], dtype="torch.float16"
         )
         assert checkpoint.metadata == {"step": 3, "args": plain}
         assert type(checkpoint.metadata["args"]) is dict
     with open_checkpoint(path, "model") as checkpoint:
-        check_equal(checkpoint, state(1))
+        assert_checkpoint_equals(checkpoint, state(1))
 
 
 def test_one_set_of_weights_is_taken_for_either(tmp_path):
@@ -87,7 +87,7 @@ def test_one_set_of_weights_is_taken_for_either(tmp_path):
     for content in (state(), {"model": state(), "opt": {}}, {"state_dict": state(), "epoch": 4}):
         torch_format.save(path, content)
         for weights in ("ema", "model"):
-            check_equal(open_checkpoint(path, weights), state())
+            assert_checkpoint_equals(open_checkpoint(path, weights), state())
 
 
 @pytest.mark.parametrize(
@@ -101,24 +101,24 @@ def test_one_set_of_weights_is_taken_for_either(tmp_path):
 )
 def test_weights_that_are_not_there(tmp_path, content, weights, named):
     torch_format.save(tmp_path / "c.pt", content)
-    error = error_of(tmp_path / "c.pt", weights)
+    error = assert_refused(tmp_path / "c.pt", weights)
     assert error.field == "--weights" and error.value == weights and named in str(error)
 
 
 def test_unknown_weights(tmp_path):
-    assert error_of(tmp_path / "c.pt", "emma").field == "--weights"
+    assert assert_refused(tmp_path / "c.pt", "emma").field == "--weights"
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers(tmp_path, prefix):
     wrapped = {prefix + name: array for name, array in state().items()}
     torch_format.save(tmp_path / "c.pt", {"ema": wrapped})
-    check_equal(open_checkpoint(tmp_path / "c.pt"), state())
+    assert_checkpoint_equals(open_checkpoint(tmp_path / "c.pt"), state())
     write_safetensors(tmp_path / "c.safetensors", wrapped, {})
     assert set(open_checkpoint(tmp_path / "c.safetensors").shapes) == set(state())
     partly = wrapped | {"other": np.ones(2, np.float32)}
     torch_format.save(tmp_path / "c.pt", {"ema": partly})
-    check_equal(open_checkpoint(tmp_path / "c.pt"), partly)
+    assert_checkpoint_equals(open_checkpoint(tmp_path / "c.pt"), partly)
 
 
 def test_names_are_a_mapping(tmp_path):
@@ -129,7 +129,7 @@ def test_names_are_a_mapping(tmp_path):
         checkpoint["b"]
     with checkpoint:
         kept = checkpoint["a.bias"]
-    assert error_of_reading(checkpoint, "a.bias").field == "--checkpoint"
+    assert assert_array_refused(checkpoint, "a.bias").field == "--checkpoint"
     np.testing.assert_array_equal(kept, state()["a.bias"])
 
 
@@ -147,7 +147,7 @@ def test_values_are_read_only_on_demand(tmp_path, legacy):
     path.write_bytes(content.replace(arrays["small"].tobytes(), (2 * arrays["small"]).tobytes()))
     np.testing.assert_array_equal(checkpoint["small"], 14.0)
     os.truncate(path, 4096)
-    assert error_of_reading(checkpoint, "large").value == "large"
+    assert assert_array_refused(checkpoint, "large").value == "large"
 
 
 def test_safetensors(tmp_path):
@@ -169,13 +169,13 @@ def test_npz(tmp_path, save):
     save(tmp_path / "c.npz", note="a text", **swapped)
     with open_checkpoint(tmp_path / "c.npz") as checkpoint:
         assert checkpoint.metadata == {"note": "a text"}
-        check_equal(checkpoint, arrays)
+        assert_checkpoint_equals(checkpoint, arrays)
 
 
 def test_npz_of_other_values(tmp_path):
     for array in (np.array([print]), np.zeros(2, BFLOAT16), np.array(["a", "b"])):
         np.savez(tmp_path / "c.npz", a=np.ones(3), odd=array)
-        assert error_of(tmp_path / "c.npz").value == "odd"
+        assert assert_refused(tmp_path / "c.npz").value == "odd"
 
 
 def test_write_safetensors(tmp_path):
@@ -266,7 +266,7 @@ def test_against_pytorch(tmp_path, legacy):
     for weights, expected in (("ema", tensors), ("model", module.state_dict())):
         with open_checkpoint(path, weights) as found:
             assert found.metadata == {"epoch": 2, "args": plain}
-            check_equal(found, {name: to_numpy(torch, value) for name, value in expected.items()})
+            assert_checkpoint_equals(found, {name: to_numpy(torch, value) for name, value in expected.items()})
     ours = every_dtype()
     torch_format.save(path, {"ema": ours, "first": Parameter(ours["float32"][:, 1])}, legacy=legacy)
     loaded = torch.load(path, weights_only=True)

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, all_done, command, command_env, start_processes
+from helpers import ROOT, assert_all_succeed, command, command_env, start_processes
 
 ARGS = ("--num=18", "--batch_size=4", "--solver_steps=3", "--ar_steps=2", "--seed=5")
 
@@ -76,7 +76,7 @@ def test_kill_and_resume(workdir, expected, tmp_path):
 
 def test_two_processes(workdir, expected, tmp_path):
     sample = "causalfusion_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", *ARGS
-    printed = all_done(start_processes(2, *sample))
+    printed = assert_all_succeed(start_processes(2, *sample))
     assert "sampled" in printed[0] and "sampled" not in printed[1]
     assert contents(tmp_path / "out") == expected
 

@@ -10,7 +10,7 @@ import signal
 import multihost_checks
 import numpy as np
 import pytest
-from helpers import all_done, command, random_params, start_processes
+from helpers import assert_all_succeed, command, random_params, start_processes
 from tiny_data import write_vae
 
 from causalfusion_jax.checkpoints.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ SMALL = (
 def test_two_processes_give_the_results_of_one(tmp_path):
     """Batches, sampling from split weights, decoding, and merged statistics, on meshes across processes."""
     write_vae(tmp_path / "vae")
-    all_done(start_processes(2, "multihost_checks", f"--folder={tmp_path}"))
+    assert_all_succeed(start_processes(2, "multihost_checks", f"--folder={tmp_path}"))
     results = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
     batch = np.arange(12, dtype=np.float32).reshape(4, 3)
     rows = {"fsdp": ([0, 1], [2, 3]), "tensor": ([0, 1, 2, 3],) * 2, "sequence": ([0, 1, 2, 3],) * 2}
