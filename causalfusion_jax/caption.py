@@ -112,7 +112,7 @@ def _score(config, params, read) -> list[dict]:
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax.sampling.reading import read_images
+    from causalfusion_jax.sampling.images import read_captioned_images
     from causalfusion_jax.sampling.trained import from_run
 
     out = pathlib.Path(_OUT.value)
@@ -123,7 +123,7 @@ def main(argv):
     trained = from_run(_WORKDIR.value, _WEIGHTS.value, _STEP.value)
     config = trained.config
     require(config.text.is_on, "--workdir", _WORKDIR.value, "the model was trained without text")
-    read = read_images(config, _IMAGES.value, _NUM.value)
+    read = read_captioned_images(config, _IMAGES.value, _NUM.value)
     # On stderr: with --score, a line of JSON comes first on stdout.
     records = (_score if _SCORE.value else _generate)(config, lambda: trained.announced_params(sys.stderr), read)
     name = "scores.jsonl" if _SCORE.value else "captions.jsonl"

@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 from helpers import random_params
 
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.factorization import FactorizationConfig, Role, attends, draw_plan
-from causalfusion_jax.core.layouts import LAYOUTS, Layout, image_text_image_layout, pair_layout, single_image_layout
+from causalfusion_jax.core.layouts import TASKS, Task, image_text_image_layout, pair_layout, single_image_layout
 from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.models.sequence import ImageTokens
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
 
 C, T = 2, 5
@@ -47,7 +49,7 @@ def dense(frame):
     return np.array([[sees(q, k) for k in frame] for q in frame])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TASKS)
 @pytest.mark.parametrize("one_step", [True, False])
 def test_masks_are_the_rule_in_words(layout, one_step):
     rng = np.random.default_rng(0)
@@ -55,19 +57,19 @@ def test_masks_are_the_rule_in_words(layout, one_step):
         length = int(rng.integers(0, T + 1))
         step = np.sort(rng.integers(0, 4, 6))
         step = np.unique(step, return_inverse=True)[1]
-        role, steps = pair_layout(Layout[layout.upper()], C, np.arange(T) < length, step, 6, one_step)
+        role, steps = pair_layout(Task[layout.upper()], C, np.arange(T) < length, step, 6, one_step)
         expected = dense(document(layout, length, step, one_step))
         np.testing.assert_array_equal(attends(role, steps, role, steps), expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TASKS)
 def test_masks_of_one_copy_of_the_image(layout):
     """Transfusion: text causal, the image one step of full attention."""
     for length in (0, 3, T):
         frame = document(layout, length, [0] * 4)
         text, clean, noisy = frame[: C + T], frame[C + T : C + T + 4], frame[C + T + 4 :]
         frame = text + (clean if layout == "image_to_text" else noisy)
-        role, step = single_image_layout(Layout[layout.upper()], C, np.arange(T) < length, np.zeros(4, int))
+        role, step = single_image_layout(Task[layout.upper()], C, np.arange(T) < length, np.zeros(4, int))
         np.testing.assert_array_equal(attends(role, step, role, step), dense(frame))
 
 
@@ -119,12 +121,12 @@ def random_example(rng, layout):
     clean, noisy = rng.standard_normal((2, 6, 4)).astype(np.float32)
     one_step = bool(rng.integers(2))
     frame = document(layout, length, np.asarray(plan.step), one_step)
-    role, step = pair_layout(Layout[layout.upper()], C, text >= 0, plan.step, 6, one_step)
+    role, step = pair_layout(Task[layout.upper()], C, text >= 0, plan.step, 6, one_step)
     return dict(text=text, clean=clean, noisy=noisy, order=np.asarray(plan.order), role=role, step=step), frame
 
 
 @pytest.mark.parametrize("config", [MODEL, ADALN], ids=["in_context", "adaln"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TASKS)
 def test_nothing_leaks(config, layout):
     """Changing any token leaves every output that must not see it bit-unchanged, and changes the others."""
     params, rng = random_params(config), np.random.default_rng(3)
@@ -136,8 +138,9 @@ def test_nothing_leaks(config, layout):
 
     def run():
         order = batch["order"]
-        args = (batch["text"], batch["clean"], batch["noisy"], np.full((tokens, 1), 300), order, order, role, step)
-        return [np.asarray(out) for out in outputs(config, params, (np.full(tokens, 5), *args))]
+        condition = Condition(np.full(tokens, 5), batch["text"])
+        clean, noisy = ImageTokens(batch["clean"], order), ImageTokens(batch["noisy"], order, np.full((tokens, 1), 300))
+        return [np.asarray(out) for out in outputs(config, params, (condition, clean, noisy, role, step))]
 
     before = run()
     # In each copy one token of text, clean or noisy is another.

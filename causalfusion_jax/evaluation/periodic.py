@@ -13,8 +13,8 @@ from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.data.pipeline import Source
 from causalfusion_jax.data.scores import INCEPTION_METRICS, OF_CLASSES, WITHOUT_REFERENCE, pixel_metrics
 from causalfusion_jax.evaluation import inception_metrics, scores
-from causalfusion_jax.sampling.conditions import make_conditions
-from causalfusion_jax.sampling.generation import generate_images, image_shares
+from causalfusion_jax.sampling.conditions import default_condition
+from causalfusion_jax.sampling.generation import SamplingJob, generate_images, image_shares
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
@@ -75,7 +75,9 @@ class Evaluator:
             self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode
         if evaluation.metric in INCEPTION_METRICS:
             self._open_inception()
-        self._conditions = make_conditions(config, evaluation.num_images, source)
+        condition, self._classes = default_condition(config, evaluation.num_images, source)
+        seed, batch_size = config.train.seed, evaluation.sample_batch_size
+        self._job = SamplingJob(config, config.sampling, condition, seed, batch_size, self._decode)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
@@ -108,17 +110,14 @@ class Evaluator:
           ema: the weights.
           between_batches: called after each batch of samples, on all processes; may raise to end the evaluation.
         """
-        config, evaluation = self._config, self._config.evaluation
-        labels, text, _ = self._conditions
-        sampled = (config, config.sampling, ema, labels, config.train.seed, evaluation.sample_batch_size)
-        how = {"decode": self._decode, "text": text}
         if self._inception is None:
-            images = generate_images(*sampled, progress=lambda done: between_batches(), **how)
+            images = generate_images(self._job, ema, progress=lambda done: between_batches())
             return distributed.on_primary(lambda: self._pixel_scores(images))
-        collected, numbers = inception_metrics.Collected([evaluation.metric]), collections.deque()
+        collected = inception_metrics.Collected([self._config.evaluation.metric])
+        numbers = collections.deque()
 
         def shares() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for share in image_shares(*sampled, **how):
+            for share in image_shares(self._job, ema):
                 between_batches()
                 yield share
 
@@ -133,7 +132,7 @@ class Evaluator:
         return distributed.on_primary(lambda: self._inception_score(whole))
 
     def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
-        found = scores.score(self._config.data, images, self._conditions.classes)
+        found = scores.score(self._config.data, images, self._classes)
         known = _pixel_metrics(self._config)
         return {name: value for name, value in found.items() if name in known}
 

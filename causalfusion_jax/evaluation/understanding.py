@@ -15,7 +15,6 @@ from causalfusion_jax.config.experiment import ExperimentConfig, check_model_mes
 from causalfusion_jax.config.probe import ProbeConfig
 from causalfusion_jax.data.pipeline import DataConfig, make_held_out_source, make_source
 from causalfusion_jax.evaluation.features import (
-    chosen,
     first_layers,
     has_clean_tokens,
     images_in_order,
@@ -24,6 +23,7 @@ from causalfusion_jax.evaluation.features import (
     over_images,
     place_params,
     pooled,
+    random_subset,
 )
 from causalfusion_jax.evaluation.probe import Classified
 from causalfusion_jax.models.params import Params
@@ -94,7 +94,7 @@ class Study:
             reading, params = first_layers(reading, params, self.layer)
         placed, s, parts = place_params(params, reading.model, self.mesh), self.probe, []
         for i, (part, source) in enumerate({"training": self.source, "held-out": self.held_out}.items()):
-            indices = chosen(len(source), s.max_images, s.seed)
+            indices = random_subset(len(source), s.max_images, s.seed)
             images = images_in_order(source, self.data, s.read_batch_size, indices)
 
             def show(done, part=part, total=len(indices)):

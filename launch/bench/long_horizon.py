@@ -47,12 +47,13 @@ from flax import nnx
 
 from causalfusion_jax.cli import command as cli
 from causalfusion_jax.compile_ahead import costs, hlo
-from causalfusion_jax.core.diffusion import DiffusionConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.factorization import Role
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.models.sequence import ImageTokens
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model, init_params
-from causalfusion_jax.sampling.sampler import _Denoiser
+from causalfusion_jax.sampling.sampler import Denoiser
 
 _FRAMES = flags.DEFINE_integer("frames", 32, "The longest clip.")
 _GRID = flags.DEFINE_list("grid", ["4", "8"], "Token rows and columns of a frame.")
@@ -166,14 +167,13 @@ def denoise(setting: Setting, frames: int, cached: int, tokens: int):
     x = jnp.zeros((setting.batch, tokens, model.token_dim))
 
     def run(params, cache, x):
-        network = _Denoiser(
+        network = Denoiser(
             nnx.merge(abstract_model(model)[0], params),
-            DiffusionConfig(),
             cache,
-            jnp.zeros(setting.batch, jnp.int32),
+            Condition(jnp.zeros(setting.batch, jnp.int32)),
             ids,
-            jnp.ones(tokens, bool),
-            jnp.int32(1),
+            valid=jnp.ones(tokens, bool),
+            step=jnp.int32(1),
             guided=False,
             unguided=True,
         )
@@ -193,9 +193,9 @@ def denoise_without_cache(setting: Setting, frames: int):
 
     def run(params, clean, noisy):
         network = nnx.merge(abstract_model(model)[0], params)
-        labels, t = jnp.zeros(batch, jnp.int32), jnp.full((batch, 1), 500)
-        places = ids[:, :num_clean], ids[:, num_clean:], role, ids // block
-        return network.sequence(labels, None, clean, noisy, t, *places)[0]
+        condition, t = Condition(jnp.zeros(batch, jnp.int32)), jnp.full((batch, 1), 500)
+        context, image = ImageTokens(clean, ids[:, :num_clean]), ImageTokens(noisy, ids[:, num_clean:], t)
+        return network.sequence(condition, context, image, role, ids // block)[0]
 
     return run, (clean, noisy)
 
@@ -210,10 +210,8 @@ def commit(setting: Setting, frames: int, cached: int, new: int):
     def run(params, cache, x):
         # The new keys alone: where they are written costs no product.
         network = nnx.merge(abstract_model(model)[0], params)
-        role = jnp.full(x.shape[:2], Role.CLEAN, jnp.int32)
-        step = jnp.broadcast_to(1 + ids // setting.block, x.shape[:2])
-        places = jnp.broadcast_to(ids, x.shape[:2])
-        return network.trunk(network.embed_tokens(x, places), role, step, places, cache)[1]
+        image = ImageTokens(x, jnp.broadcast_to(ids, x.shape[:2]))
+        return network.trunk(network.image_tokens(image, Role.CLEAN, 1 + ids // setting.block), cache)[1]
 
     return run, (cache, x)
 

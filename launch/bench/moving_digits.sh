@@ -28,7 +28,7 @@ import numpy as np
 from causalfusion_jax import experiment
 from causalfusion_jax.data.pipeline import make_source
 from causalfusion_jax.evaluation.tracking import score_moving_digits
-from causalfusion_jax.sampling.images import to_uint8
+from causalfusion_jax.common.pictures import to_uint8
 
 workdir = pathlib.Path(sys.argv[1])
 data = experiment.load(str(workdir / "run")).data

@@ -17,7 +17,8 @@ from causalfusion_jax.config.training import OptimizerConfig
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan, num_visible_clean_of_batch
 from causalfusion_jax.training import state as state_lib
-from causalfusion_jax.training.objective import diffusion_loss, example_keys
+from causalfusion_jax.training.draws import example_keys
+from causalfusion_jax.training.objective import diffusion_loss
 from causalfusion_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from causalfusion_jax.training.state import TrainState, compile_train_step, create_state, init_state, train_step
 from causalfusion_jax.training.trimming import LengthOfStep, expected_flops, with_length
