@@ -83,7 +83,7 @@ class ConditionFlags(NamedTuple):
         Raises:
           InputError: flags that contradict each other, or do not fit the model.
         """
-        from causalfusion_jax.sampling.conditions import balanced_labels
+        from causalfusion_jax.sampling.conditions import default_labels
 
         config, num_classes = trained.config, trained.config.data.num_classes
         prompts = read_prompts(config, self.prompt.value, self.prompts.value, num)
@@ -92,8 +92,7 @@ class ConditionFlags(NamedTuple):
         if self.labels.value is None and clips is None:
             num = NUM_SAMPLES if num is None else num
             require(num >= 1, "--num", num, "must be >= 1")
-            labels = balanced_labels(num, num_classes)
-            return GivenConditions(labels if config.knows_classes else np.full_like(labels, num_classes), None)
+            return GivenConditions(default_labels(config, num), None)
         if self.labels.value is not None:
             labels = self.parse_labels(trained)
         else:

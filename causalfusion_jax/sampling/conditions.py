@@ -1,5 +1,6 @@
-"""Conditions of the images that are sampled while a model trains."""
+"""Default conditions: of previews, of evaluation, and of programs that are compiled ahead."""
 
+import jax
 import numpy as np
 
 from causalfusion_jax.config.experiment import ExperimentConfig
@@ -11,6 +12,12 @@ from causalfusion_jax.data.pipeline import Source, make_source
 def balanced_labels(num: int, num_classes: int) -> np.ndarray:
     """`num` labels, all classes in turn; int32 [num]."""
     return (np.arange(num) % num_classes).astype(np.int32)
+
+
+def default_labels(config: ExperimentConfig, num: int) -> np.ndarray:
+    """All classes in turn, or no class for a model that was trained without; int32 [num]."""
+    labels = balanced_labels(num, config.data.num_classes)
+    return labels if config.knows_classes else np.full_like(labels, config.data.num_classes)
 
 
 def default_condition(config: ExperimentConfig, num: int, source: Source | None = None) -> tuple[Condition, np.ndarray]:
@@ -25,11 +32,16 @@ def default_condition(config: ExperimentConfig, num: int, source: Source | None 
       The condition of `num` images, without a class where the model drops classes beside texts or
       knows none; and the class that each image should show, int32 [num]; num_classes: any.
     """
-    no_class = config.data.num_classes
     if config.text.is_on:
         source = make_source(config.data, captions=True) if source is None else source
         text, classes = example_prompts(source, config.text, num)
-        return Condition(np.full_like(classes, no_class) if config.drops_classes else classes, text), classes
-    labels = balanced_labels(num, no_class)
-    labels = labels if config.knows_classes else np.full_like(labels, no_class)
+        labels = np.full_like(classes, config.data.num_classes) if config.drops_classes else classes
+        return Condition(labels, text), classes
+    labels = default_labels(config, num)
     return Condition(labels), labels
+
+
+def condition_shapes(config: ExperimentConfig, num: int) -> Condition:
+    """Shapes and types of the condition of `num` images."""
+    text = jax.ShapeDtypeStruct((num, config.text.max_tokens), np.int32) if config.text.is_on else None
+    return Condition(jax.ShapeDtypeStruct((num,), np.int32), text)

@@ -16,6 +16,7 @@ from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import unpatchify
 from causalfusion_jax.models.transformer import abstract_model
+from causalfusion_jax.sampling.conditions import condition_shapes
 from causalfusion_jax.sampling.sampler import (
     NOTHING,
     Given,
@@ -235,8 +236,7 @@ def lower_sampler(config: ExperimentConfig, sampler: SamplerConfig, devices, bat
 
     params = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype, whole), abstract_model(config.transformer)[1])
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(size)))
-    text = abstract((size, config.text.max_tokens), np.int32, split) if config.text.is_on else None
-    condition = Condition(abstract((size,), np.int32, split), text)
+    condition = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype, split), condition_shapes(config, size))
     spec = SamplingSpec(config.transformer, config.diffusion, config.factorization, sampler)
     return sample_tokens_shared.lower(mesh, spec, params, abstract(keys.shape, keys.dtype, split), condition, NOTHING)
 

@@ -56,7 +56,7 @@ def main(argv):
     }
     runs = {steps: functools.partial(run, *args) for steps, run in compiled.items()}
     timed = {steps: functools.partial(seconds, run) for steps, run in runs.items()}
-    found = interleaved(_ROUNDS.value, **timed, **machine_rates(model.dtype))
+    times = interleaved(_ROUNDS.value, **timed, **machine_rates(model.dtype))
     rows = []
     for steps, sampler in samplers.items():
         flops = sampling_flops(model, config.diffusion, sampler)
@@ -67,10 +67,10 @@ def main(argv):
                 "cfg_scale": sampler.cfg_scale,
                 "solver steps": sampler.solver_steps,
                 "model GFLOPs an image": round(flops / 1e9, 2),
-                "seconds": round(found[steps], 3),
-                "images/s": round(num / found[steps], 2),
-                **shares(found, found[steps], num * flops / mesh.size, compiled[steps]),
-                **utilization(found[steps], num * flops / mesh.size, compiled[steps]),
+                "seconds": round(times[steps], 3),
+                "images/s": round(num / times[steps], 2),
+                **shares(times, times[steps], num * flops / mesh.size, compiled[steps]),
+                **utilization(times[steps], num * flops / mesh.size, compiled[steps]),
             }
         )
     report(rows)
