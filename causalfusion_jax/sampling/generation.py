@@ -151,10 +151,10 @@ def _mesh_of(params) -> Mesh | None:
     cannot if attention is a kernel, and every device would sample every image.
     """
     shardings = [leaf.sharding for leaf in jax.tree.leaves(params)]
-    if all(isinstance(sharding_, SingleDeviceSharding) for sharding_ in shardings):
+    if all(isinstance(s, SingleDeviceSharding) for s in shardings):
         return None
     mesh = shardings[0].mesh if isinstance(shardings[0], NamedSharding) else None
-    replicated = all(sharding_.is_fully_replicated for sharding_ in shardings)
+    replicated = all(s.is_fully_replicated for s in shardings)
     if mesh is None or mesh.shape["data"] != mesh.size or not replicated:
         raise ValueError("sampling needs all parameters whole on every device: see generation.for_sampling")
     return mesh

@@ -288,13 +288,13 @@ def test_every_example_comes_once_in_order(capsys):
 
 def test_batches_and_devices_change_nothing():
     reading, params = features.make_reading(PLAIN, ProbeConfig()), params_of(PLAIN)
-    found = []
+    results = []
     for devices, size in ((1, 23), (2, 5)):
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.devices()[:devices])
         compute = functools.partial(features.pooled, reading, True, features.place_params(params, reading.model, mesh))
         source = features.images_in_order(Damaged(()), reads_files(), size)
-        found.append(features.over_images(compute, mesh, source, size, seed=4, batch_axis=1))
-    (whole, labels), (parts, same) = found
+        results.append(features.over_images(compute, mesh, source, size, seed=4, batch_axis=1))
+    (whole, labels), (parts, same) = results
     assert whole.shape == (2, 23, 32) and labels.tolist() == same.tolist() == [i % 10 for i in range(23)]
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-4)
 

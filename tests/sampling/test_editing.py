@@ -92,7 +92,7 @@ def test_square_blocks_take_whole_last_blocks():
         plan_edit(config, rows("....", ".##.", ".##.", "...."))
 
 
-def test_one_order_takes_what_follows_a_place():
+def test_one_order_takes_suffixes_of_it():
     config = make(factorization=dict(order="raster"))
     hidden = rows("....", "...#", "####", "####")
     plan = plan_edit(config, hidden)

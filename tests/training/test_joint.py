@@ -152,7 +152,7 @@ def test_transfusion_has_one_copy_of_the_image():
     _, metrics = loss_of(config.step.objective, params, batch)
     other = batch | {"image": batch["image"] + 0.5}
     _, changed = loss_of(config.step.objective, params, other)
-    assert float(metrics["cross_entropy"]) != float(changed["cross_entropy"]), "texts look at the image"
+    assert float(metrics["cross_entropy"]) != float(changed["cross_entropy"]), "texts depend on the image"
     assert float(metrics["diffusion"]) == 0.0
 
 

@@ -138,11 +138,11 @@ def test_binned_errors_add_up():
 def test_other_factorizations_learn(changes):
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(learning_rate=3e-3), **changes)
     state, batch = create_state(config.step, MESH, jax.random.key(0)), make_batch(config, MESH)[0]
-    found = []
+    losses = []
     for _ in range(25):
         state, metrics = step_of(config)(state, batch, KEY)
-        found.append(float(metrics["loss"]))
-    assert np.isfinite(found).all() and np.mean(found[-5:]) < np.mean(found[:3])
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:3])
 
 
 def test_dropped_classes_see_the_null_row_only():
@@ -220,7 +220,7 @@ def test_bad_settings_are_refused(bad):
 
 @pytest.mark.slow
 def test_left_out_clean_tokens_change_nothing():
-    """Same losses and parameters, whether unseen clean tokens are computed or not."""
+    """Same losses and parameters, whether unattended clean tokens are computed or not."""
     shared = dataclasses.replace(CONFIG.factorization, steps_shared_by="batch")
     config = dataclasses.replace(CONFIG, factorization=shared)
     key = jax.device_put(KEY, jax.devices()[0])
@@ -229,7 +229,7 @@ def test_left_out_clean_tokens_change_nothing():
     used = [length_of(step) for step in range(400)]
     assert set(used) == {4, 8, 12, 16}
     state, batch = start(config)
-    # A step whose batch looks at few clean tokens.
+    # A step with few attended clean tokens.
     step = next(step for step, length in enumerate(used) if length == 8)
     state = state._replace(step=jnp.int32(step))
     whole, metrics = jax.jit(functools.partial(train_step, config.step))(state, batch, key)
