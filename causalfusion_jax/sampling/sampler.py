@@ -385,7 +385,7 @@ sample_tokens = jax.jit(generate, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def sample_tokens_shared(mesh: Mesh, spec: SamplingSpec, params, keys, condition: Condition, given: Given = NOTHING):
-    """`generate` on a mesh whose devices share the images and have all parameters; none waits for another.
+    """`generate` on a mesh whose devices share the images and have all parameters, without communication.
 
     Args:
       mesh: its axes `data` and `fsdp` split the batch.

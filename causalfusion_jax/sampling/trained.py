@@ -1,4 +1,4 @@
-"""What can be sampled from: a training run, or a converted checkpoint; and its autoencoder."""
+"""Models to sample from: of a training run, or a converted checkpoint; and their autoencoders."""
 
 import functools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from causalfusion_jax.prepare.exported import TRANSFORMERS
 
 AUTOENCODERS = ("mar_vae", "sd_vae")
 DECODED_AT_A_TIME = 4
-"""Images in a device's memory while latents are decoded, perhaps beside a training state."""
+"""Number of images decoded at a time on a device, which may also hold a training state."""
 BEST = "best"
 """In place of a step: the best checkpoint."""
 
@@ -34,9 +34,9 @@ class Trained(NamedTuple):
     Attributes:
       config: all its settings.
       origin: plain values that identify its weights.
-      params: reads them, as host arrays.
-      description: which weights they are: of what file or run, and of which step.
-      class_names: of the classes it was trained on; () where they were not kept.
+      params: reads the weights, as host arrays.
+      description: the file or run of the weights, and their step.
+      class_names: names of the classes it was trained on; () if they were not kept.
     """
 
     config: ExperimentConfig
@@ -46,11 +46,11 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...] = ()
 
     def read_class_names(self) -> tuple[str, ...]:
-        """`class_names`, or where they were not kept, what the data say. Raises InputError where those are gone."""
+        """`class_names`, or if they were not kept, those of the data. Raises InputError if the data are gone."""
         return self.class_names or class_names(self.config.data)
 
     def announced_params(self, file: TextIO | None = None) -> Params:
-        """`params()`; the primary process prints which they are to `file` [stdout]."""
+        """`params()`; the primary process prints `description` to `file` [stdout]."""
         if distributed.is_primary():
             print(f"weights: {self.description}", file=file, flush=True)
         return self.params()
@@ -122,12 +122,12 @@ class Autoencoder(NamedTuple):
     """An autoencoder of a model's latents.
 
     Attributes:
-      fingerprint: one checksum for settings and parameters.
+      fingerprint: checksum of settings and parameters.
       downsampling: side of a latent in pixels.
-      encode: pixels in [-1, 1] [batch, H, W, image channels] to latents as the model takes
-        them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a draw.
-      decode: latents [batch, (frames,) h, w, channels] to pixels, on the devices that the
-        latents are on, which each decode their own.
+      encode: pixels in [-1, 1] [batch, H, W, image channels] to latents in the model's range,
+        [batch, H / downsampling, W / downsampling, channels]: the mean, not a sample.
+      decode: latents [batch, (frames,) h, w, channels] to pixels; each device decodes its own
+        latents.
     """
 
     fingerprint: str
@@ -145,7 +145,7 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
       field: the option that names it, for errors.
 
     Raises:
-      InputError: it is none, or the model's data are not its latents.
+      InputError: not an autoencoder, or not that of the model's data.
     """
     converted, settings = open_autoencoder(folder, field)
     check_autoencoder(settings, config, field, folder)
@@ -178,7 +178,7 @@ def decode_each(settings: AutoencoderConfig, params: Params, latents: jax.Array)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode_shared(mesh: Mesh, settings: AutoencoderConfig, params: Params, latents: jax.Array) -> jax.Array:
-    """`decode_each` on a mesh whose devices share the latents and have all parameters; none waits for another."""
+    """`decode_each` on a mesh whose devices share the latents and have all parameters, without communication."""
     split = partition(("batch",))
     run = jax.shard_map(
         functools.partial(decode_each, settings),
