@@ -102,7 +102,7 @@ def _score(config, params, read) -> list[dict]:
 def main(argv):
     """Runs the command."""
     del argv
-    from causalfusion_jax.sampling.reading import read_images
+    from causalfusion_jax.sampling.images import read_captioned_images
 
     out = pathlib.Path(_OUT.value)
     files.require_new("--out", out)
@@ -113,7 +113,7 @@ def main(argv):
         trained = _TRAINED.choice().open()
     config = trained.config
     require(config.text.is_on, "--workdir", _TRAINED.workdir.value, "the model was trained without text")
-    read = read_images(config, _IMAGES.value, _NUM.value)
+    read = read_captioned_images(config, _IMAGES.value, _NUM.value)
     # The weights are printed to stderr: with --score, the first line of stdout is JSON.
     records = (_score if _SCORE.value else _generate)(config, lambda: trained.announced_params(sys.stderr), read)
     name = "scores.jsonl" if _SCORE.value else "captions.jsonl"

@@ -40,7 +40,7 @@ import sys
 
 from absl import flags
 
-from causalfusion_jax.cli import app, config_flags, sampling_flags
+from causalfusion_jax.cli import app, condition_flags, config_flags, sampling_flags
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import require
 
@@ -49,14 +49,17 @@ _IMAGE = flags.DEFINE_string("image", None, "Image file, or npz with arr_0 as sa
 _MASK = flags.DEFINE_string(
     "mask", None, "What to regenerate: center, top, bottom, left, right, outer, x0,y0,x1,y1, or an image file."
 )
-_LABEL = flags.DEFINE_string("label", None, "Class, or one for each image: otter,3,7 [arr_1 of an npz].")
-_PROMPT = flags.DEFINE_string("prompt", None, "What the images are to show, for models of texts.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, one for each image.")
+_CONDITIONS = condition_flags.define(
+    "label",
+    labels_help="Class, or one for each image: otter,3,7 [arr_1 of an npz].",
+    prompts_help="File with one prompt in each line, one for each image.",
+)
 _NUM = flags.DEFINE_integer("num", 1, "Results for each image.")
 _CANVAS = flags.DEFINE_string("canvas", None, "Larger canvas to fill, in pixels: WIDTH,HEIGHT.")
 _OFFSET = flags.DEFINE_string("offset", None, "Where the image lies on it: X,Y [in the middle].")
 _PASTE = flags.DEFINE_boolean("paste", None, "With --vae: paste the kept pixels over what was decoded [true].")
-flags.adopt_module_key_flags(sampling_flags)
+for _module in (condition_flags, sampling_flags):
+    flags.adopt_module_key_flags(_module)
 MAX_FILES = 100
 MAX_STRIPS = 20
 
@@ -65,10 +68,10 @@ def _images(config, scale: int, latents: bool):
     """The images of --image, checked against what the model takes, and their labels or None."""
     import numpy as np
 
-    from causalfusion_jax.sampling.images import read_images
+    from causalfusion_jax.sampling.images import read_image_file
 
     channels = config.data.channels if not config.data.latents else 3
-    images, labels = read_images("--image", pathlib.Path(_IMAGE.value), channels)
+    images, labels = read_image_file("--image", pathlib.Path(_IMAGE.value), channels)
     height, width = (side * scale for side in config.data.shape[-3:-1])
     shape = (height, width, config.data.channels if latents else channels)
     require(
@@ -117,7 +120,7 @@ def _mask(free):
     import numpy as np
 
     from causalfusion_jax.sampling import editing
-    from causalfusion_jax.sampling.images import read_images
+    from causalfusion_jax.sampling.images import read_image_file
 
     height, width = free.shape
     if _MASK.value is None:
@@ -127,7 +130,7 @@ def _mask(free):
     if _MASK.value in editing.MASKS:
         mask = editing.named_mask(_MASK.value, height, width)
     elif path.is_file():
-        pixels, _ = read_images("--mask", path, 1)
+        pixels, _ = read_image_file("--mask", path, 1)
         require(
             pixels.shape == (1, height, width, 1) and pixels.dtype == np.uint8,
             "--mask",
@@ -142,44 +145,6 @@ def _mask(free):
     else:
         mask = editing.named_mask(_MASK.value, height, width)
     return mask | free
-
-
-def _labels(given, prompts, num_images: int, trained):
-    """The class of each image: --label, or what the images came with; none beside a prompt."""
-    import numpy as np
-
-    from causalfusion_jax.sampling.labels import parse_labels
-
-    config, classes = trained.config, trained.config.data.num_classes
-    if _LABEL.value is None and (prompts is not None or not config.knows_classes):
-        require(prompts is not None, "--prompt", None, "is required: the model was trained on texts without classes")
-        return np.full(num_images, classes, np.int32)
-    if _LABEL.value is None:
-        require(given is not None, "--label", None, "is required: the images come without labels")
-        labels = given
-    else:
-        config.check_classes("--label", _LABEL.value)
-        labels = parse_labels(_LABEL.value, classes, trained.read_class_names, "--label")
-        require(
-            len(labels) in (1, num_images),
-            "--label",
-            _LABEL.value,
-            f"must be one class, or {num_images}, one for each image",
-        )
-    for label in labels:
-        require(0 <= label < classes, "--label", int(label), f"must be class numbers in 0..{classes - 1}")
-    return np.broadcast_to(np.asarray(labels, np.int32), num_images)
-
-
-def _prompts(config, num_images: int) -> list[str] | None:
-    """The prompt of each image, or None."""
-    from causalfusion_jax.sampling.reading import read_prompts
-
-    prompts = read_prompts(config, _PROMPT.value, _PROMPTS.value, None)
-    if prompts is None or _PROMPT.value is not None:
-        return prompts and prompts[:1] * num_images
-    require(len(prompts) == num_images, "--prompts", _PROMPTS.value, f"must be {num_images} lines, one for each image")
-    return prompts
 
 
 def _plan(config, mask, cell: int):
@@ -203,7 +168,10 @@ def main(argv):
     del argv
     import hashlib
 
+    import numpy as np
+
     from causalfusion_jax.sampling import editing
+    from causalfusion_jax.sampling.generation import SamplingJob
     from causalfusion_jax.sampling.trained import make_autoencoder
 
     out, vae = pathlib.Path(_OUT.value), None
@@ -218,9 +186,8 @@ def main(argv):
         require(vae is not None or _PASTE.value is None, "--paste", _PASTE.value, "needs --vae; leave it out")
         scale = vae.downsampling if vae else 1
         latents, cell = config.data.latents and vae is None, scale * config.model.patch_size
-        images, given = _images(config, scale, latents)
-        prompts = _prompts(config, len(images))
-        labels = _labels(given, prompts, len(images), trained)
+        images, own_labels = _images(config, scale, latents)
+        conditions = _CONDITIONS.of_images(trained, len(images), own_labels)
         images, free = _canvas(images, cell)
         plan, mask = _plan(config, _mask(free), cell)
         sampler = sampling_flags.sampler(config.sampling)
@@ -234,66 +201,51 @@ def main(argv):
         "batch_size": sampling_flags.BATCH.value,
         "num": _NUM.value,
         "images": hashlib.sha256(images.tobytes()).hexdigest(),
-        "labels": labels.tolist(),
+        "labels": conditions.labels.tolist(),
         "regenerated": ["".join(".#"[token] for token in row) for row in plan.hidden.tolist()],
         "sampler": json.loads(json.dumps(dataclasses.asdict(sampler))),
-        **({} if prompts is None else {"prompts": prompts}),
+        **({} if conditions.prompts is None else {"prompts": conditions.prompts}),
     }
     if sampling_flags.is_done(out, request, ("samples.npz", "strip.png", "mask.png")):
-        print(f"{out} already holds these {len(labels) * _NUM.value} results")
+        print(f"{out} already holds these {len(images) * _NUM.value} results")
         return
-    results, labels = _edit(config, sampler, trained.announced_params(), plan, images, labels, vae, request, mask)
-    _write(out, images, mask, results, labels, request)
+    conditions = conditions.repeat(_NUM.value)
+    seed, batch_size = sampling_flags.SEED.value, sampling_flags.BATCH.value
+    job = SamplingJob(config, sampler, conditions.condition(config), seed, batch_size, vae and vae.decode)
+    results = _edit(job, trained.announced_params(), plan, images, vae)
+    if request["paste"]:
+        results = np.where(mask[:, :, None], results, images.repeat(_NUM.value, axis=0))
+    _write(out, images, mask, results, conditions, request)
 
 
-def _edit(config, sampler, params, plan, images, labels, vae, request: dict, mask):
-    """Results for each image, kept pixels as they were; and their labels."""
+def _edit(job, params, plan, images, vae):
+    """The results of `job`, --num for each image in turn."""
     import jax
     import numpy as np
 
-    from causalfusion_jax.data.tokenizers import to_slots
     from causalfusion_jax.sampling.editing import edit_images
 
-    num = request["num"]
-    repeated, labels = images.repeat(num, axis=0), labels.repeat(num)
-    prompts = request.get("prompts")
-    text = prompts and np.stack([to_slots(config.text, prompt) for prompt in prompts]).repeat(num, axis=0)
     scaled = images if images.dtype != np.uint8 else images / np.float32(127.5) - 1
     if vae is not None:
         scaled = jax.device_get(vae.encode(scaled))
 
     def progress(done):
-        print(f"edited {done}/{len(labels)}", flush=True)
+        print(f"edited {done}/{job.num}", flush=True)
 
-    results = edit_images(
-        config,
-        sampler,
-        params,
-        plan,
-        scaled.repeat(num, axis=0),
-        labels,
-        request["seed"],
-        request["batch_size"],
-        progress,
-        vae.decode if vae else None,
-        text,
-    )
-    if request["paste"]:
-        results = np.where(mask[:, :, None], results, repeated)
-    return results, labels
+    return edit_images(job, params, plan, scaled.repeat(_NUM.value, axis=0), progress)
 
 
-def _write(out: pathlib.Path, images, mask, results, labels, request: dict) -> None:
-    """Makes `out` appear whole."""
+def _write(out: pathlib.Path, images, mask, results, conditions, request: dict) -> None:
+    """Writes the folder `out`, whole or not at all."""
     import numpy as np
 
     from causalfusion_jax.common.pictures import edit_strip, save_png
 
     def fill(folder):
-        prompts = {"prompts": np.repeat(request["prompts"], request["num"])} if "prompts" in request else {}
-        np.savez(folder / "samples.npz", results, labels, before=images, mask=mask, **prompts)
+        prompts = {} if conditions.prompts is None else {"prompts": np.array(conditions.prompts)}
+        np.savez(folder / "samples.npz", results, conditions.labels, before=images, mask=mask, **prompts)
         save_png(folder / "mask.png", (mask[:, :, None] * np.uint8(255)).astype(np.uint8))
-        save_png(folder / "strip.png", edit_strip(images[:MAX_STRIPS], mask, results[: MAX_STRIPS * request["num"]]))
+        save_png(folder / "strip.png", edit_strip(images[:MAX_STRIPS], mask, results[: MAX_STRIPS * _NUM.value]))
         for index, result in enumerate(results[:MAX_FILES] if results.dtype == np.uint8 else ()):
             save_png(folder / f"{index:03d}.png", result)
         files.write_json(folder / "request.json", request)

@@ -12,11 +12,12 @@ from tiny_data import TINY_VAE
 
 from causalfusion_jax.common import distributed, sharding
 from causalfusion_jax.config import experiment
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.evaluation.inception_metrics import Collected
 from causalfusion_jax.metrics.registry import CLASS_PROBABILITIES, POOLED_FEATURES, POOLED_STATISTICS
 from causalfusion_jax.models.autoencoder import abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sampling.generation import image_batches, image_shares
+from causalfusion_jax.sampling.generation import SamplingJob, image_batches, image_shares
 from causalfusion_jax.sampling.trained import make_autoencoder, open_autoencoder
 from causalfusion_jax.training.state import place_abstract
 
@@ -42,9 +43,9 @@ def features(numbers) -> dict[str, np.ndarray]:
 
 def sampled(params, decode) -> dict[str, np.ndarray]:
     """Images in pixels: those of each process, and all."""
-    how = CONFIG, CONFIG.sampling, params, LABELS, SEED, BATCH, decode
-    numbers, own = (np.concatenate(parts) for parts in zip(*image_shares(*how), strict=True))
-    return {"numbers": numbers, "own": own, "images": np.concatenate(list(image_batches(*how)))}
+    job = SamplingJob(CONFIG, CONFIG.sampling, Condition(LABELS), SEED, BATCH, decode)
+    numbers, own = (np.concatenate(parts) for parts in zip(*image_shares(job, params), strict=True))
+    return {"numbers": numbers, "own": own, "images": np.concatenate(list(image_batches(job, params)))}
 
 
 def batches_on(mesh) -> dict[str, np.ndarray]:

@@ -15,9 +15,10 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.config.workdir import claim_workdir, load_config
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.data.tokenizers import make_tokenizer
 from causalfusion_jax.models.presets import ACDIT, DIT
-from causalfusion_jax.sampling.sampler import generate, image_keys
+from causalfusion_jax.sampling.sampler import SamplingSpec, generate, image_keys
 from causalfusion_jax.training.state import init_state, train_step
 
 BLOCKS = dict(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none")
@@ -52,8 +53,8 @@ def test_papers_combine(sections):
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in config.batch_shapes.items()}
     after, _ = jax.eval_shape(functools.partial(train_step, config.step), state, batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    run = functools.partial(generate, model, config.diffusion, config.factorization, config.sampling)
-    out = jax.eval_shape(run, state.params, image_keys(0, range(2)), jnp.zeros(2, jnp.int32))
+    run = functools.partial(generate, SamplingSpec(model, config.diffusion, config.factorization, config.sampling))
+    out = jax.eval_shape(run, state.params, image_keys(0, range(2)), Condition(jnp.zeros(2, jnp.int32)))
     assert out.shape == (2, model.num_tokens, model.token_dim)
 
 

@@ -20,9 +20,9 @@ from helpers import inception_weights
 
 from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.core import diffusion as noise_axis
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import (
-    CONDITION_STEP,
     FactorizationConfig,
     Role,
     ar_weights,
@@ -46,12 +46,13 @@ from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.positions import coordinates, rope_base, rope_dims, rope_table
 from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.models.sequence import ImageTokens, repeat_batch
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.prepare.names import check_shapes, from_released, to_released
 from causalfusion_jax.prepare.released_autoencoders import mar_vae_config, mar_vae_table, sd_vae_config, sd_vae_table
 from causalfusion_jax.prepare.released_inception import inception_table
 from causalfusion_jax.prepare.released_transformers import acdit_table, causalfusion_table
-from causalfusion_jax.sampling.sampler import _Denoiser, guidance_scales, image_keys, sample_tokens
+from causalfusion_jax.sampling.sampler import Denoiser, Given, SamplingSpec, guidance_scales, image_keys, sample_tokens
 
 GOLDENS = pathlib.Path(os.environ.get("GOLDENS_DIR") or pathlib.Path(__file__).parent / "goldens")
 LINEAR = DiffusionConfig()
@@ -112,7 +113,7 @@ def causalfusion(path):
 def causalfusion_mask(path):
     golden, config, _, _ = causalfusion(path)
     step = step_sizes_to_step(golden["train/step_sizes"])
-    # The release drops the clean tokens of the last step: nobody looks at them.
+    # The release drops the clean tokens of the last step, which are unattended.
     role, step = training_layout(config.num_condition_tokens, step, len(step) - int(golden["train/step_sizes"][-1]))
     np.testing.assert_array_equal(attends(role, step, role, step), ~golden["train/attention_blocked"])
 
@@ -143,7 +144,7 @@ def causalfusion_training(path):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params):
         model = nnx.merge(abstract_model(config)[0], params)
-        prediction = model(jnp.asarray(golden["train/y"]), clean, x_t, t, order, step)
+        prediction = model(Condition(jnp.asarray(golden["train/y"])), clean, x_t, t, order, step)
         weight = ar_weights(FactorizationConfig(), step)
         return jnp.mean(weight * jnp.mean(jnp.square(prediction - eps), axis=-1)), prediction
 
@@ -156,30 +157,28 @@ def causalfusion_training(path):
 def causalfusion_cached_inference(path):
     golden, config, params, _ = causalfusion(path)
     model = nnx.merge(abstract_model(config)[0], params)
-    labels = jnp.asarray(golden["sample/y"])
-    labels = jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)])
+    condition = Condition(jnp.asarray(golden["sample/y"])).with_unconditional(config.num_classes)
     ids_1, ids_2 = (jnp.asarray(golden[f"sample/ids_step{i}"], jnp.int32) for i in (1, 2))
     cache = KVCache.empty(
         config.layers,
-        len(labels),
+        condition.batch,
         config.num_condition_tokens + config.num_tokens,
         config.heads,
         config.head_dim,
         jnp.float32,
     )
 
-    def commit(cache, h, role, step, ids):
-        role, step = (jnp.full(h.shape[:2], int(value), jnp.int32) for value in (role, step))
-        _, (k, v) = model.trunk(h, role, step, ids, cache)
-        return cache.append(k, v, step, h.shape[1])
+    def commit(cache, tokens):
+        _, (k, v) = model.trunk(tokens, cache)
+        return cache.append(k, v, tokens.step, tokens.h.shape[1])
 
-    no_ids = jnp.full((len(labels), config.num_condition_tokens), -1)
-    cache = commit(cache, model.embed_condition(labels), Role.CONDITION, CONDITION_STEP, no_ids)
-    clean, twice_ids = jnp.tile(jnp.asarray(golden["sample/clean_step1"]), (2, 1, 1)), jnp.tile(ids_1, (2, 1))
-    cache = commit(cache, model.embed_tokens(clean, twice_ids), Role.CLEAN, 0, twice_ids)
+    (tokens,) = model.condition_tokens(condition)
+    cache = commit(cache, tokens)
+    clean = repeat_batch(ImageTokens(jnp.asarray(golden["sample/clean_step1"]), ids_1), 2)
+    cache = commit(cache, model.image_tokens(clean, Role.CLEAN))
     t = golden["sample/t"][:1]
     valid = jnp.ones(ids_2.shape[1], bool)
-    denoise = _Denoiser(model, LINEAR, cache, labels, ids_2, valid, jnp.int32(1), guided=True, unguided=True)
+    denoise = Denoiser(model, cache, condition, ids_2, valid, jnp.int32(1), guided=True, unguided=True)
     compared = 0
     for name in golden:
         match = re.fullmatch(r"sample/eps_cfg([\d.]+)(?:_(?:in|out)side_interval_(\d+)_(\d+))?", name)
@@ -256,7 +255,7 @@ def acdit_training(path):
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params):
-        prediction = nnx.merge(abstract_model(config)[0], params)(labels, x_0, x_t, t, order, step)
+        prediction = nnx.merge(abstract_model(config)[0], params)(Condition(labels), x_0, x_t, t, order, step)
         return jnp.mean(jnp.square(prediction - eps)), prediction
 
     (loss, prediction), grads = loss_of(params)
@@ -273,9 +272,8 @@ def acdit_sampler(path):
     np.testing.assert_array_equal(solver_table(sampler, LINEAR).t, golden["sample/timesteps"])
     labels = jnp.asarray(golden["sample/y"])
     x_T = jnp.asarray(golden["sample/noise"]).reshape(len(labels), config.num_tokens, -1)
-    out = sample_tokens(
-        config, LINEAR, factorization, sampler, params, image_keys(0, range(len(labels))), labels, x_T=x_T
-    )
+    spec, keys = SamplingSpec(config, LINEAR, factorization, sampler), image_keys(0, range(len(labels)))
+    out = sample_tokens(spec, params, keys, Condition(labels), Given(x_T=x_T))
     in_order = out[:, token_order(factorization, config.grid)]
     assert_close(in_order, golden["sample/out"].reshape(in_order.shape), "samples", limit=1e-3)
 

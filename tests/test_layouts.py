@@ -9,25 +9,25 @@ import pytest
 from flax import nnx
 from helpers import random_params
 
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.factorization import FactorizationConfig, Role, attends, draw_plan
-from causalfusion_jax.core.layouts import LAYOUTS, Layout, image_text_image_layout, pair_layout, single_image_layout
+from causalfusion_jax.core.layouts import TASKS, Task, image_text_image_layout, pair_layout, single_image_layout
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.models.sequence import ImageTokens
 from causalfusion_jax.models.transformer import abstract_model
 
 C, T = 2, 5
 
 
-def document(layout, length, step, one_step=True):
+def document(task, length, step, one_step=True):
     """The tokens of a frame in words: (what, when) of each slot, or None where nothing is.
 
-    `when` is (which part of the document, place within it).
+    `when` is (part of the document, position within it).
     """
-    text_at, image_at = {"text_to_image": (0, 1), "image_to_text": (1, 0), "text": (0, None), "image": (None, 0)}[
-        layout
-    ]
-    steps = [0] * len(step) if layout == "image_to_text" and one_step else list(step)
-    drawn = layout in ("text_to_image", "image")
+    text_at, image_at = {"text_to_image": (0, 1), "image_to_text": (1, 0), "text": (0, None), "image": (None, 0)}[task]
+    steps = [0] * len(step) if task == "image_to_text" and one_step else list(step)
+    drawn = task in ("text_to_image", "image")
     frame = [("condition", (-1, 0))] * C
     frame += [("text", (text_at, i)) if text_at is not None and i < length else None for i in range(T)]
     frame += [("clean", (image_at, s)) if image_at is not None else None for s in steps]
@@ -48,27 +48,27 @@ def dense(frame):
     return np.array([[sees(q, k) for k in frame] for q in frame])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("one_step", [True, False])
-def test_masks_are_the_rule_in_words(layout, one_step):
+def test_masks_are_the_rule_in_words(task, one_step):
     rng = np.random.default_rng(0)
     for _ in range(8):
         length = int(rng.integers(0, T + 1))
         step = np.sort(rng.integers(0, 4, 6))
         step = np.unique(step, return_inverse=True)[1]
-        role, steps = pair_layout(Layout[layout.upper()], C, np.arange(T) < length, step, 6, one_step)
-        expected = dense(document(layout, length, step, one_step))
+        role, steps = pair_layout(Task[task.upper()], C, np.arange(T) < length, step, 6, one_step)
+        expected = dense(document(task, length, step, one_step))
         np.testing.assert_array_equal(attends(role, steps, role, steps), expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_masks_of_one_copy_of_the_image(layout):
+@pytest.mark.parametrize("task", TASKS)
+def test_masks_of_one_copy_of_the_image(task):
     """Transfusion: text causal, the image one step of full attention."""
     for length in (0, 3, T):
-        frame = document(layout, length, [0] * 4)
+        frame = document(task, length, [0] * 4)
         text, clean, noisy = frame[: C + T], frame[C + T : C + T + 4], frame[C + T + 4 :]
-        frame = text + (clean if layout == "image_to_text" else noisy)
-        role, step = single_image_layout(Layout[layout.upper()], C, np.arange(T) < length, np.zeros(4, int))
+        frame = text + (clean if task == "image_to_text" else noisy)
+        role, step = single_image_layout(Task[task.upper()], C, np.arange(T) < length, np.zeros(4, int))
         np.testing.assert_array_equal(attends(role, step, role, step), dense(frame))
 
 
@@ -83,13 +83,13 @@ def test_masks_of_an_image_a_text_and_an_image():
         np.testing.assert_array_equal(attends(role, step, role, step), dense(frame))
 
 
-def test_a_batch_mixes_layouts():
-    layouts = jnp.array([0, 1, 2, 3])
+def test_a_batch_mixes_tasks():
+    tasks = jnp.array([0, 1, 2, 3])
     used = np.arange(T)[None] < np.array([[1], [2], [3], [4]])
     step = jnp.tile(jnp.array([0, 0, 1]), (4, 1))
-    role, steps = pair_layout(layouts, C, used, step, 3)
+    role, steps = pair_layout(tasks, C, used, step, 3)
     for i in range(4):
-        alone = pair_layout(layouts[i], C, used[i], step[i], 3)
+        alone = pair_layout(tasks[i], C, used[i], step[i], 3)
         np.testing.assert_array_equal(role[i], alone[0])
         np.testing.assert_array_equal(steps[i][role[i] != Role.PAD], alone[1][alone[0] != Role.PAD])
 
@@ -111,7 +111,7 @@ def outputs(config, params, args):
     return model.text_logits(hidden), prediction
 
 
-def random_example(rng, layout):
+def random_example(rng, task):
     """Inputs of one example with a drawn order, split and length, and its frame in words."""
     config = FactorizationConfig(gamma=0.95)
     plan = draw_plan(config, MODEL.grid, jax.random.key(int(rng.integers(1 << 30))))
@@ -119,17 +119,17 @@ def random_example(rng, layout):
     text = np.where(np.arange(T) < length, rng.integers(0, 11, T), -1)
     clean, noisy = rng.standard_normal((2, 6, 4)).astype(np.float32)
     one_step = bool(rng.integers(2))
-    frame = document(layout, length, np.asarray(plan.step), one_step)
-    role, step = pair_layout(Layout[layout.upper()], C, text >= 0, plan.step, 6, one_step)
+    frame = document(task, length, np.asarray(plan.step), one_step)
+    role, step = pair_layout(Task[task.upper()], C, text >= 0, plan.step, 6, one_step)
     return dict(text=text, clean=clean, noisy=noisy, order=np.asarray(plan.order), role=role, step=step), frame
 
 
 @pytest.mark.parametrize("config", [MODEL, ADALN], ids=["in_context", "adaln"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_leaks(config, layout):
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_leaks(config, task):
     """Changing any token leaves every output that must not see it bit-unchanged, and changes the others."""
     params, rng = random_params(config), np.random.default_rng(3)
-    example, frame = random_example(rng, layout)
+    example, frame = random_example(rng, task)
     frame = frame[C - config.num_condition_tokens :]
     tokens, c = T + 12, config.num_condition_tokens
     batch = {name: np.repeat(np.asarray(value)[None], tokens, axis=0) for name, value in example.items()}
@@ -137,8 +137,9 @@ def test_nothing_leaks(config, layout):
 
     def run():
         order = batch["order"]
-        args = (batch["text"], batch["clean"], batch["noisy"], np.full((tokens, 1), 300), order, order, role, step)
-        return [np.asarray(out) for out in outputs(config, params, (np.full(tokens, 5), *args))]
+        condition = Condition(np.full(tokens, 5), batch["text"])
+        clean, noisy = ImageTokens(batch["clean"], order), ImageTokens(batch["noisy"], order, np.full((tokens, 1), 300))
+        return [np.asarray(out) for out in outputs(config, params, (condition, clean, noisy, role, step))]
 
     before = run()
     # In each copy one token of text, clean or noisy is another.
@@ -148,7 +149,7 @@ def test_nothing_leaks(config, layout):
         else:
             batch["clean" if i < T + 6 else "noisy"][i, (i - T) % 6] += 1.0
     after = run()
-    # Who learns of whom, through any number of layers.
+    # Dependence through any number of layers.
     reach = dense(frame)
     for _ in range(5):
         reach = reach | (reach.astype(int) @ reach > 0)
@@ -156,6 +157,6 @@ def test_nothing_leaks(config, layout):
         if frame[c + i] is None:
             continue
         for old, new, first in zip(before, after, (c, c + T + 6), strict=True):
-            for place in (place for place in range(old.shape[1]) if frame[first + place] is not None):
-                same = np.array_equal(old[i, place], new[i, place])
-                assert same != reach[first + place, c + i], (layout, i, place)
+            for position in (i for i in range(old.shape[1]) if frame[first + i] is not None):
+                same = np.array_equal(old[i, position], new[i, position])
+                assert same != reach[first + position, c + i], (task, i, position)

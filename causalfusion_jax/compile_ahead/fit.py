@@ -20,7 +20,8 @@ from causalfusion_jax.compile_ahead.compiler import Compiled
 from causalfusion_jax.config.slices import SliceJob, check
 from causalfusion_jax.config.training import ObjectiveConfig
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.training.objective import batch_key, example_keys, training_loss
+from causalfusion_jax.training.draws import batch_key, example_keys
+from causalfusion_jax.training.objective import training_loss
 from causalfusion_jax.training.state import abstract_state
 
 Compile = Callable[[SliceJob], Compiled]

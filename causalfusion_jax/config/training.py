@@ -6,7 +6,7 @@ import math
 from causalfusion_jax.common.errors import require, require_number, require_one_of
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, num_visible_clean, places_per_t
-from causalfusion_jax.core.layouts import LAYOUTS, Layout
+from causalfusion_jax.core.layouts import TASKS, Task
 from causalfusion_jax.models.config import Architecture, TransformerConfig
 from causalfusion_jax.models.flops import training_flops
 
@@ -148,14 +148,14 @@ class JointConfig:
     read_noise: float = 0.0
 
     def __post_init__(self):
-        for name in LAYOUTS:
+        for name in TASKS:
             require_number(name, getattr(self, name), 0.0, 1.0)
         total = sum(self.mixture)
         require(
             math.isclose(total, 1.0, abs_tol=1e-6),
             "text_to_image",
             self.text_to_image,
-            f"{', '.join(LAYOUTS)} must sum to 1; they sum to {total:g}",
+            f"{', '.join(TASKS)} must sum to 1; they sum to {total:g}",
         )
         require_number("text_weight", self.text_weight, 0.0)
         require_number("prompt_dropout", self.prompt_dropout, 0.0, 1.0)
@@ -166,12 +166,12 @@ class JointConfig:
 
     @property
     def mixture(self) -> tuple[float, ...]:
-        """Fraction of each layout, in the order of `layouts.Layout`."""
-        return tuple(getattr(self, name) for name in LAYOUTS)
+        """Fraction of each task, in the order of `layouts.Task`."""
+        return tuple(getattr(self, name) for name in TASKS)
 
-    def part(self, layouts: tuple[Layout, ...]) -> float:
-        """Fraction of the examples whose layout is one of `layouts`."""
-        return sum(self.mixture[layout] for layout in layouts)
+    def part(self, tasks: tuple[Task, ...]) -> float:
+        """Fraction of the examples whose task is one of `tasks`."""
+        return sum(self.mixture[task] for task in tasks)
 
     @property
     def drops_text(self) -> bool:

@@ -1,1 +1,1 @@
-"""The two papers at a glance: token order, noise level, layouts, solvers."""
+"""The two papers at a glance: token order, noise level, tasks, conditions, solvers."""

@@ -5,8 +5,8 @@ Every prediction target is a combination a x_0 + b eps, so that target and x_t a
 linear equations in x_0 and eps, and one pair of formulas converts between them all.
 
 `t` is a timestep in 0..T-1 (int) for the discrete schedules, and a time in [0, T]
-(float) for the rectified flow, in the units the network embeds. Nothing here is
-random but `sample_t`.
+(float) for the rectified flow, in the units the network embeds. Only `sample_t` is
+random.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class DiffusionConfig:
         or `velocity` = eps - x_0.
       loss_weight: `none` (plain mean squared error of the target), or `min_snr`
         (Hang et al. 2023): min(SNR, min_snr_gamma) on the error of x_0.
-      t_shared_by: one t for the whole `image`, one an AR `step`, or one a `token`.
-      t_draws: draws of t in an image that AR steps take in turn; 0: each has its own.
+      t_shared_by: one t for the whole `image`, for each AR `step`, or for each `token`.
+      t_draws: number of draws of t in an image, which AR steps take in turn; 0: one for each.
       t_distribution: `uniform`, or `logit_normal` (Esser et al. 2024), for flow.
     """
 
@@ -117,7 +117,7 @@ def _target_coefficients(target: str, alpha, sigma):
 
 
 def make_target(target: str, x_0, eps, alpha, sigma) -> jax.Array:
-    """What the network should predict; x_0, eps [..., dim], alpha, sigma [...]."""
+    """The prediction target; x_0, eps [..., dim], alpha, sigma [...]."""
     a, b = _target_coefficients(target, alpha[..., None], sigma[..., None])
     return a * x_0 + b * eps
 
@@ -150,7 +150,7 @@ def loss_weight(config: DiffusionConfig, alpha, sigma) -> jax.Array:
     if config.loss_weight == "none":
         return jnp.ones_like(alpha)
     if config.target == "x_0":
-        # The formula below is 0/0 where sigma is 0; here SNR is infinite there, and the weight gamma.
+        # The formula below is 0/0 at sigma = 0; this one has an infinite SNR there, and the weight gamma.
         return jnp.minimum((alpha / sigma) ** 2, config.min_snr_gamma)
     a, b = _target_coefficients(config.target, alpha, sigma)
     determinant = alpha * b - sigma * a
@@ -162,10 +162,10 @@ def sample_t(config: DiffusionConfig, key: jax.Array, step) -> jax.Array:
     """Draws the noise levels of one image.
 
     Args:
-      config: names the distribution and what shares a draw.
+      config: the distribution, and which tokens share a draw.
       key: PRNG key.
-      step: int [L], the AR step of each place, or of each group of places that is to
-        have one t (`factorization.places_per_t`).
+      step: int [L], the AR step of each position, or of each group of positions that
+        shares one t (`factorization.places_per_t`).
 
     Returns:
       t at each of them, [L] ([1] where the image shares it): int32 in 0..T-1, or float32

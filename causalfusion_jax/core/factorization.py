@@ -1,13 +1,13 @@
-"""The sequence axis: who is generated when, and who sees whom.
+"""The sequence axis: token orders, autoregressive (AR) steps, and the attention mask that follows.
 
-A sequence is tokens with two small integers each, a *role* and an *AR step*, and
-one rule (`attends`) decides who sees whom. CausalFusion's generalized causal mask,
-ACDiT's skip-causal mask, plain diffusion, token-by-token autoregression, a causal
-language model and Transfusion are all that rule; they differ only in how `order`,
+A token has two small integers, a *role* and an *AR step*, and one rule (`attends`)
+gives the attention mask from them. CausalFusion's generalized causal mask, ACDiT's
+skip-causal mask, plain diffusion, token-by-token autoregression, a causal language
+model and Transfusion are instances of that rule; they differ only in how `order`,
 `step` and `weight` are filled in (CausalFusion section 3, ACDiT section 3.2).
 
-`L` is the number of image tokens. A *place* is a position in the generated
-sequence; `order[place]` is the token of the grid that stands there.
+`L` is the number of image tokens. A *position* counts tokens in the order of
+generation, 0..L-1; `order[position]` is the token of the grid generated there.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ CONDITION_STEP = -1
 """AR step of every condition token: before all others."""
 
 EMPTY_STEP = np.iinfo(np.int32).max
-"""AR step of a slot that holds nothing (yet): after all others, so nobody sees it."""
+"""AR step of an empty slot: after all others, so that no token attends to it."""
 
 ORDERS = ("raster", "block_raster", "dilated", "random", "square_blocks")
 STEPS = ("decay", "uniform", "fixed", "block")
@@ -34,7 +34,7 @@ WEIGHTS = ("linear", "cosine", "none")
 
 
 class Role(enum.IntEnum):
-    """What a token is to the others."""
+    """How a token takes part in attention."""
 
     CONDITION = 0
     CLEAN = 1
@@ -49,19 +49,19 @@ class FactorizationConfig:
     Attributes:
       order: token order: raster, block_raster, dilated, random, square_blocks.
       order_block: side of a block (block_raster), stride (dilated), or tokens in a
-        block (square_blocks). Has no meaning for raster and random: leave it 0.
-      steps: how the L places are cut into AR steps. `decay`: P(S=i) ∝ gamma^(i-1),
+        block (square_blocks); 0 for raster and random, which have no blocks.
+      steps: how the L positions are split into AR steps. `decay`: P(S=i) ∝ gamma^(i-1),
         then S-1 cut points uniformly among the L-1 (CausalFusion section 3.3);
-        `uniform`: the same with gamma = 1; `fixed`: `num_steps` equal steps;
+        `uniform`: `decay` with gamma = 1; `fixed`: `num_steps` equal steps;
         `block`: steps of `block_size` tokens (ACDiT).
-      steps_shared_by: drawn AR steps are those of one `image`, or of the whole `batch` (as
-        released with CausalFusion), so that clean tokens which nobody in it looks at can be
-        left out (`train.length_buckets`).
+      steps_shared_by: AR steps are drawn for each `image`, or once for the whole `batch` (as
+        released with CausalFusion), so that unattended clean tokens can be left out
+        (`train.length_buckets`).
       gamma: decay of the number of AR steps, for `decay`.
       num_steps: number of AR steps, for `fixed`.
       block_size: tokens in an AR step, for `block`.
       weight: AR loss weight, falling `linear`ly or by half a `cosine` from
-        `weight_max` to `weight_min` with the place at which the step begins.
+        `weight_max` to `weight_min` with the position at which the step begins.
     """
 
     order: str = "random"
@@ -109,12 +109,12 @@ class FactorizationConfig:
 
 
 class Plan(NamedTuple):
-    """One way to generate an image; arrays [..., L], one entry a place.
+    """A factorization of an image over the sequence axis; arrays [..., L], one entry a position.
 
     Attributes:
-      order: int32, the grid token at each place.
-      step: int32, the AR step of each place, non-decreasing from 0.
-      weight: float32, the AR loss weight of each place.
+      order: int32, the grid token at each position.
+      step: int32, the AR step of each position, non-decreasing from 0.
+      weight: float32, the AR loss weight of each position.
     """
 
     order: jax.Array
@@ -126,18 +126,18 @@ class Plan(NamedTuple):
 
 
 def attends(q_role, q_step, k_role, k_step, q_document=None, k_document=None) -> jax.Array:
-    """Who sees whom: the one attention rule.
+    """The attention mask: whether each query attends to each key.
 
-    A noisy key is seen only by the noisy tokens of its own AR step. Any other key is
-    seen by all later steps, and within its own step by all but the noisy tokens
-    (which must not see their own clean selves). Padding sees and is seen by padding
-    alone, so that no row of the mask is empty.
+    Only noisy queries of the same AR step attend to a noisy key. Queries of all later
+    steps attend to any other key, and so do queries of its own step, except the noisy
+    ones (which must not attend to their own clean values). Padding attends and is
+    attended to by padding alone, so that no row of the mask is empty.
 
     Args:
       q_role, q_step: int [..., q].
       k_role, k_step: int [..., k].
-      q_document, k_document: int [..., q] and [..., k], of sequences that are packed into one:
-        tokens of different documents do not see each other. Default: one document.
+      q_document, k_document: int [..., q] and [..., k], of several sequences packed into one:
+        tokens of different documents do not attend to each other. Default: one document.
 
     Returns:
       bool [..., q, k].
@@ -156,11 +156,11 @@ def attends(q_role, q_step, k_role, k_step, q_document=None, k_document=None) ->
 
 
 def tile_may_attend(q_role, q_step, k_role, k_step, q_tile: int, k_tile: int) -> jax.Array:
-    """A bound of `attends` per tile, from the least and greatest step in each tile.
+    """An upper bound of `attends` per tile, from the least and greatest step in each tile.
 
-    A tile that this calls invisible holds no visible pair; a kernel may skip it.
-    Tiles of one role (as in training layouts with aligned parts) are bounded
-    tightly, mixed ones conservatively.
+    Where it is False, the mask is False in the whole tile, and a kernel may skip it.
+    The bound is tight for tiles of one role (as in training layouts with aligned
+    parts), and conservative for mixed ones.
 
     Args:
       q_role, q_step: int [..., q], q a multiple of `q_tile`.
@@ -210,8 +210,8 @@ def training_layout(num_condition: int, step, num_clean: int | None = None) -> t
 
     Args:
       num_condition: number of condition tokens C.
-      step: int32 [..., L], the AR step of each place.
-      num_clean: the first so many places have a clean token K; default: all L.
+      step: int32 [..., L], the AR step of each position.
+      num_clean: K, the first K positions have a clean token; default: L.
 
     Returns:
       role, step: int32 [..., C + K + L].
@@ -264,7 +264,7 @@ def token_order(config: FactorizationConfig, grid: tuple[int, ...], key: jax.Arr
       key: PRNG key, needed by `random` only.
 
     Returns:
-      int32 [L]: the grid token (raster index) at each place.
+      int32 [L]: the grid token (raster index) at each position.
 
     Raises:
       InputError: the order's blocks do not fit the grid.
@@ -296,7 +296,7 @@ def equal_steps(num_tokens: int, num_steps: int) -> np.ndarray:
 
 
 def step_sizes_to_step(sizes) -> np.ndarray:
-    """AR step of each place from the sizes of the steps; int32 [sum(sizes)]."""
+    """AR step of each position from the sizes of the steps; int32 [sum(sizes)]."""
     return np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
 
 
@@ -307,7 +307,7 @@ def num_steps_probabilities(num_tokens: int, gamma: float) -> np.ndarray:
 
 
 def static_steps(config: FactorizationConfig, num_tokens: int) -> np.ndarray | None:
-    """AR step of each place where all images share it, int32 [L]; None where it is drawn."""
+    """AR step of each position if all images share it, int32 [L]; None if it is drawn."""
     if config.steps == "fixed":
         return equal_steps(num_tokens, config.num_steps)
     if config.steps == "block":
@@ -316,19 +316,19 @@ def static_steps(config: FactorizationConfig, num_tokens: int) -> np.ndarray | N
 
 
 def num_visible_clean(config: FactorizationConfig, num_tokens: int) -> int:
-    """The first so many places need a clean token in training.
+    """Number of positions, the first ones, that need a clean token in training.
 
-    Nobody looks at the clean tokens of the last AR step. Where the steps are drawn, the
-    last one may be a single token, and all L are kept.
+    Clean tokens of the last AR step are unattended. Where the steps are drawn, the last
+    one may be a single token, and all L are kept.
     """
     step = static_steps(config, num_tokens)
     return num_tokens if step is None else int(np.sum(step < step[-1]))
 
 
 def places_per_t(config: FactorizationConfig, num_tokens: int) -> int:
-    """Consecutive places that share a noise level drawn for each AR step.
+    """Consecutive positions that share a noise level, where one is drawn for each AR step.
 
-    The steps' size where it is one and the same, so that what depends on the level is
+    The size of the steps if all are equal, so that what depends on the noise level is
     computed once a step; else 1.
     """
     step = static_steps(config, num_tokens)
@@ -338,7 +338,7 @@ def places_per_t(config: FactorizationConfig, num_tokens: int) -> int:
 
 
 def ar_steps(config: FactorizationConfig, num_tokens: int, key: jax.Array):
-    """Cuts L places into AR steps.
+    """Splits L positions into AR steps.
 
     Args:
       config: names the sampler.
@@ -365,15 +365,15 @@ def ar_steps(config: FactorizationConfig, num_tokens: int, key: jax.Array):
 
 
 def step_start(step) -> jax.Array:
-    """The place at which each place's AR step begins; int32 [..., L]."""
+    """The position at which the AR step of each position begins; int32 [..., L]."""
     step = jnp.asarray(step)
     first = jnp.concatenate([jnp.ones_like(step[..., :1], bool), step[..., 1:] != step[..., :-1]], axis=-1)
-    places = jnp.where(first, jnp.arange(step.shape[-1], dtype=jnp.int32), 0)
-    return jax.lax.cummax(places, axis=places.ndim - 1)
+    positions = jnp.where(first, jnp.arange(step.shape[-1], dtype=jnp.int32), 0)
+    return jax.lax.cummax(positions, axis=positions.ndim - 1)
 
 
 def ar_weights(config: FactorizationConfig, step) -> jax.Array:
-    """AR loss weights: later steps see more context and weigh less.
+    """AR loss weights: later steps have more context and smaller weights.
 
     w = min + (max - min) * f(start / L), with f(u) = 1 - u (linear) or
     (1 + cos(pi u)) / 2 (cosine); constant within a step (CausalFusion section 3.3).
@@ -400,9 +400,8 @@ def draw_plan(
     Args:
       config: what to draw.
       grid: token rows and columns, after frames for a video.
-      key: the image's own.
-      batch_key: the batch's, which decides the AR steps where the batch shares them;
-        default: the image's own.
+      key: PRNG key of the image.
+      batch_key: PRNG key of the batch, for AR steps that the batch shares; default: `key`'s.
     """
     order_key, step_key = jax.random.split(key)
     order = jnp.asarray(token_order(config, grid, order_key))
@@ -413,6 +412,6 @@ def draw_plan(
 
 
 def num_visible_clean_of_batch(config: FactorizationConfig, num_tokens: int, batch_key: jax.Array) -> jax.Array:
-    """The same as `num_visible_clean` for a batch that shares drawn AR steps; int32 []."""
+    """`num_visible_clean` of a batch that shares drawn AR steps; int32 []."""
     step = ar_steps(config, num_tokens, batch_key)
     return jnp.sum(step < step[-1])

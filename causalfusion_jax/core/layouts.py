@@ -1,13 +1,13 @@
-"""Texts and images in one sequence: ways to fill in roles and AR steps.
+"""Texts and images in one sequence: how tasks fill in roles and AR steps.
 
-A text token is CLEAN with an AR step of its own; an image brings its clean and its noisy
-tokens with the AR steps of its plan. What comes after sees what comes before by the one
-rule (`factorization.attends`), wherever in the array its tokens stand, so one static frame
+Text tokens are CLEAN, one AR step each. An image contributes clean and noisy tokens with the AR
+steps of its plan. By the attention rule (`factorization.attends`) later steps attend to earlier
+ones, whatever their positions in the array, so one static sequence
 
     [condition | texts | clean images | noisy images]
 
-holds every layout: text before or after an image, either alone, images before and after a
-text. What a layout leaves out is PAD.
+serves every task: text before or after an image, either alone, or a text between two images.
+Tokens that a task does not use are PAD.
 """
 
 import enum
@@ -21,10 +21,10 @@ import numpy as np
 from causalfusion_jax.core.factorization import CONDITION_STEP, Role
 
 NO_TOKEN = -1
-"""Id of a text slot that holds no token."""
+"""Token id of an empty text slot."""
 
 
-class Layout(enum.IntEnum):
+class Task(enum.IntEnum):
     """What is given, and what is generated."""
 
     TEXT_TO_IMAGE = 0
@@ -33,19 +33,19 @@ class Layout(enum.IntEnum):
     IMAGE = 3
 
 
-LAYOUTS = tuple(layout.name.lower() for layout in Layout)
-"""Their names, in order."""
+TASKS = tuple(task.name.lower() for task in Task)
+"""Names of the tasks, in the order of their values."""
 
-WITH_NEW_IMAGE = (Layout.TEXT_TO_IMAGE, Layout.IMAGE)
-WITH_NEW_TEXT = (Layout.IMAGE_TO_TEXT, Layout.TEXT)
-"""Layouts whose image, or text, is generated rather than given."""
+WITH_NEW_IMAGE = (Task.TEXT_TO_IMAGE, Task.IMAGE)
+WITH_NEW_TEXT = (Task.IMAGE_TO_TEXT, Task.TEXT)
+"""Tasks that generate an image, or a text."""
 
 
 class TextPart(NamedTuple):
     """A text in the sequence.
 
     Attributes:
-      used: bool [..., T], the slots that hold a token.
+      used: bool [..., T], whether a slot holds a token.
       begin: int [...], AR step of the first slot.
     """
 
@@ -57,12 +57,12 @@ class ImagePart(NamedTuple):
     """An image in the sequence.
 
     Attributes:
-      step: int [..., L], AR step of each place, from 0.
-      begin: int [...], AR step of the first.
-      clean: bool [...], whether its clean tokens are there, for what comes later.
-      noisy: bool [...], whether its noisy tokens are there: whether it is generated; None: it
-        has no slots for them.
-      num_clean: the first so many places have a slot for a clean token.
+      step: int [..., L], AR step of each position, from 0.
+      begin: int [...], added to `step`: AR step of the first position.
+      clean: bool [...], whether the clean tokens are used, as context of later tokens.
+      noisy: bool [...], whether the noisy tokens are used: whether the image is generated; None:
+        the sequence has no noisy tokens of it.
+      num_clean: the first `num_clean` positions have a clean token.
     """
 
     step: jax.Array
@@ -79,7 +79,7 @@ def sequence_layout(
 
     Args:
       num_condition: number of condition tokens C.
-      texts, images: the parts, in the order of their slots.
+      texts, images: the parts, in the order of the sequence.
 
     Returns:
       role, step: int32 [..., C + sum of T + sum of K + sum of L].
@@ -108,46 +108,46 @@ def sequence_layout(
 
 
 def pair_layout(
-    layout, num_condition: int, text_used, step, num_clean: int, read_in_one_step: bool = True
+    task, num_condition: int, text_used, step, num_clean: int, read_in_one_step: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Roles and steps of one text and one image, `[condition | text | clean | noisy]`.
 
-    - text_to_image: the text's steps, then those of the image, clean and noisy.
+    - text_to_image: the text's steps, then the image's, clean and noisy.
     - image_to_text: the clean image, then the text.
-    - text, image: that alone.
+    - text, image: the text, or the image, alone.
 
     Args:
-      layout: int [...], of `Layout`: each example its own.
+      task: int [...], a `Task` for each example.
       num_condition: number of condition tokens.
-      text_used: bool [..., T], the text slots that hold a token.
-      step: int [..., L], AR step of each place of the image.
-      num_clean: the first so many places have a clean token.
-      read_in_one_step: a given image is one AR step, whatever `step` says.
+      text_used: bool [..., T], whether a text slot holds a token.
+      step: int [..., L], AR step of each position of the image.
+      num_clean: the first `num_clean` positions have a clean token.
+      read_in_one_step: a given image is one AR step, instead of those in `step`.
 
     Returns:
       role, step: int32 [..., C + T + K + L].
     """
-    layout, step = jnp.asarray(layout), jnp.asarray(step)
-    read = layout == Layout.IMAGE_TO_TEXT
-    text = TextPart(text_used & (layout != Layout.IMAGE)[..., None], jnp.where(read, step.shape[-1], 0))
+    task, step = jnp.asarray(task), jnp.asarray(step)
+    read = task == Task.IMAGE_TO_TEXT
+    text = TextPart(text_used & (task != Task.IMAGE)[..., None], jnp.where(read, step.shape[-1], 0))
     image = ImagePart(
         step=jnp.where(read[..., None] & read_in_one_step, 0, step),
-        begin=jnp.where(layout == Layout.TEXT_TO_IMAGE, text_used.shape[-1], 0),
-        clean=layout != Layout.TEXT,
-        noisy=generates(WITH_NEW_IMAGE, layout),
+        begin=jnp.where(task == Task.TEXT_TO_IMAGE, text_used.shape[-1], 0),
+        clean=task != Task.TEXT,
+        noisy=generates(WITH_NEW_IMAGE, task),
         num_clean=num_clean,
     )
     return sequence_layout(num_condition, [text], [image])
 
 
-def single_image_layout(layout, num_condition: int, text_used, step) -> tuple[jax.Array, jax.Array]:
-    """The same for a frame with one copy of the image, `[condition | text | image]`.
+def single_image_layout(task, num_condition: int, text_used, step) -> tuple[jax.Array, jax.Array]:
+    """`pair_layout` for a sequence with one copy of the image, `[condition | text | image]` (Transfusion).
 
-    Transfusion's: the image is one AR step, so nobody needs clean tokens beside its noisy
-    ones. Where it is given and not generated, its tokens are CLEAN instead, to be seen.
+    The image is one AR step, so its clean tokens would be unattended while it is generated. Where
+    the image is given, its tokens are CLEAN instead of NOISY, so that the text attends to them.
 
     Args:
-      layout: int [...], of `Layout`.
+      task: int [...], a `Task` for each example.
       num_condition: number of condition tokens.
       text_used: bool [..., T].
       step: int [..., L], all 0.
@@ -155,13 +155,13 @@ def single_image_layout(layout, num_condition: int, text_used, step) -> tuple[ja
     Returns:
       role, step: int32 [..., C + T + L].
     """
-    with_clean = pair_layout(layout, num_condition, text_used, step, step.shape[-1])
-    read = (jnp.asarray(layout) == Layout.IMAGE_TO_TEXT)[..., None]
-    head = num_condition + text_used.shape[-1]
+    with_clean = pair_layout(task, num_condition, text_used, step, step.shape[-1])
+    read = (jnp.asarray(task) == Task.IMAGE_TO_TEXT)[..., None]
+    begin = num_condition + text_used.shape[-1]
 
     def one_copy(a):
-        clean, noisy = jnp.split(a[..., head:], 2, axis=-1)
-        return jnp.concatenate([a[..., :head], jnp.where(read, clean, noisy)], axis=-1)
+        clean, noisy = jnp.split(a[..., begin:], 2, axis=-1)
+        return jnp.concatenate([a[..., :begin], jnp.where(read, clean, noisy)], axis=-1)
 
     role, step = with_clean
     return one_copy(role), one_copy(step)
@@ -174,9 +174,9 @@ def image_text_image_layout(
 
     Args:
       num_condition: number of condition tokens.
-      first_step, second_step: int [..., L], AR steps of the images' places.
-      text_used: bool [..., T].
-      num_clean: the first so many places of the second image have a clean token.
+      first_step, second_step: int [..., L], AR steps of the images' positions.
+      text_used: bool [..., T], whether a text slot holds a token.
+      num_clean: the first `num_clean` positions of the second image have a clean token.
 
     Returns:
       role, step: int32 [..., C + T + L + K + L], of `[condition | text | first clean | second
@@ -190,6 +190,6 @@ def image_text_image_layout(
     return sequence_layout(num_condition, [TextPart(text_used, jnp.int32(length))], images)
 
 
-def generates(which: Sequence[Layout], layout) -> jax.Array:
-    """Whether each of `layout` is one of `which` (WITH_NEW_IMAGE, WITH_NEW_TEXT); bool, its shape."""
-    return jnp.isin(jnp.asarray(layout), np.array(which))
+def generates(tasks: Sequence[Task], task) -> jax.Array:
+    """Whether each of `task`, int [...], is one of `tasks` (WITH_NEW_IMAGE or WITH_NEW_TEXT); bool [...]."""
+    return jnp.isin(jnp.asarray(task), np.array(tasks))

@@ -72,8 +72,8 @@ class SolverTable(NamedTuple):
 
     Attributes:
       t: timestep given to the network; alpha, sigma: the schedule there.
-      c_x, c_begin, c_x_0, c_previous, c_noise: see the module's text.
-      begins: whether the x of this row is where a step begins.
+      c_x, c_begin, c_x_0, c_previous, c_noise: coefficients of the module's update.
+      begins: whether a step begins at the x of this row.
     """
 
     t: np.ndarray
@@ -91,7 +91,7 @@ def timesteps(config: SolverConfig, diffusion: DiffusionConfig) -> np.ndarray:
     """Noise levels from the noisiest down, [steps]; int64, or float64 for the flow.
 
     Raises:
-      InputError: more steps than timesteps, or a spacing the schedule does not have.
+      InputError: more steps than timesteps, or a spacing that the schedule does not have.
     """
     T, n = diffusion.num_timesteps, config.solver_steps
     if diffusion.is_continuous:
@@ -133,7 +133,7 @@ def solver_table(config: SolverConfig, diffusion: DiffusionConfig) -> SolverTabl
             config.solver,
             f"integrates the flow, not schedule {diffusion.schedule}; use ddpm, ddim or dpmpp_2m",
         )
-    # Where each step leads: the next level, and from the last one to clean data.
+    # The noise level that each step leads to: the next one, and from the last one clean data.
     to_alpha, to_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     coefficients = {
         "ddpm": lambda: _ancestral(alpha, sigma, to_alpha, to_sigma, config.variance),
@@ -180,7 +180,7 @@ def _dpmpp_2m(alpha, sigma, to_alpha, to_sigma):
     gain = -to_alpha * np.expm1(-h)
     extrapolation = np.zeros(len(alpha))
     if len(alpha) > 2:
-        # h(i) / (2 h(i-1)): how far to go along the change of x_0 between two rows.
+        # h(i) / (2 h(i-1)): the extrapolation along the change of x_0 between two rows.
         extrapolation[1:-1] = 0.5 * h[1:-1] / h[:-2]
     return dict(c_x=to_sigma / sigma, c_x_0=gain * (1.0 + extrapolation), c_previous=-gain * extrapolation)
 

@@ -37,7 +37,7 @@ from causalfusion_jax.evaluation.probe import top_accuracies
 from causalfusion_jax.models.layers import drop_path_scale, normalize
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.training.objective import example_keys
+from causalfusion_jax.training.draws import example_keys
 from causalfusion_jax.training.optimizer import make_optimizer
 from causalfusion_jax.training.state import lower_step, place_abstract, update_ema
 from causalfusion_jax.training.stopping import StopSignal, TrainingDiverged

@@ -14,8 +14,8 @@ from causalfusion_jax.data import scores
 from causalfusion_jax.data.source import Source
 from causalfusion_jax.evaluation import inception_metrics
 from causalfusion_jax.metrics.registry import FEATURE_METRICS
-from causalfusion_jax.sampling.conditions import make_conditions
-from causalfusion_jax.sampling.generation import generate_images, image_shares
+from causalfusion_jax.sampling.conditions import default_condition
+from causalfusion_jax.sampling.generation import SamplingJob, generate_images, image_shares
 from causalfusion_jax.sampling.trained import make_autoencoder
 
 
@@ -77,7 +77,9 @@ class Evaluator:
             self._decode = make_autoencoder(evaluation.vae, config, "config.evaluation.vae").decode
         if evaluation.needs_inception:
             self._open_inception()
-        self._conditions = make_conditions(config, evaluation.num_images, source)
+        condition, self._classes = default_condition(config, evaluation.num_images, source)
+        seed, batch_size = config.train.seed, evaluation.sample_batch_size
+        self._job = SamplingJob(config, config.sampling, condition, seed, batch_size, self._decode)
 
     def _open_inception(self) -> None:
         evaluation, metric = self._config.evaluation, self._config.evaluation.metric
@@ -110,17 +112,14 @@ class Evaluator:
           ema: the weights, sharded as in training.
           between_batches: called after each batch of samples, on all processes; may raise to end the evaluation.
         """
-        config, evaluation = self._config, self._config.evaluation
-        labels, text, _ = self._conditions
-        sampled = (config, config.sampling, ema, labels, config.train.seed, evaluation.sample_batch_size)
-        inputs = {"decode": self._decode, "text": text}
         if self._inception is None:
-            images = generate_images(*sampled, progress=lambda done: between_batches(), **inputs)
+            images = generate_images(self._job, ema, progress=lambda done: between_batches())
             return distributed.on_primary(lambda: self._pixel_scores(images))
-        collected, numbers = inception_metrics.Collected([evaluation.metric]), collections.deque()
+        collected = inception_metrics.Collected([self._config.evaluation.metric])
+        numbers = collections.deque()
 
         def shares() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for share in image_shares(*sampled, **inputs):
+            for share in image_shares(self._job, ema):
                 between_batches()
                 yield share
 
@@ -135,7 +134,7 @@ class Evaluator:
         return distributed.on_primary(lambda: self._inception_score(whole))
 
     def _pixel_scores(self, images: np.ndarray) -> dict[str, float]:
-        values = scores.score(self._config.data, images, self._conditions.classes)
+        values = scores.score(self._config.data, images, self._classes)
         known = _pixel_metrics(self._config)
         return {name: value for name, value in values.items() if name in known}
 

@@ -16,7 +16,6 @@ from causalfusion_jax.config.probe import ProbeConfig
 from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.registry import make_held_out_source, make_source
 from causalfusion_jax.evaluation.features import (
-    chosen,
     first_layers,
     has_clean_tokens,
     images_in_order,
@@ -25,6 +24,7 @@ from causalfusion_jax.evaluation.features import (
     over_images,
     place_params,
     pooled,
+    random_subset,
 )
 from causalfusion_jax.evaluation.probe import Classified
 from causalfusion_jax.models.params import Params
@@ -90,7 +90,7 @@ class Study:
             reading, params = first_layers(reading, params, self.layer)
         placed, s, parts = place_params(params, reading.model, self.mesh), self.probe, []
         for i, (part, source) in enumerate({"training": self.source, "held-out": self.held_out}.items()):
-            indices = chosen(len(source), s.max_images, s.seed)
+            indices = random_subset(len(source), s.max_images, s.seed)
             images = images_in_order(source, self.data, s.read_batch_size, indices)
             total = len(indices)
 

@@ -32,12 +32,12 @@ def linear(in_features, out_features, axes, config, rngs, *, use_bias=True, kern
 
 
 def on_noisy(x, num_clean: int, scale, shift=None):
-    """`x * scale + shift` on all but the first `num_clean` tokens.
+    """`x * scale + shift` on the noisy tokens.
 
     Args:
       x: [batch, tokens, dim].
-      num_clean: these come first and stay as they are.
-      scale, shift: [batch, groups, dim], each for as many consecutive noisy tokens.
+      num_clean: the first `num_clean` tokens are not noisy, and returned unchanged.
+      scale, shift: [batch, groups, dim], each for an equal number of consecutive noisy tokens.
     """
     clean, noisy = x[:, :num_clean], x[:, num_clean:]
     groups = noisy.reshape(*scale.shape[:2], -1, x.shape[-1]) * scale[:, :, None]
@@ -47,17 +47,17 @@ def on_noisy(x, num_clean: int, scale, shift=None):
 
 
 class Context(NamedTuple):
-    """What the new tokens of a pass through the trunk have in common in all layers.
+    """Inputs that all layers share.
 
     Attributes:
       mask: which cached and new tokens they attend to.
       rope: cosines and sines of their positions, [batch, tokens, head_dim], or None.
-      condition: `Transformer.noise_condition` of the noisy ones, or None.
+      noise_embedding: from `Transformer.embed_noise`, or None.
     """
 
     mask: AttentionMask
     rope: tuple[jax.Array, jax.Array] | None
-    condition: jax.Array | None
+    noise_embedding: jax.Array | None
 
 
 class Block(nnx.Module):
@@ -75,7 +75,7 @@ class Block(nnx.Module):
             bias_init=with_axes(nnx.initializers.zeros, None, "heads", "head_dim"),
             rngs=rngs,
         )
-        # Without scale and bias the norm of queries and keys could not be undone.
+        # Queries and keys need a learned scale, even where the other norms have none.
         qk_norm = "layer" if c.norm == "plain" else c.norm
         self.q_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
         self.k_norm = Norm(qk_norm, c.head_dim, "head_dim") if c.qk_norm else None
@@ -99,7 +99,7 @@ class Block(nnx.Module):
 
         Args:
           h: [batch, tokens, hidden].
-          context: mask, positions and condition of the tokens.
+          context: attention mask, positions and noise embedding of the tokens.
           cached: keys, values [batch / copies, slots, heads, head_dim] of earlier tokens,
             or None.
           num_clean: number of tokens at the start that are not modulated.
@@ -108,9 +108,9 @@ class Block(nnx.Module):
         Returns:
           h, and the keys and values of the new tokens.
         """
-        modulated = context.condition is not None
+        modulated = context.noise_embedding is not None
         if modulated:
-            shifts, scales, gates = zip(*_triples(self.modulation(context.condition)), strict=True)
+            shifts, scales, gates = zip(*_triples(self.modulation(context.noise_embedding)), strict=True)
 
         def normed(norm, i):
             x = on_rows(norm, h)
@@ -133,7 +133,7 @@ class Block(nnx.Module):
 
 
 def modulation_layer(parts: int, config, rngs):
-    """adaLN-zero: shifts, scales and gates from the condition; None for in_context."""
+    """adaLN-zero: shifts, scales and gates from the noise embedding; None for in_context."""
     if config.conditioning != "adaln":
         return None
     return linear(

@@ -8,9 +8,9 @@ def forward_flops(
 ) -> int:
     """Matrix-product FLOPs of `new_tokens` through the trunk and its token head.
 
-    A multiply-add counts as two. Attention counts every one of `seen_tokens` keys
-    (default: the new ones) for every query, as the dense path computes it; adaLN counts
-    each of `noise_levels` once a layer.
+    A multiply-add counts as two. Attention counts all `seen_tokens` keys (default: the
+    new tokens) for every query, as dense attention computes it; adaLN counts each of
+    `noise_levels` once a layer.
     """
     c = config
     seen_tokens = new_tokens if seen_tokens is None else seen_tokens
@@ -21,7 +21,7 @@ def forward_flops(
 
 
 def text_head_flops(config: TransformerConfig, tokens: int) -> int:
-    """Matrix-product FLOPs of the next-token head on so many text tokens."""
+    """Matrix-product FLOPs of the next-token head on `tokens` text tokens."""
     return 2 * tokens * config.hidden * config.text_vocab
 
 
@@ -30,8 +30,8 @@ def training_flops(config: TransformerConfig, num_clean: int | None = None, nois
 
     Args:
       config: the network.
-      num_clean: places with a clean token; default: all.
-      noise_levels: distinct t in an image.
+      num_clean: number of positions with a clean token; default: all.
+      noise_levels: number of distinct t in an image.
     """
     num_clean = config.num_tokens if num_clean is None else num_clean
     tokens = config.num_condition_tokens + config.text_tokens + num_clean + config.num_tokens

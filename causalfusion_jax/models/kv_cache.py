@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that are already clean."""
+"""Keys and values of condition and clean tokens."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from causalfusion_jax.core.factorization import EMPTY_STEP
 class KVCache:
     """A preallocated, append-only cache, scanned with the layers.
 
-    Every slot holds a condition or clean token, so its AR step alone decides who sees
-    it; an empty slot carries EMPTY_STEP and is seen by nobody.
+    Every slot holds a condition or clean token, so its AR step alone decides which queries
+    attend to it; the step of an empty slot is EMPTY_STEP, to which none does.
 
     Attributes:
       k, v: [layers, batch, slots, heads, head_dim].
       step: int32 [batch, slots].
-      length: int32 [], number of slots in use; where the next append writes.
+      length: int32 [], number of slots in use; the next append begins there.
     """
 
     k: jax.Array
@@ -36,7 +36,7 @@ class KVCache:
     def append(self, k, v, step, count) -> "KVCache":
         """Writes n tokens at `length`, of which the first `count` are kept.
 
-        The rest are padding: they stay invisible and the next append overwrites them.
+        The rest are padding, which is masked, and which the next append overwrites.
         The caller leaves room for n slots.
 
         Args:
@@ -44,10 +44,19 @@ class KVCache:
           step: int32 [batch, n]; EMPTY_STEP for padding.
           count: int32 [], at most n.
         """
-        at = self.length
+        begin = self.length
         return KVCache(
-            k=jax.lax.dynamic_update_slice_in_dim(self.k, k.astype(self.k.dtype), at, axis=2),
-            v=jax.lax.dynamic_update_slice_in_dim(self.v, v.astype(self.v.dtype), at, axis=2),
-            step=jax.lax.dynamic_update_slice_in_dim(self.step, step, at, axis=1),
-            length=at + count,
+            k=jax.lax.dynamic_update_slice_in_dim(self.k, k.astype(self.k.dtype), begin, axis=2),
+            v=jax.lax.dynamic_update_slice_in_dim(self.v, v.astype(self.v.dtype), begin, axis=2),
+            step=jax.lax.dynamic_update_slice_in_dim(self.step, step, begin, axis=1),
+            length=begin + count,
         )
+
+    def select(self, examples) -> "KVCache":
+        """The cache of some examples; `examples` is a slice, or int [num]."""
+        return KVCache(self.k[:, examples], self.v[:, examples], self.step[examples], self.length)
+
+    def repeat_examples(self, times: int) -> "KVCache":
+        """A cache in which every example follows itself, `times` in all; [times * batch]."""
+        k, v = (jnp.repeat(a, times, axis=1) for a in (self.k, self.v))
+        return KVCache(k, v, jnp.repeat(self.step, times, axis=0), self.length)

@@ -1,8 +1,8 @@
-"""Pointwise layers with backward passes of their own, and drop path.
+"""Pointwise layers with custom backward passes, and drop path.
 
-Norm and GELU keep only their input for the backward pass and recompute the rest there, in one
-pass over it. Autodiff would keep several arrays of the input's size: on a CPU, and on any
-device bound by memory, reading them back costs more than computing them again.
+Norm and GELU save only their input for the backward pass and recompute the rest in one pass
+over it. Autodiff would save several arrays of the input's size: on a CPU, and on any device
+bound by memory, reading them costs more than computing them again.
 """
 
 import functools
@@ -62,7 +62,7 @@ NORMS = {
     # name: has a bias, has a scale, centred, eps
     "layer": (True, True, True, 1e-5),  # CausalFusion
     "rms": (False, True, False, 1e-6),  # ACDiT
-    "plain": (False, False, True, 1e-6),  # DiT: adaLN brings scale and shift
+    "plain": (False, False, True, 1e-6),  # DiT: scale and shift are adaLN's
 }
 
 
@@ -102,13 +102,13 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def drop_path_scale(rate: float, layers: int, keys: jax.Array) -> jax.Array | None:
-    """Drop path (Huang et al. 2016, arXiv 1603.09382): whole branches left out, by example.
+    """Drop path (Huang et al. 2016, arXiv 1603.09382): drops residual branches of single examples.
 
-    The rate rises linearly over the layers from 0 to `rate`. What is kept is divided by the
-    probability of keeping it, so that the expectation is that of leaving nothing out.
+    The rate rises linearly over the layers from 0 to `rate`. Branches that are kept are divided by
+    the probability of keeping them, so that the expectation does not change.
 
     Args:
-      rate: probability of leaving out a branch of the last layer, >= 0 and < 1.
+      rate: probability of dropping a branch of the last layer, >= 0 and < 1.
       layers: number of layers.
       keys: one PRNG key an example, [batch].
 

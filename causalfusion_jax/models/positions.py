@@ -39,13 +39,13 @@ ROPE_SPLITS = {2: (1, 1), 3: (2, 3, 3)}
 
 
 def rope_dims(num_axes: int, head_dim: int) -> tuple[int, ...]:
-    """Values of the head dim that each axis of a grid turns."""
+    """Values of the head dim that rotate by the position on each axis of a grid."""
     shares = ROPE_SPLITS[num_axes]
     return tuple(head_dim * share // sum(shares) for share in shares)
 
 
 def rope_base(length: int) -> int:
-    """Base of the frequencies of an axis of so many tokens (as released with ACDiT)."""
+    """Base of the frequencies of an axis of `length` tokens (as released with ACDiT)."""
     return (int(8 * length / np.pi) // 100 + 1) * 100
 
 
@@ -72,9 +72,9 @@ def rope_table(grid: tuple[int, ...], head_dim: int, base_grid: tuple[int, ...] 
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns queries or keys to their positions.
+    """Rotates queries or keys by their positions.
 
-    The halves that turn together are those of the whole head dim, not of an axis.
+    Value i is paired with value i + head_dim / 2 of the whole head dim, not of an axis.
 
     Args:
       x: [batch, n, heads, head_dim].

@@ -26,10 +26,10 @@ PRESETS = {
 ACDIT = dict(
     conditioning="adaln", num_condition_tokens=0, norm="rms", positions="rope", qkv_bias=True, token_bias=False
 )
-"""The network's switches as released with ACDiT; their defaults are CausalFusion's."""
+"""Settings of the network as released with ACDiT; the defaults are CausalFusion's."""
 
 DIT = dict(conditioning="adaln", num_condition_tokens=0, norm="plain", positions="sincos", qk_norm=False, qkv_bias=True)
-"""Those of the plain DiT, the baseline of both papers."""
+"""Settings of the plain DiT, the baseline of both papers."""
 
 
 def preset(name: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Text tokens at both ends of the trunk: their table and positions, and the next-token head."""
+"""Text tokens before and after the trunk: embedding table, positions, and the next-token head."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,10 @@ TEXT_HEADS = ("tied", "separate")
 
 
 class TextTokens(nnx.Module):
-    """Embeds text tokens and reads the next one off their hidden states.
+    """Embeds text tokens, and predicts the next one from their hidden states.
 
     Args:
-      config: a TransformerConfig with `text_vocab` tokens, texts of up to `text_tokens`,
-        and the `text_head`: `tied` to the table, or `separate`.
+      config: TransformerConfig with `text_vocab`, `text_tokens` and `text_head`.
     """
 
     def __init__(self, config, rngs: nnx.Rngs):
@@ -33,12 +32,12 @@ class TextTokens(nnx.Module):
         )
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Token ids and their places in the text, int [batch, n], to [batch, n, hidden].
+        """Token ids int [batch, n] and their positions in the text int [batch, n] or [n], to [batch, n, hidden].
 
-        A negative id, of an empty slot, is embedded as token 0: its role hides it.
+        The negative id of an empty slot is embedded as token 0; its role PAD masks it.
         """
-        places = jnp.clip(positions, 0, self.config.text_tokens - 1)
-        return self.table(jnp.maximum(tokens, 0)) + self.positions[...].astype(self.config.dtype)[places]
+        positions = jnp.clip(positions, 0, self.config.text_tokens - 1)
+        return self.table(jnp.maximum(tokens, 0)) + self.positions[...].astype(self.config.dtype)[positions]
 
     def logits(self, h: jax.Array) -> jax.Array:
         """Normalized hidden states [batch, n, hidden] to logits of the next token, float32 [batch, n, vocab]."""

@@ -1,16 +1,16 @@
 """The trunk: one causal diffusion transformer for training and cached sampling.
 
 Condition, clean and noisy tokens are one sequence; clean and noisy tokens share one input
-projection. Pre-norm blocks, qk-norm, tanh-GELU, zero-initialized head. What the papers do
-differently are switches:
+projection. Pre-norm blocks, qk-norm, tanh-GELU, zero-initialized head. Settings switch between
+the papers' variants:
 
 - CausalFusion as released (arXiv 2412.12095): `in_context` conditioning (the class is
   tokens, the timestep is added to the noisy tokens), LayerNorm, a table of positions.
 - ACDiT as released (arXiv 2412.07720): `adaln`-zero on the noisy tokens only, so that clean
   keys and values depend on neither class nor timestep; RMSNorm, rotary positions.
 
-Training passes roles and steps of the whole sequence. Sampling passes a KVCache and
-the new tokens. Both run `Transformer.trunk`.
+Training runs the trunk on a whole sequence of `Tokens`, sampling on the new tokens and a
+KVCache. `Transformer.condition_tokens` and `image_tokens` embed the segments for both.
 """
 
 import functools
@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from causalfusion_jax.common.sharding import constrain, platform
-from causalfusion_jax.core.factorization import training_layout
+from causalfusion_jax.core.conditions import Condition
+from causalfusion_jax.core.factorization import CONDITION_STEP, Role, training_layout
+from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.models.attention.mask import attention_mask
 from causalfusion_jax.models.block import Block, Context, linear, modulation_layer, on_noisy, with_axes
 from causalfusion_jax.models.config import REMATS, TransformerConfig
@@ -31,6 +33,7 @@ from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.layers import Norm
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.positions import rope_table, sincos_table, timestep_features
+from causalfusion_jax.models.sequence import ImageTokens, Tokens, join, make_tokens
 from causalfusion_jax.models.text import TextTokens
 
 FLASH_FROM = 1024
@@ -75,49 +78,65 @@ class Transformer(nnx.Module):
         )
         self.text = TextTokens(c, rngs) if c.text_vocab else None
 
-    def embed_condition(self, labels: jax.Array) -> jax.Array:
+    def condition_tokens(self, condition: Condition) -> list[Tokens]:
+        """The condition as segments of the sequence `[class | text]`, without those that the model has not.
+
+        Class tokens precede all AR steps; text slot i is AR step i, empty slots are PAD.
+        """
+        segments = []
+        if self.config.num_condition_tokens:
+            segments.append(make_tokens(self._embed_class(condition.labels), Role.CONDITION, CONDITION_STEP))
+        if condition.num_steps:
+            positions = jnp.arange(condition.num_steps)
+            segments.append(self.text_tokens(condition.text, positions, positions))
+        return segments
+
+    def text_tokens(self, text: jax.Array, positions: jax.Array, step) -> Tokens:
+        """Text tokens as a segment of the sequence; PAD in empty slots.
+
+        Args:
+          text: token ids int [batch, n], NO_TOKEN in empty slots.
+          positions, step: positions in the text and AR steps, int [batch, n] or [n].
+        """
+        role = jnp.where(text == NO_TOKEN, Role.PAD, Role.CLEAN)
+        return make_tokens(self.text.embed(text, positions), role, step)
+
+    def image_tokens(self, image: ImageTokens, role, step=0) -> Tokens:
+        """Image tokens as a segment of the sequence; role and step are broadcast to int32 [batch, n]."""
+        return make_tokens(self._embed_image(image), role, step, image.ids)
+
+    def embed_noise(self, condition: Condition, t: jax.Array) -> jax.Array | None:
+        """The embedding of class and noise level that modulates noisy tokens; None for in_context conditioning.
+
+        Args:
+          condition: of the images.
+          t: noise levels [batch, groups].
+
+        Returns:
+          [batch, groups, hidden], after its SiLU, which all layers share.
+        """
+        if self.config.conditioning != "adaln":
+            return None
+        return jax.nn.silu(self._embed_timestep(t) + self.label_table(condition.labels)[:, None])
+
+    def _embed_class(self, labels: jax.Array) -> jax.Array:
         """Class labels int [batch] (num_classes: no class) to tokens [batch, C, hidden]."""
         c = self.config
-        if not c.num_condition_tokens:
-            return jnp.zeros((labels.shape[0], 0, c.hidden), c.dtype)
         learned = self.label_table(labels).reshape(labels.shape[0], -1, c.hidden)
         tokens = jnp.tile(learned, (1, c.condition_repeats, 1))
         return tokens + self.condition_positions[...].astype(tokens.dtype)
 
-    def embed_tokens(self, tokens: jax.Array, ids: jax.Array, t: jax.Array | None = None) -> jax.Array:
-        """Image tokens to the width of the trunk.
-
-        Args:
-          tokens: [batch, n, token_dim].
-          ids: int [batch, n], which grid token each is.
-          t: noise levels [batch, groups], each for as many consecutive tokens; None: clean.
-
-        Returns:
-          [batch, n, hidden].
-        """
-        c = self.config
-        h = self.token_in(tokens)
+    def _embed_image(self, image: ImageTokens) -> jax.Array:
+        """Image tokens to [batch, n, hidden]."""
+        c, t = self.config, image.t
+        h = self.token_in(image.values)
         if c.positions != "rope":
             table = self.positions[...] if c.positions == "learned" else jnp.asarray(sincos_table(c.grid, c.hidden))
-            h = h + table.astype(c.dtype)[ids]
+            h = h + table.astype(c.dtype)[image.ids]
         if t is None or c.conditioning == "adaln":
             return h
         levels = self._embed_timestep(t)
         return (h.reshape(h.shape[0], t.shape[1], -1, c.hidden) + levels[:, :, None]).reshape(h.shape)
-
-    def noise_condition(self, labels: jax.Array, t: jax.Array) -> jax.Array | None:
-        """What modulates the noisy tokens; None for in_context conditioning.
-
-        Args:
-          labels: int [batch].
-          t: noise levels [batch, groups].
-
-        Returns:
-          [batch, groups, hidden], past its SiLU, which all layers share.
-        """
-        if self.config.conditioning != "adaln":
-            return None
-        return jax.nn.silu(self._embed_timestep(t) + self.label_table(labels)[:, None])
 
     def _embed_timestep(self, t):
         """Timesteps [...] to [..., hidden]."""
@@ -126,50 +145,47 @@ class Transformer(nnx.Module):
 
     def trunk(
         self,
-        h,
-        role,
-        step,
-        ids,
+        tokens: Tokens,
         cache: KVCache | None = None,
-        condition=None,
+        noise_embedding=None,
         num_clean: int = 0,
+        *,
         document=None,
         branch_scale=None,
-        of_layer: Callable[[jax.Array], Any] | None = None,
+        layer_output: Callable[[jax.Array], Any] | None = None,
     ):
-        """Runs all layers on new tokens, which see the cache and each other by the rule.
+        """Runs all layers on new tokens, which attend to the cache and to each other by `attends`.
 
         Args:
-          h: [batch, n, hidden].
-          role, step: int32 [batch, n].
-          ids: int32 [batch, n], which grid token each is; -1 for condition tokens.
-          cache: earlier tokens, or None; `batch` may be several copies of the cache's,
-            which then share it.
-          condition: from `noise_condition`, or None.
-          num_clean: the first so many tokens are not noisy; the condition passes them by.
-          document: int [batch, n], where they are several sequences packed into one.
-          branch_scale: float32 [layers, 2, batch], what attention and MLP of every layer add is
-            multiplied by (`layers.drop_path_scale`); None: they are added as they are.
-          of_layer: what of a layer's h [batch, n, hidden] is returned, stacked over the layers,
-            in place of the keys and values.
+          tokens: the new tokens.
+          cache: earlier tokens, or None. `batch` may be several copies of the cache's batch, which
+            then share it.
+          noise_embedding: from `embed_noise`, or None.
+          num_clean: the first `num_clean` tokens are not noisy, and not modulated by it.
+          document: int [batch, n], where the tokens are several sequences packed into one.
+          branch_scale: float32 [layers, 2, batch], scale of what attention and MLP of each layer add
+            to the residual stream (`layers.drop_path_scale`); None: 1.
+          layer_output: function of each layer's h [batch, n, hidden], whose results, stacked over
+            the layers, are returned instead of the keys and values.
 
         Returns:
           h, and the new tokens' keys and values, [layers, batch, n, heads, head_dim].
         """
+        h, role, step, ids = tokens
         cached_step = None if cache is None else jnp.tile(cache.step, (h.shape[0] // cache.step.shape[0], 1))
         keys = h.shape[1] + (0 if cache is None else cached_step.shape[1])
         long = FLASH_FROM_IN_TPU_TRAINING if cache is None and platform() == "tpu" else FLASH_FROM
         flash = self.config.attention == "flash" or (self.config.attention == "auto" and keys >= long)
         mask = attention_mask(role, step, cached_step, flash, document)
         cached_kv = () if cache is None else (cache.k, cache.v)
-        context = Context(mask, self._rope(ids), condition)
+        context = Context(mask, self._rope(ids), noise_embedding)
         graph, params = nnx.split(self.blocks)
         h = constrain(h, ("batch", "sequence", None))
 
         def layer(h, scanned):
             layer_params, layer_kv, *scale = scanned
             h, kv = nnx.merge(graph, layer_params)(h, context, layer_kv or None, num_clean, *scale)
-            return h, kv if of_layer is None else of_layer(h)
+            return h, kv if layer_output is None else layer_output(h)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMATS[self.config.remat], prevent_cse=False)
@@ -177,7 +193,7 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, h, scanned, unroll=self.config.scan_unroll)
 
     def _rope(self, ids):
-        """Cosines and sines of the tokens' positions, or None; condition tokens stay unturned."""
+        """Cosines and sines of the tokens' positions, or None; tokens off the grid are not rotated."""
         c = self.config
         if c.positions != "rope":
             return None
@@ -185,60 +201,51 @@ class Transformer(nnx.Module):
         on_grid = (ids >= 0)[..., None]
         return jnp.where(on_grid, cos, 1.0), jnp.where(on_grid, sin, 0.0)
 
-    def head(self, h: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+    def head(self, h: jax.Array, noise_embedding: jax.Array | None = None) -> jax.Array:
         """Noisy tokens [batch, n, hidden] to predictions, float32 [batch, n, token_dim]."""
         h = self.final_norm(h)
-        if condition is not None:
-            shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
+        if noise_embedding is not None:
+            shift, scale = jnp.split(self.final_modulation(noise_embedding), 2, axis=-1)
             h = on_noisy(h, 0, 1.0 + scale, shift)
         return self.token_out(h).astype(jnp.float32)
 
-    def __call__(self, labels, clean, noisy, t, order, step) -> jax.Array:
+    def __call__(self, condition: Condition, clean, noisy, t, order, step) -> jax.Array:
         """Training forward pass over `[condition | clean | noisy]`.
 
         Args:
-          labels: int [batch]; num_classes stands for no class.
-          clean: x_0 of the first K places, [batch, K, token_dim]; K = L, or less where
-            nobody looks at the rest (`factorization.num_visible_clean`).
-          noisy: x_t of every place, [batch, L, token_dim].
-          t: noise levels [batch, groups], each for as many consecutive places.
+          condition: without text.
+          clean: x_0 of the first K positions, [batch, K, token_dim]; K = L, or less where the rest
+            would be unattended (`factorization.num_visible_clean`).
+          noisy: x_t of all positions, [batch, L, token_dim].
+          t: noise levels [batch, groups], each of L / groups consecutive positions.
           order, step: int32 [batch, L], as in `factorization.Plan`.
 
         Returns:
-          Predictions for every place, float32 [batch, L, token_dim].
+          Predictions for all positions, float32 [batch, L, token_dim].
         """
-        role, step = training_layout(self.config.num_condition_tokens, step, clean.shape[1])
-        return self.sequence(labels, None, clean, noisy, t, order[:, : clean.shape[1]], order, role, step)[0]
+        num_clean = clean.shape[1]
+        role, step = training_layout(self.config.num_condition_tokens, step, num_clean)
+        clean, noisy = ImageTokens(clean, order[:, :num_clean]), ImageTokens(noisy, order, t)
+        return self.sequence(condition, clean, noisy, role, step)[0]
 
-    def sequence(self, labels, text, clean, noisy, t, clean_ids, noisy_ids, role, step):
-        """Forward pass over `[condition | text | clean | noisy]` of any layout (`layouts`).
+    def sequence(self, condition: Condition, clean: ImageTokens, noisy: ImageTokens, role, step):
+        """Forward pass over `[condition | text | clean | noisy]`, laid out for any task (core/layouts.py).
 
         Args:
-          labels, t: as for `__call__`.
-          text: int [batch, T], token ids, negative in empty slots; None: no text.
-          clean, noisy: image tokens, [batch, K, token_dim] and [batch, N, token_dim].
-          clean_ids, noisy_ids: int [batch, K] and [batch, N], which grid token each is.
+          condition: classes, and texts [batch, T], whether they are given or learned.
+          clean, noisy: K and N image tokens; either may be none.
           role, step: int32 [batch, C + T + K + N].
 
         Returns:
           Predictions for the noisy tokens, float32 [batch, N, token_dim], and the hidden states
           of the text, [batch, T, hidden], for `text_logits`.
         """
-        num_text = 0 if text is None else text.shape[1]
-        begin = self.config.num_condition_tokens
-        condition = self.noise_condition(labels, t)
-        parts = [self.embed_condition(labels)] + ([self.text.embed(text, jnp.arange(num_text))] if num_text else [])
-        parts += [self.embed_tokens(clean, clean_ids), self.embed_tokens(noisy, noisy_ids, t)]
-        off_grid = jnp.full((noisy.shape[0], begin + num_text), -1, noisy_ids.dtype)
-        h, _ = self.trunk(
-            jnp.concatenate(parts, axis=1),
-            role,
-            step,
-            jnp.concatenate([off_grid, clean_ids, noisy_ids], axis=1),
-            condition=condition,
-            num_clean=begin + num_text + clean.shape[1],
-        )
-        return self.head(h[:, -noisy.shape[1] :], condition), h[:, begin : begin + num_text]
+        begin, num_noisy = self.config.num_condition_tokens, noisy.values.shape[1]
+        noise_embedding = self.embed_noise(condition, noisy.t)
+        images = [self.image_tokens(clean, Role.CLEAN), self.image_tokens(noisy, Role.NOISY)]
+        tokens = join([*self.condition_tokens(condition), *images])._replace(role=role, step=step)
+        h, _ = self.trunk(tokens, noise_embedding=noise_embedding, num_clean=tokens.h.shape[1] - num_noisy)
+        return self.head(h[:, -num_noisy:], noise_embedding), h[:, begin : begin + condition.num_steps]
 
     def text_logits(self, h: jax.Array) -> jax.Array:
         """Text tokens [batch, n, hidden] to logits of the token after each, float32 [batch, n, text_vocab]."""
@@ -247,10 +254,10 @@ class Transformer(nnx.Module):
 
 @functools.cache
 def abstract_model(config: TransformerConfig) -> tuple[nnx.GraphDef, Params, Params]:
-    """The model without its numbers.
+    """The model without values of its parameters.
 
     Returns:
-      graph: to `nnx.merge(graph, params)` into a Transformer.
+      graph: `nnx.merge(graph, params)` is a Transformer.
       shapes: parameters as jax.ShapeDtypeStruct.
       axes: logical axes of every parameter, a tuple of names or None.
     """
@@ -261,7 +268,7 @@ def abstract_model(config: TransformerConfig) -> tuple[nnx.GraphDef, Params, Par
 
 
 def _build(config, key):
-    # Shardings come from the logical axes, by the rules of sharding.py, not from here.
+    # Arrays are sharded later, by the rules of sharding.py for the logical axes.
     with nnx.use_eager_sharding(False):
         return Transformer(config, nnx.Rngs(params=key))
 
@@ -272,5 +279,5 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def count_params(config: TransformerConfig) -> int:
-    """Number of learned values."""
+    """Number of parameters."""
     return sum(math.prod(s.shape) for s in jax.tree.leaves(abstract_model(config)[1]))

@@ -1,1 +1,1 @@
-"""Jobs: noise-axis solvers and the KV-cached sampler."""
+"""Sampling: the KV-cached sampler, editing, long videos, captions, and what they are given."""

@@ -1,4 +1,4 @@
-"""Captions of a run, and scores of given ones, in batches."""
+"""Captions of images, and scores of given captions, in batches."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,34 +8,39 @@ import numpy as np
 
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.sampling import CaptionConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.layouts import NO_TOKEN
 from causalfusion_jax.data.tokenizers import from_slots, to_slots
 from causalfusion_jax.models.patches import patchify
-from causalfusion_jax.sampling.captioning import caption_tokens, score_tokens
+from causalfusion_jax.sampling.captioning import GREEDY, CaptionSpec, caption_tokens, score_tokens
 from causalfusion_jax.sampling.sampler import image_keys
 
 
 def _batches(num: int, batch_size: int):
-    """Example numbers of each batch; the last one is filled up, so that one program serves all."""
+    """Example numbers of each batch; the last batch is padded, so that one program serves all."""
     size = min(batch_size, num)
     for start in range(0, num, size):
         yield np.minimum(np.arange(start, start + size), num - 1)
 
 
+def _spec(config: ExperimentConfig, search: CaptionConfig = GREEDY) -> CaptionSpec:
+    return CaptionSpec(config.transformer, config.joint.image_tokens == "noisy", search)
+
+
 def _on_device(params):
-    """Parameters on one device, where every batch is read."""
+    """Parameters on one device, which computes every batch."""
     return jax.device_put(params, jax.local_devices()[0])
 
 
-def _given(config: ExperimentConfig, params, images, indices):
-    """Parameters, labels and image tokens of a batch; no class is given."""
+def _read(config: ExperimentConfig, images, indices) -> tuple[Condition, jax.Array]:
+    """Condition (no class) and image tokens of a batch."""
     tokens = patchify(jnp.asarray(images[indices]), config.model.patch_size)
-    return params, jnp.full(len(indices), config.data.num_classes), tokens
+    return Condition(jnp.full(len(indices), config.data.num_classes)), tokens
 
 
 def caption_images(
     config: ExperimentConfig,
-    how: CaptionConfig,
+    search: CaptionConfig,
     params,
     images: np.ndarray,
     prompts: list[str],
@@ -43,31 +48,29 @@ def caption_images(
     batch_size: int = 250,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[str], np.ndarray]:
-    """Captions of images. Image i's depends on (seed, i, images[i], prompts[i]) alone.
+    """Captions of images. The caption of image i depends on (seed, i, images[i], prompts[i]) alone.
 
     Args:
-      config: what `params` were trained as.
-      how: the search.
+      config: settings that `params` were trained with.
+      search: how captions are generated.
       params: the Transformer's parameters.
-      images: float32 [num, height, width, channels]; or what has a length and gives them by index.
-      prompts: what each caption begins with.
-      seed: of what is drawn.
-      batch_size: images read at a time.
+      images: float32 [num, height, width, channels]; or `images.ImagesOnDemand`.
+      prompts: the beginning of each caption.
+      seed: of sampling with a temperature.
+      batch_size: number of images in a batch.
       progress: called with the number of images done.
 
     Returns:
-      The captions, prompts included, and log-probabilities of what was added, float32 [num].
+      The captions, prompts included, and log-probabilities of the tokens after the prompts,
+      float32 [num], nats.
     """
     slots = np.stack([to_slots(config.text, prompt, ended=False) for prompt in prompts])
     longest = int((slots != NO_TOKEN).sum(axis=1).max())
-    model, noisy = config.transformer, config.joint.image_tokens == "noisy"
-    params, captions, log_probs = _on_device(params), [], []
+    spec, params, captions, log_probs = _spec(config, search), _on_device(params), [], []
     for indices in _batches(len(images), batch_size):
-        params, labels, tokens = _given(config, params, images, indices)
-        texts = caption_tokens(
-            model, how, noisy, params, image_keys(seed, indices), labels, tokens, jnp.asarray(slots[indices, :longest])
-        )
-        texts = jax.device_get(texts)
+        condition, tokens = _read(config, images, indices)
+        keys, given = image_keys(seed, indices), jnp.asarray(slots[indices, :longest])
+        texts = jax.device_get(caption_tokens(spec, params, keys, condition, tokens, given))
         captions += [from_slots(config.text, row) for row in texts.tokens]
         log_probs.append(texts.log_prob)
         progress(min(len(captions), len(images)))
@@ -81,11 +84,11 @@ def score_captions_of_images(
 
     Args:
       config, params, images, batch_size: as for `caption_images`.
-      captions: those of each image, one or more.
+      captions: one or more for each image.
 
     Returns:
-      float32 [num, captions, max_tokens - 1] in nats, the end included, and which are counted,
-      bool; images with fewer captions than others are filled up with what is not counted.
+      float32 [num, captions, max_tokens - 1] in nats, the end included, and which tokens are
+      counted, bool; rows of images with fewer captions than others are padded.
 
     Raises:
       InputError: a caption that the tokenizer cannot read, or too long.
@@ -96,9 +99,8 @@ def score_captions_of_images(
         slots[row, : len(texts)] = [to_slots(config.text, text) for text in texts]
     params, parts = _on_device(params), []
     for indices in _batches(len(images), batch_size):
-        params, labels, tokens = _given(config, params, images, indices)
-        noisy = config.joint.image_tokens == "noisy"
-        scored = score_tokens(config.transformer, noisy, params, labels, tokens, jnp.asarray(slots[indices]))
+        condition, tokens = _read(config, images, indices)
+        scored = score_tokens(_spec(config), params, condition, tokens, jnp.asarray(slots[indices]))
         parts.append(jax.device_get(scored))
     log_probs, counted = (np.concatenate(a)[: len(images)] for a in zip(*parts, strict=True))
     return log_probs, counted

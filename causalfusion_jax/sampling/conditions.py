@@ -1,43 +1,48 @@
-"""What images are sampled for while a model trains: classes and prompts, as the model was trained with them."""
+"""Default conditions: of previews, of evaluation, and of programs that are compiled ahead."""
 
-from typing import NamedTuple
-
+import jax
 import numpy as np
 
 from causalfusion_jax.config.experiment import ExperimentConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.data.captions import example_prompts
 from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.data.source import Source
-from causalfusion_jax.sampling.images import balanced_labels
 
 
-class Conditions(NamedTuple):
-    """The condition of each image.
-
-    Attributes:
-      labels: int32 [num], as the model is given them; num_classes stands for no class.
-      text: prompts, int32 [num, T]; None for a model without text.
-      classes: int32 [num], what each image should show, by its label or prompt; num_classes: anything.
-    """
-
-    labels: np.ndarray
-    text: np.ndarray | None
-    classes: np.ndarray
+def balanced_labels(num: int, num_classes: int) -> np.ndarray:
+    """`num` labels, all classes in turn; int32 [num]."""
+    return (np.arange(num) % num_classes).astype(np.int32)
 
 
-def make_conditions(config: ExperimentConfig, num: int, source: Source | None = None) -> Conditions:
-    """All classes in turn, or for a model of text, captions of examples all over the training data.
+def default_labels(config: ExperimentConfig, num: int) -> np.ndarray:
+    """All classes in turn, or no class for a model that was trained without; int32 [num]."""
+    labels = balanced_labels(num, config.data.num_classes)
+    return labels if config.knows_classes else np.full_like(labels, config.data.num_classes)
+
+
+def default_condition(config: ExperimentConfig, num: int, source: Source | None = None) -> tuple[Condition, np.ndarray]:
+    """All classes in turn, or for a text-conditioned model, captions of examples spread over the training data.
 
     Args:
       config: all settings of the run.
       num: number of images.
-      source: the training data with captions, for a model of text; default: opened here.
+      source: the training data with captions, for a text-conditioned model; default: opened here.
+
+    Returns:
+      The condition of `num` images, without a class where the model drops classes beside texts or
+      knows none; and the class that each image should show, int32 [num]; num_classes: any.
     """
     if config.text.is_on:
         source = make_source(config.data, captions=True) if source is None else source
         text, classes = example_prompts(source, config.text, num)
         labels = np.full_like(classes, config.data.num_classes) if config.drops_classes else classes
-        return Conditions(labels, text, classes)
-    labels = balanced_labels(num, config.data.num_classes)
-    labels = labels if config.knows_classes else np.full_like(labels, config.data.num_classes)
-    return Conditions(labels, None, labels)
+        return Condition(labels, text), classes
+    labels = default_labels(config, num)
+    return Condition(labels), labels
+
+
+def condition_shapes(config: ExperimentConfig, num: int) -> Condition:
+    """Shapes and types of the condition of `num` images."""
+    text = jax.ShapeDtypeStruct((num, config.text.max_tokens), np.int32) if config.text.is_on else None
+    return Condition(jax.ShapeDtypeStruct((num,), np.int32), text)

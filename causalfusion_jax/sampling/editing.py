@@ -1,9 +1,9 @@
-"""Editing without training to edit: kept tokens are clean context, the others are generated.
+"""Zero-shot editing: kept tokens are clean context, masked tokens are generated.
 
-What is kept enters the cache before anything is generated, as if the model had generated
-it; the masked tokens follow in one or many AR steps (CausalFusion, zero-shot editing).
-A model trained on random orders takes any mask. One trained on a single order has only
-ever seen clean tokens that come first in it, and takes the masks that leave those.
+The kept tokens are committed to the cache before any other is generated, as if the model had
+generated them; the masked tokens follow in one or more AR steps (CausalFusion, zero-shot
+editing). A model trained on random orders takes any mask. A model trained on a single order
+has only seen clean tokens at its beginning, and takes masks that keep those.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ from causalfusion_jax.core import factorization
 from causalfusion_jax.core.factorization import FactorizationConfig
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.patches import patchify
-from causalfusion_jax.sampling.generation import Known, generate_images
-from causalfusion_jax.sampling.sampler import image_keys
+from causalfusion_jax.sampling.generation import SamplingJob, generate_images
+from causalfusion_jax.sampling.sampler import Given, image_keys
 
 MASKS = ("center", "top", "bottom", "left", "right", "outer")
 
 
-# --- Masks: True is what is regenerated --------------------------------------------
+# --- Masks: True where pixels are regenerated ---------------------------------------
 
 
 def named_mask(name: str, height: int, width: int) -> np.ndarray:
-    """A half of the image, its middle (half of each side), or all but the middle (`outer`).
+    """The mask of a half of the image, its center (half of each side), or all but the center (`outer`).
 
-    Returns bool [height, width]. Raises InputError for a name that is none of MASKS.
+    Returns bool [height, width]. Raises InputError for a name that is not in MASKS.
     """
     y, x = np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
-    # In whole pixels, grown outward where a side is odd.
+    # In whole pixels, rounded outward where a side is odd.
     middle = lambda a, size: (a > size // 4) & (a < size - size // 4)
     center = middle(y, height) & middle(x, width)
     masks = {
@@ -52,7 +52,7 @@ def named_mask(name: str, height: int, width: int) -> np.ndarray:
 
 
 def rectangle_mask(box: tuple[int, int, int, int], height: int, width: int) -> np.ndarray:
-    """The rectangle x0 <= x < x1, y0 <= y < y1; bool [height, width]. Raises InputError where it is not inside."""
+    """The rectangle x0 <= x < x1, y0 <= y < y1; bool [height, width]. Raises InputError if it is not inside."""
     x0, y0, x1, y1 = box
     require(
         0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height,
@@ -76,18 +76,18 @@ def pixels_of_tokens(hidden: np.ndarray, cell: int) -> np.ndarray:
     return hidden.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
-# --- What a model can do with a mask -----------------------------------------------
+# --- Masks that fit a model ---------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class EditPlan:
-    """A mask as one model takes it.
+    """A mask fitted to a model.
 
     Attributes:
       model: the network, on the grid of the canvas.
-      hidden: bool [(frames,) rows, columns], the tokens generated: those asked for, or more.
-      known_step: int32 [K], AR steps of the kept tokens in their order.
-      ar_steps: AR steps of the masked tokens as trained; 0 where those were drawn.
+      hidden: bool [(frames,) rows, columns], the tokens to generate: those requested, or more.
+      known_step: int32 [K], AR steps of the kept tokens, in the order of generation.
+      ar_steps: number of AR steps of the masked tokens in training; 0 if those were drawn.
     """
 
     model: TransformerConfig
@@ -97,19 +97,19 @@ class EditPlan:
 
     @property
     def num_hidden(self) -> int:
-        """Tokens that are generated."""
+        """Number of tokens to generate."""
         return int(self.hidden.sum())
 
 
 def plan_edit(config: ExperimentConfig, hidden: np.ndarray) -> EditPlan:
-    """Fits a mask to what the model was trained on.
+    """Fits a mask to the orders and AR steps that the model was trained on.
 
     Args:
       config: the model's settings.
       hidden: bool [(frames,) rows, columns] of the canvas, the tokens to regenerate.
 
     Raises:
-      InputError: the mask is all or nothing, or the model cannot edit so; the message says why.
+      InputError: the mask is full or empty, or does not fit the model.
     """
     trained, grid = config.factorization, hidden.shape
     if grid != config.transformer.grid:
@@ -149,46 +149,46 @@ def plan_edit(config: ExperimentConfig, hidden: np.ndarray) -> EditPlan:
 
 
 def _suffix(trained: FactorizationConfig, hidden: np.ndarray, steps: np.ndarray | None) -> np.ndarray:
-    """The mask rounded outward to whole AR steps of the one order the model knows.
+    """The mask rounded outward to whole AR steps of the order that the model was trained on.
 
-    Raises InputError unless it then is all that follows some place in that order.
+    Raises InputError unless it then is a suffix of that order.
     """
-    places = factorization.token_order(trained, hidden.shape)
-    at_place = hidden.reshape(-1)[places]
+    order = factorization.token_order(trained, hidden.shape)
+    masked = hidden.reshape(-1)[order]
     if steps is not None:
-        at_place = np.isin(steps, steps[at_place])
+        masked = np.isin(steps, steps[masked])
     require(
-        not at_place.all(),
+        not masked.all(),
         "mask",
         "everything",
         "the model regenerates whole AR steps, and this mask touches all of them",
     )
-    first = int(np.argmax(at_place))
+    first = int(np.argmax(masked))
     require(
-        bool(at_place[first:].all()),
+        bool(masked[first:].all()),
         "mask",
-        f"{int((~at_place[first:]).sum())} tokens kept after masked ones",
+        f"{int((~masked[first:]).sum())} tokens kept after masked ones",
         f"the model was trained in the order {trained.order} alone, so only the last tokens of that order "
         "can be regenerated; a model trained in random order takes any mask",
     )
     rounded = np.zeros(hidden.size, bool)
-    rounded[places] = at_place
+    rounded[order] = masked
     return rounded.reshape(hidden.shape)
 
 
-def edit_sampler(sampler: SamplerConfig, plan: EditPlan, chosen: bool) -> SamplerConfig:
+def edit_sampler(sampler: SamplerConfig, plan: EditPlan, explicit_steps: bool) -> SamplerConfig:
     """The sampler for the masked tokens alone.
 
     Args:
       sampler: for whole images, or for these tokens.
-      plan: which tokens.
-      chosen: whether its AR steps were chosen for these tokens. Otherwise they are as
-        trained, or no more than there are tokens.
+      plan: the masked tokens.
+      explicit_steps: the sampler's AR steps are meant for these tokens. Otherwise they are those
+        of training, or at most as many as there are masked tokens.
 
     Raises:
       InputError: the AR steps do not fit the tokens.
     """
-    if not chosen:
+    if not explicit_steps:
         ar_steps = plan.ar_steps or min(len(sampler.step_sizes) or sampler.ar_steps, plan.num_hidden)
         sampler = dataclasses.replace(sampler, ar_steps=ar_steps, step_sizes=())
     sampler.sizes(plan.num_hidden)
@@ -197,22 +197,22 @@ def edit_sampler(sampler: SamplerConfig, plan: EditPlan, chosen: bool) -> Sample
 
 def known_tokens(
     config: ExperimentConfig, sampler: SamplerConfig, plan: EditPlan, images: np.ndarray, keys: jax.Array
-) -> Known:
-    """The kept tokens of images, and the order in which the others follow.
+) -> Given:
+    """The kept tokens of images, and an order in which the others follow them.
 
-    That order is the sampler's (or as trained), the kept tokens taken out and put first.
+    It is the order of the sampler (or of training), with the kept tokens moved to the front.
 
     Args:
       config: the model's settings.
-      sampler: names the order.
+      sampler: for the order.
       plan: which tokens are kept.
-      images: float [num, (frames,) height, width, channels], as the model takes them.
-      keys: of random orders, one an image; those it is then generated with.
+      images: float [num, (frames,) height, width, channels], in the model's range.
+      keys: PRNG keys [num] that the images are then generated with, for random orders.
     """
     order_config, hidden = sampler.order_config(config.factorization), plan.hidden.reshape(-1)
 
     def draw(key):
-        # As `generate` does.
+        # As `generate` draws it.
         order_key, _ = jax.random.split(key)
         return factorization.token_order(order_config, plan.model.grid, order_key)
 
@@ -223,38 +223,26 @@ def known_tokens(
     order = np.take_along_axis(order, np.argsort(hidden[order], axis=1, kind="stable"), axis=1)
     tokens = jax.device_get(patchify(images, config.model.patch_size))
     kept = np.take_along_axis(tokens, order[:, : len(plan.known_step), None], axis=1)
-    return Known(plan.model, order, kept, plan.known_step)
+    return Given(order, kept, plan.known_step)
 
 
 def edit_images(
-    config: ExperimentConfig,
-    sampler: SamplerConfig,
-    params,
-    plan: EditPlan,
-    images: np.ndarray,
-    labels: np.ndarray,
-    seed: int,
-    batch_size: int = 250,
-    progress: Callable[[int], None] = lambda done: None,
-    decode: Callable[[jax.Array], jax.Array] | None = None,
-    text: np.ndarray | None = None,
+    job: SamplingJob, params, plan: EditPlan, images: np.ndarray, progress: Callable[[int], None] = lambda done: None
 ) -> np.ndarray:
-    """Regenerates the masked tokens of images under the given classes or prompts.
+    """Regenerates the masked tokens of images.
 
-    Result i depends on (seed, i, images[i], labels[i], text[i]) alone.
+    Result i depends on (seed, i, images[i], condition i) alone.
 
     Args:
-      config: what `params` were trained as.
-      sampler: from `edit_sampler`.
+      job: the results, one for each image; its sampler from `edit_sampler`.
       params: the Transformer's parameters.
       plan: from `plan_edit`.
-      images: float [num, height, width, channels], as the model takes them.
-      labels: int [num].
-      seed, batch_size, progress, decode, text: as of `generate_images`.
+      images: float [num, height, width, channels], in the model's range.
+      progress: called with the number of results done.
 
     Returns:
       As `generate_images`. Kept pixels of a model of pixels, and kept latents that are not
       decoded, are those of `images`.
     """
-    known = known_tokens(config, sampler, plan, images, image_keys(seed, np.arange(len(images))))
-    return generate_images(config, sampler, params, labels, seed, batch_size, progress, decode, known, text)
+    given = known_tokens(job.config, job.sampler, plan, images, image_keys(job.seed, np.arange(len(images))))
+    return generate_images(dataclasses.replace(job, given=given, grid=plan.model.grid), params, progress)

@@ -1,5 +1,6 @@
-"""Images of a run, in batches, from the run's averaged weights."""
+"""Images and videos in batches, over the devices of a machine or of a mesh."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -11,37 +12,91 @@ from causalfusion_jax.common import distributed, sharding
 from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.sampling import SamplerConfig
-from causalfusion_jax.models.config import TransformerConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.patches import unpatchify
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sampling.sampler import image_keys, sample_tokens, sample_tokens_shared
+from causalfusion_jax.sampling.conditions import condition_shapes
+from causalfusion_jax.sampling.sampler import (
+    NOTHING,
+    Given,
+    SamplingSpec,
+    image_keys,
+    sample_tokens,
+    sample_tokens_shared,
+)
 
 BATCH_SIZE = 250
-"""Images in a batch where nothing else is said."""
+"""Default number of images in a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingJob:
+    """Images or videos to generate; number i depends on (seed, i, condition i, what is given of it) alone.
+
+    Attributes:
+      config: settings that the parameters were trained with.
+      sampler: how to sample.
+      condition: of all images, arrays [num, ...].
+      seed: of the noise and of drawn token orders.
+      batch_size: number of images in a batch.
+      decode: latents [batch, (frames,) height, width, channels] to pixels in [-1, 1], for a model
+        of latents; None: the latents are returned.
+      given: what is known of the images, arrays [num, ...].
+      grid: token grid to generate; default: that of training.
+    """
+
+    config: ExperimentConfig
+    sampler: SamplerConfig
+    condition: Condition
+    seed: int = 0
+    batch_size: int = BATCH_SIZE
+    decode: Callable[[jax.Array], jax.Array] | None = None
+    given: Given = NOTHING
+    grid: tuple[int, ...] = ()
+
+    @property
+    def num(self) -> int:
+        """Number of images."""
+        return self.condition.batch
+
+    @property
+    def spec(self) -> SamplingSpec:
+        """Static arguments of the sampler."""
+        config = self.config
+        model = config.transformer.on_grid(self.grid or config.transformer.grid)
+        return SamplingSpec(model, config.diffusion, config.factorization, self.sampler)
+
+    def select(self, indices: np.ndarray) -> "SamplingJob":
+        """The images numbered `indices`, int [batch]."""
+        return dataclasses.replace(self, condition=self.condition.select(indices), given=self.given.select(indices))
+
+    def finish(self, images: np.ndarray) -> np.ndarray:
+        """Generated images, decoded where there is a decoder: pixels as uint8, latents unchanged."""
+        return images if self.config.data.latents and self.decode is None else to_uint8(images)
 
 
 def replicate(params, devices):
-    """Parameters whole on each of `devices`, which then share every batch of images.
+    """Parameters replicated over `devices`, which then share every batch of images.
 
-    They are copied as they are: each device holds 4 bytes a parameter for float32 ones (2.7 GB
-    for CausalFusion-XL), beside a training state, until the caller drops them.
+    They keep their type: a device holds 4 bytes a parameter for float32 ones (2.7 GB for
+    CausalFusion-XL), beside a training state, until the caller drops them.
 
     Args:
-      params: host arrays, the same on every process, or arrays of a training state, however split.
-      devices: which may be of several processes.
+      params: host arrays, the same on every process, or arrays of a training state, with any sharding.
+      devices: may belong to several processes.
     """
     mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
     return sharding.place(params, sharding.replicated(mesh))
 
 
 def for_sampling(params) -> tuple:
-    """Parameters placed as `batches` needs them: a copy for each mesh that computes a part of a batch by itself.
+    """Parameters as `batches` needs them: a copy for each mesh that computes a part of a batch by itself.
 
     Args:
-      params: host arrays, for all devices of this process (one mesh, or as of `sharding.own_meshes`);
-        arrays of a training state, for all devices of its mesh (as of `replicate`); or what is
-        placed so already.
+      params: host arrays, for all devices of this process (one mesh, or several: `sharding.own_meshes`);
+        arrays of a training state, for all devices of its mesh (`replicate`); or parameters on
+        one device.
     """
     leaves = jax.tree.leaves(params)
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
@@ -51,43 +106,27 @@ def for_sampling(params) -> tuple:
 
 
 def lower_replicate(params, devices) -> jax.stages.Lowered:
-    """What `replicate` does to parameters of a training state, as one program, traced.
+    """`replicate` of parameters of a training state, as one traced program.
 
     Args:
-      params: jax.ShapeDtypeStruct of each, with the sharding that training has it in.
-      devices: as of `replicate`.
+      params: jax.ShapeDtypeStruct of each, with its sharding in training.
+      devices: as for `replicate`.
     """
     whole = sharding.replicated(sharding.make_mesh(sharding.MeshConfig(), devices))
     return jax.jit(lambda params: params, out_shardings=whole).lower(params)
-
-
-class Known(NamedTuple):
-    """What is known of images before they are generated.
-
-    Attributes:
-      model: the network, on the grid generated.
-      order: int32 [num, L], the token order of each image, known tokens first.
-      tokens: float32 [num, K, token_dim], at the first K places of it.
-      step: int32 [K], their AR steps.
-    """
-
-    model: TransformerConfig
-    order: np.ndarray
-    tokens: np.ndarray
-    step: np.ndarray
 
 
 class Share(NamedTuple):
     """The part of a batch that one program generates.
 
     Attributes:
-      params: the Transformer's parameters, whole on the devices that generate it.
-      places: int [share], places in the batch.
+      params: the Transformer's parameters, replicated over the devices that generate it.
+      rows: int [share], its rows of the batch.
       keys: PRNG keys [share], split over these devices.
     """
 
     params: Params
-    places: np.ndarray
+    rows: np.ndarray
     keys: jax.Array
 
 
@@ -95,8 +134,8 @@ class Batch(NamedTuple):
     """Images that are generated together.
 
     Attributes:
-      indices: int [batch], their numbers; a last batch is filled up with the last image.
-      count: how many of them are wanted, the first ones.
+      indices: int [batch], their numbers; padded with the last image.
+      count: number of images without the padding.
       shares: its parts, in order.
     """
 
@@ -106,108 +145,87 @@ class Batch(NamedTuple):
 
 
 def _mesh_of(params) -> Mesh | None:
-    """The mesh whose devices share a batch; None where the parameters lie on one device, without a mesh.
+    """The mesh whose devices share a batch; None if the parameters are on one device, without a mesh.
 
-    Raises ValueError where they are split: XLA would have to partition the sampler, which it
-    cannot where attention is a kernel, and every device would sample every image.
+    Raises ValueError if they are split: XLA would have to partition the sampler, which it
+    cannot if attention is a kernel, and every device would sample every image.
     """
-    placed = [leaf.sharding for leaf in jax.tree.leaves(params)]
-    if all(isinstance(where, SingleDeviceSharding) for where in placed):
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    if all(isinstance(s, SingleDeviceSharding) for s in shardings):
         return None
-    mesh = placed[0].mesh if isinstance(placed[0], NamedSharding) else None
-    if mesh is None or mesh.shape["data"] != mesh.size or not all(where.is_fully_replicated for where in placed):
+    mesh = shardings[0].mesh if isinstance(shardings[0], NamedSharding) else None
+    replicated = all(s.is_fully_replicated for s in shardings)
+    if mesh is None or mesh.shape["data"] != mesh.size or not replicated:
         raise ValueError("sampling needs all parameters whole on every device: see generation.for_sampling")
     return mesh
 
 
 def padded(batch_size: int, devices: int) -> int:
-    """Images that are computed for a batch: a multiple of the devices that share it."""
+    """`batch_size` rounded up to a multiple of the devices that share a batch."""
     return -(-batch_size // devices) * devices
 
 
-def batches(
-    copies: tuple, num: int, seed: int, batch_size: int, wanted: Iterable[int] | None = None
-) -> Iterator[Batch]:
-    """Images 0..num-1 in batches.
+def batches(job: SamplingJob, params, wanted: Iterable[int] | None = None) -> Iterator[Batch]:
+    """The images of a job in batches.
 
     Args:
-      copies: the Transformer's parameters, from `for_sampling`. Where a copy lies on a mesh, its
-        devices divide a share of every batch among them.
-      num: images in all.
-      seed: of their keys.
-      batch_size: images in a batch.
+      job: the images.
+      params: the Transformer's parameters, as for `for_sampling`.
       wanted: numbers of the batches; batch k begins with image k * batch_size. Default: all.
 
     Raises:
       ValueError: the parameters are split over devices.
     """
-    devices, makers = 0, []
-    for params in copies:
-        mesh = _mesh_of(params)
+    copies, devices, make_keys = for_sampling(params), 0, []
+    for copy in copies:
+        mesh = _mesh_of(copy)
         devices += 1 if mesh is None else mesh.size
-        where = jax.tree.leaves(params)[0].sharding if mesh is None else sharding.batch_sharding(mesh)
-        makers.append(jax.jit(image_keys, static_argnums=0, out_shardings=where))
-    batch_size = min(batch_size, num)
+        where = jax.tree.leaves(copy)[0].sharding if mesh is None else sharding.batch_sharding(mesh)
+        make_keys.append(jax.jit(image_keys, static_argnums=0, out_shardings=where))
+    batch_size = min(job.batch_size, job.num)
     computed = padded(batch_size, devices)
-    places = np.split(np.arange(computed), len(copies))
-    for index in range(-(-num // batch_size)) if wanted is None else wanted:
+    rows = np.split(np.arange(computed), len(copies))
+    for index in range(-(-job.num // batch_size)) if wanted is None else wanted:
         start = index * batch_size
-        indices = np.minimum(np.arange(start, start + computed), num - 1)
-        shares = zip(copies, places, makers, strict=True)
-        yield Batch(
-            indices,
-            min(batch_size, num - start),
-            tuple(Share(params, part, make_keys(seed, indices[part])) for params, part, make_keys in shares),
+        indices = np.minimum(np.arange(start, start + computed), job.num - 1)
+        shares = tuple(
+            Share(copy, own, keys_of(job.seed, indices[own]))
+            for copy, own, keys_of in zip(copies, rows, make_keys, strict=True)
         )
+        yield Batch(indices, min(batch_size, job.num - start), shares)
 
 
-def generate_batch(
-    config: ExperimentConfig,
-    sampler: SamplerConfig,
-    params,
-    keys: jax.Array,
-    labels,
-    known: Known | None = None,
-    text: np.ndarray | None = None,
-) -> jax.Array:
-    """One batch of images or videos, as the model makes them.
+def generate_batch(job: SamplingJob, params, keys: jax.Array) -> jax.Array:
+    """All images of a job in one batch, not decoded.
 
     Args:
-      config: what `params` were trained as.
-      sampler: how to sample.
-      params: the Transformer's parameters, as of `batches`.
-      keys: PRNG keys [batch], one an image, as of `batches`.
-      labels: int [batch].
-      known: tokens of these images that stay as they are; default: none.
-      text: their prompts, int32 [batch, T]; default: none.
+      job: the images.
+      params: the Transformer's parameters, as in `Share`.
+      keys: PRNG keys [batch], as in `Share`.
 
     Returns:
       float32 [batch, (frames,) height, width, channels].
     """
-    model = known.model if known else config.transformer
-    static = model, config.diffusion, config.factorization, sampler
-    of_images = {"labels": labels, **({"order": known.order, "known": known.tokens} if known else {})}
-    of_images |= {} if text is None else {"text": text}
-    of_images = {"keys": keys, **sharding.place(of_images, keys.sharding)}
-    mesh = _mesh_of(params)
+    spec, mesh, given = job.spec, _mesh_of(params), job.given
     whole = keys.sharding if mesh is None else sharding.replicated(mesh)
-    of_all = sharding.place({"known_step": known.step}, whole) if known else {}
-    # What it takes is placed by now.
+    condition, of_images = sharding.place((job.condition, given._replace(step=None)), keys.sharding)
+    given = of_images._replace(step=sharding.place(given.step, whole))
+    # All arguments are on the devices by now.
     with jax.transfer_guard("disallow"):
         if mesh is None:
-            tokens = sample_tokens(*static, params, **of_images, **of_all)
+            tokens = sample_tokens(spec, params, keys, condition, given)
         else:
-            tokens = sample_tokens_shared(mesh, *static, params, of_images, of_all)
-    return unpatchify(tokens, model.grid, config.model.patch_size)
+            tokens = sample_tokens_shared(mesh, spec, params, keys, condition, given)
+    return unpatchify(tokens, spec.model.grid, job.config.model.patch_size)
 
 
 def lower_sampler(config: ExperimentConfig, sampler: SamplerConfig, devices, batch_size: int) -> jax.stages.Lowered:
-    """The program that `generate_batch` runs on parameters of a mesh of `devices`, traced.
+    """The program of `generate_batch` for parameters on a mesh of `devices`, traced.
 
     Args:
-      config, sampler: as of `generate_batch`.
+      config, sampler: as in SamplingJob.
       devices: those that share a batch.
-      batch_size: images in a batch; filled up to a multiple of the devices, as in `batches`.
+      batch_size: number of images in a batch; rounded up to a multiple of the devices, as in `batches`.
     """
     mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
@@ -218,119 +236,70 @@ def lower_sampler(config: ExperimentConfig, sampler: SamplerConfig, devices, bat
 
     params = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype, whole), abstract_model(config.transformer)[1])
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(size)))
-    of_images = {"keys": abstract(keys.shape, keys.dtype, split), "labels": abstract((size,), np.int32, split)}
-    if config.text.is_on:
-        of_images["text"] = abstract((size, config.text.max_tokens), np.int32, split)
-    static = config.transformer, config.diffusion, config.factorization, sampler
-    return sample_tokens_shared.lower(mesh, *static, params, of_images, {})
+    condition = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype, split), condition_shapes(config, size))
+    spec = SamplingSpec(config.transformer, config.diffusion, config.factorization, sampler)
+    return sample_tokens_shared.lower(mesh, spec, params, abstract(keys.shape, keys.dtype, split), condition, NOTHING)
 
 
-def finish(config: ExperimentConfig, batch: np.ndarray, decoded: bool) -> np.ndarray:
-    """Images as `generate_images` returns them, of what `generate_batch` made, `decoded` or not, on the host."""
-    return batch if config.data.latents and not decoded else to_uint8(batch)
-
-
-def collect(made: Iterable[np.ndarray], progress: Callable[[int], None]) -> np.ndarray:
+def collect(batches_of_images: Iterable[np.ndarray], progress: Callable[[int], None]) -> np.ndarray:
     """Batches as one array; `progress` is called with the number of images done."""
     images = []
-    for batch in made:
+    for batch in batches_of_images:
         images.append(batch)
         progress(sum(map(len, images)))
     return np.concatenate(images)
 
 
-def generate_images(
-    config: ExperimentConfig,
-    sampler: SamplerConfig,
-    params,
-    labels: np.ndarray,
-    seed: int,
-    batch_size: int = BATCH_SIZE,
-    progress: Callable[[int], None] = lambda done: None,
-    decode: Callable[[jax.Array], jax.Array] | None = None,
-    known: Known | None = None,
-    text: np.ndarray | None = None,
-) -> np.ndarray:
-    """Generates one image or video a label. Image i depends on (seed, i, labels[i], text[i]) alone.
+def generate_images(job: SamplingJob, params, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
+    """Generates images or videos.
 
     Args:
-      config, sampler, params, labels, seed, batch_size, decode, known, text: as of `image_batches`.
+      job: the images.
+      params: the Transformer's parameters, as for `for_sampling`.
       progress: called with the number of images done.
 
     Returns:
-      uint8 [num, (frames,) height, width, channels]; float32 for latents not decoded.
+      uint8 [num, (frames,) height, width, channels]; float32 for latents that are not decoded.
     """
-    made = image_batches(config, sampler, params, labels, seed, batch_size, decode, known=known, text=text)
-    return collect(made, progress)
+    return collect(image_batches(job, params), progress)
 
 
-def image_batches(
-    config: ExperimentConfig,
-    sampler: SamplerConfig,
-    params,
-    labels: np.ndarray,
-    seed: int,
-    batch_size: int = BATCH_SIZE,
-    decode: Callable[[jax.Array], jax.Array] | None = None,
-    wanted: Iterable[int] | None = None,
-    known: Known | None = None,
-    text: np.ndarray | None = None,
-) -> Iterator[np.ndarray]:
-    """Generates one image or video a label, batch by batch.
+def image_batches(job: SamplingJob, params, wanted: Iterable[int] | None = None) -> Iterator[np.ndarray]:
+    """Generates images or videos, batch by batch.
 
     Args:
-      config: what `params` were trained as.
-      sampler: how to sample.
-      params: the Transformer's parameters, wherever they lie, as of `for_sampling`.
-      seed, batch_size, wanted: as of `batches`.
-      labels: int [num]; num_classes stands for no class.
-      decode: latents [batch, (frames,) height, width, channels] to pixels in [-1, 1], for a
-        model of latents; without it the latents themselves are returned.
-      known: tokens that stay as they are; default: none.
-      text: prompts, int32 [num, T], NO_TOKEN in empty slots, for a model that knows text.
+      job, params: as for `generate_images`.
+      wanted: numbers of the batches, as for `batches`.
 
     Yields:
       Images of each batch, uint8 [batch, (frames,) height, width, channels]; float32 for
-      latents not decoded.
+      latents that are not decoded.
     """
-    made = _made(config, sampler, params, labels, (seed, batch_size, wanted), decode, known, text)
-    for batch, parts in made:
+    for batch, parts in _generated(job, params, wanted):
         images = np.concatenate([distributed.everywhere(part) for part in parts])
-        yield finish(config, images, decode is not None)[: batch.count]
+        yield job.finish(images)[: batch.count]
 
 
-def image_shares(
-    config: ExperimentConfig,
-    sampler: SamplerConfig,
-    params,
-    labels: np.ndarray,
-    seed: int,
-    batch_size: int = BATCH_SIZE,
-    decode: Callable[[jax.Array], jax.Array] | None = None,
-    text: np.ndarray | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """As `image_batches`, but each process gets only what its own devices make; nothing is gathered.
+def image_shares(job: SamplingJob, params) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`image_batches` without gathering: each process gets the images that its own devices computed.
 
     Yields:
-      Image numbers, int [num], and these images, as of `image_batches`; num may be 0. All
+      Image numbers, int [num], and these images, as in `image_batches`; num may be 0. All
       processes together get every image once.
     """
-    for batch, parts in _made(config, sampler, params, labels, (seed, batch_size, None), decode, None, text):
+    for batch, parts in _generated(job, params):
         for share, images in zip(batch.shares, parts, strict=True):
-            rows, values = distributed.own_rows(images)
-            places = share.places[rows]
-            wanted = places < batch.count
-            yield batch.indices[places[wanted]], finish(config, values[wanted], decode is not None)
+            own, values = distributed.own_rows(images)
+            rows = share.rows[own]
+            wanted = rows < batch.count
+            yield batch.indices[rows[wanted]], job.finish(values[wanted])
 
 
-def _made(config, sampler, params, labels, how, decode, known, text) -> Iterator[tuple[Batch, list[jax.Array]]]:
-    """Batches, and what was generated and decoded for each share, on the devices; `how`: as of `batches`."""
-    for batch in batches(for_sampling(params), len(labels), *how):
+def _generated(job: SamplingJob, params, wanted=None) -> Iterator[tuple[Batch, list[jax.Array]]]:
+    """Batches, and for each of their shares the images, decoded, on the devices."""
+    for batch in batches(job, params, wanted):
         parts = []
         for share in batch.shares:
-            indices = batch.indices[share.places]
-            part = known and known._replace(order=known.order[indices], tokens=known.tokens[indices])
-            prompts = None if text is None else text[indices]
-            images = generate_batch(config, sampler, share.params, share.keys, labels[indices], part, prompts)
-            parts.append(images if decode is None else decode(images))
+            images = generate_batch(job.select(batch.indices[share.rows]), share.params, share.keys)
+            parts.append(images if job.decode is None else job.decode(images))
         yield batch, parts

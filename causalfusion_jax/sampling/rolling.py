@@ -1,17 +1,16 @@
-"""Videos longer than those trained on, and continuations of clips: a window that rolls.
+"""Videos longer than training clips, and continuations of clips, with a rolling window.
 
-A video is generated window by window. The window has as many frames as a training clip; once
-it is full, its first frames are dropped, the others become its beginning, and the frames
-after them are generated. So memory is that of one clip, however long the video, and after
-the first window one compiled program does all the rest.
+A video is generated window by window. A window has the frames of a training clip; once it is
+full, its first frames are dropped, the others become its beginning, and the frames after them
+are generated. Memory is that of one clip for videos of any length, and one compiled program
+generates all windows after the first.
 
-The frames kept enter a fresh cache, at the positions that they now have in the window: every
-position that the model sees is one it was trained on. To keep the old keys and let positions
-run on would not do: learned positions end with the training clip, and ACDiT's rotary
-positions do not depend on distances alone, as released (`positions.rotate` turns values of
-different axes against each other). Nor would the old keys be what training shows, since they
-have seen frames that are no longer there. The pass over the kept frames costs no more than one
-of the many noise levels of the new ones.
+The kept frames are committed to a new cache, at their positions in the new window, so that all
+positions are among those of training. Keeping the old keys at increasing positions would not
+work: learned positions end with the training clip, and ACDiT's rotary positions as released do
+not depend on distances alone (`positions.rotate` pairs values of different axes). The old keys
+would also depend on frames that are no longer in the window. The pass over the kept frames
+costs no more than one of the noise levels of the new frames.
 """
 
 import concurrent.futures
@@ -28,19 +27,18 @@ from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.core import factorization
 from causalfusion_jax.sampling.editing import EditPlan, edit_sampler, known_tokens, plan_edit
-from causalfusion_jax.sampling.generation import Share, batches, collect, finish, for_sampling, generate_batch
+from causalfusion_jax.sampling.generation import SamplingJob, Share, batches, collect, generate_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class RollingConfig:
-    """How long videos are, and how the window rolls.
+    """Length of videos, and how the window rolls.
 
     Attributes:
-      frames: of a video, at least those of a training clip.
-      stride: frames generated each time the window rolls, and dropped before; 0: as few whole
-        AR steps of training as are whole frames, or a quarter of the clip where AR steps
-        were drawn.
-      sink_frames: the first so many frames of the video stay in the window for ever.
+      frames: number of frames of a video, at least those of a training clip.
+      stride: number of frames generated, and dropped, each time the window rolls; 0: the fewest
+        AR steps of training that are whole frames, or a quarter of the clip if AR steps were drawn.
+      sink_frames: number of frames at the beginning of the video that are never dropped.
     """
 
     frames: int
@@ -55,12 +53,12 @@ class RollingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """One fill of the window.
+    """A window to fill.
 
     Attributes:
-      kept: its first frames, which are known.
-      plan: what is generated after them; None: all.
-      sampler: how.
+      kept: number of known frames at its beginning.
+      plan: the other frames, which are generated; None: all are.
+      sampler: how to sample them.
     """
 
     kept: int
@@ -69,19 +67,19 @@ class Window:
 
 
 def make_window(
-    config: ExperimentConfig, sampler: SamplerConfig, kept: int, chosen: bool, given: tuple[str, int]
+    config: ExperimentConfig, sampler: SamplerConfig, kept: int, explicit_steps: bool, setting: tuple[str, int]
 ) -> Window:
-    """The window with `kept` frames known.
+    """The window with `kept` known frames.
 
     Args:
       config: the model's settings.
-      sampler: for a whole clip; its AR steps are shared out where they were not trained so.
-      kept: frames known.
-      chosen: whether the sampler's AR steps were chosen, rather than those of training.
-      given: the field that says how many they are, and its value, for errors.
+      sampler: for a whole clip; the window gets its part of the AR steps.
+      kept: number of known frames.
+      explicit_steps: whether the sampler's AR steps were requested, rather than those of training.
+      setting: field and value that `kept` follows from, for errors.
 
     Raises:
-      InputError: the model cannot continue after so many frames.
+      InputError: the model cannot continue `kept` frames.
     """
     if not kept:
         return Window(0, None, sampler)
@@ -91,22 +89,22 @@ def make_window(
     try:
         plan = plan_edit(config, hidden)
     except InputError as error:
-        raise InputError(*given, f"leaves {kept} of {frames} frames known: {error.allowed}") from None
+        raise InputError(*setting, f"leaves {kept} of {frames} frames known: {error.allowed}") from None
     require(
         bool((plan.hidden == hidden).all()),
-        *given,
+        *setting,
         f"leaves {kept} of {frames} frames known, but the model generates whole AR steps of "
         f"{config.factorization.block_size} tokens, {hidden[0].size} to a frame",
     )
     share = max(1, round((len(sampler.step_sizes) or sampler.ar_steps) * (frames - kept) / frames))
-    chosen = chosen or not plan.ar_steps
-    if chosen:
+    explicit_steps = explicit_steps or not plan.ar_steps
+    if explicit_steps:
         sampler = dataclasses.replace(sampler, ar_steps=min(share, plan.num_hidden), step_sizes=())
-    return Window(kept, plan, edit_sampler(sampler, plan, chosen))
+    return Window(kept, plan, edit_sampler(sampler, plan, explicit_steps))
 
 
 def least_stride(config: ExperimentConfig) -> int:
-    """The stride that `RollingConfig.stride` = 0 stands for."""
+    """The stride for `RollingConfig.stride` = 0."""
     frames, model = config.data.frames, config.transformer
     steps = factorization.static_steps(config.factorization, model.num_tokens)
     if steps is None:
@@ -117,25 +115,29 @@ def least_stride(config: ExperimentConfig) -> int:
 
 
 def make_windows(
-    config: ExperimentConfig, sampler: SamplerConfig, rolling: RollingConfig, keep_frames: int = 0, chosen: bool = False
+    config: ExperimentConfig,
+    sampler: SamplerConfig,
+    rolling: RollingConfig,
+    keep_frames: int = 0,
+    explicit_steps: bool = False,
 ) -> tuple[Window, Window | None]:
-    """The first window, and the one of all rolls after it; None where there are none.
+    """The first window, and the window of all rolls after it (None if it does not roll).
 
     Args:
       config: the model's settings.
       sampler: for a whole clip.
-      rolling: how long, and how.
-      keep_frames: frames given to begin with.
-      chosen: whether the sampler's AR steps were chosen, rather than those of training.
+      rolling: length of the videos, and how the window rolls.
+      keep_frames: number of frames given at the beginning.
+      explicit_steps: whether the sampler's AR steps were requested, rather than those of training.
 
     Raises:
-      InputError: the model makes no videos, or cannot make these.
+      InputError: the model does not generate videos, or not these.
     """
     frames = config.data.frames
     require(frames > 1, "frames", rolling.frames, "the model makes images, not videos")
     require_number("frames", rolling.frames, frames)
     require_number("keep_frames", keep_frames, 0, frames - 1)
-    first = make_window(config, sampler, keep_frames, chosen, ("keep_frames", keep_frames))
+    first = make_window(config, sampler, keep_frames, explicit_steps, ("keep_frames", keep_frames))
     if rolling.frames == frames:
         neutral = rolling.stride == rolling.sink_frames == 0
         require(neutral, "frames", rolling.frames, f"the window does not roll: a training clip has {frames} frames")
@@ -145,33 +147,31 @@ def make_windows(
         rolling.stride > 0 or stride < frames,
         "frames",
         rolling.frames,
-        f"must be {frames}: the model was trained on AR steps of no whole number of frames but all {frames}",
+        f"must be {frames}: no AR steps of training but all together are a whole number of frames",
     )
     require_number("window_stride", stride, 1, frames - 1)
     require_number("sink_frames", rolling.sink_frames, 0, frames - stride - 1)
-    return first, make_window(config, sampler, frames - stride, chosen, ("window_stride", stride))
+    return first, make_window(config, sampler, frames - stride, explicit_steps, ("window_stride", stride))
 
 
 def roll(
-    config: ExperimentConfig,
+    job: SamplingJob,
     windows: tuple[Window, Window | None],
     rolling: RollingConfig,
     params,
     keys: jax.Array,
-    labels: np.ndarray,
     clips: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One batch of videos.
+    """One batch of videos, not decoded.
 
     Args:
-      config: what `params` were trained as.
+      job: the videos; the samplers are those of the windows.
       windows: from `make_windows`.
-      rolling: how long, and how.
+      rolling: length of the videos, and how the window rolls.
       params: the Transformer's parameters.
-      keys: PRNG keys [batch], one a video. The first window is generated as without rolling.
-      labels: int [batch].
-      clips: the frames to begin with, [batch, keep_frames, height, width, channels] as the
-        model takes them.
+      keys: PRNG keys [batch], one for each video. The first window is generated as without rolling.
+      clips: the frames at the beginning, [batch, keep_frames, height, width, channels], in the
+        model's range.
 
     Returns:
       float32 [batch, rolling.frames, height, width, channels], `clips` first.
@@ -179,11 +179,13 @@ def roll(
     first, rolled = windows
 
     def fill(window: Window, keys, begin):
-        if window.plan is None:
-            return distributed.everywhere(generate_batch(config, window.sampler, params, keys, labels))
-        free = np.zeros((len(labels), config.data.frames - window.kept, *begin.shape[2:]), np.float32)
-        known = known_tokens(config, window.sampler, window.plan, np.concatenate([begin, free], axis=1), keys)
-        return distributed.everywhere(generate_batch(config, window.sampler, params, keys, labels, known))
+        window_job = dataclasses.replace(job, sampler=window.sampler)
+        if window.plan is not None:
+            free = np.zeros((job.num, job.config.data.frames - window.kept, *begin.shape[2:]), np.float32)
+            frames = np.concatenate([begin, free], axis=1)
+            given = known_tokens(job.config, window.sampler, window.plan, frames, keys)
+            window_job = dataclasses.replace(window_job, given=given)
+        return distributed.everywhere(generate_batch(window_job, params, keys))
 
     video = [fill(first, keys, clips)]
     sinks, count = video[0][:, : rolling.sink_frames], video[0].shape[1]
@@ -199,64 +201,55 @@ def roll(
 
 
 def generate_videos(
-    config: ExperimentConfig,
+    job: SamplingJob,
+    params,
     windows: tuple[Window, Window | None],
     rolling: RollingConfig,
-    params,
-    labels: np.ndarray,
-    seed: int,
-    batch_size: int = 250,
-    progress: Callable[[int], None] = lambda done: None,
-    decode: Callable[[jax.Array], jax.Array] | None = None,
     clips: np.ndarray | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Videos of any length. Video i depends on (seed, i, labels[i], clips[i]) alone.
+    """Videos of any length. Video i depends on (seed, i, condition i, clips[i]) alone.
 
     Args:
-      config, windows, rolling, params, labels, seed, batch_size, decode, clips: as of `video_batches`.
+      job, params, windows, rolling, clips: as for `video_batches`.
       progress: called with the number of videos done.
 
     Returns:
-      uint8 [num, frames, height, width, channels]; float32 for latents not decoded.
+      uint8 [num, frames, height, width, channels]; float32 for latents that are not decoded.
     """
-    made = video_batches(config, windows, rolling, params, labels, seed, batch_size, decode, clips=clips)
-    return collect(made, progress)
+    return collect(video_batches(job, params, windows, rolling, clips), progress)
 
 
 def video_batches(
-    config: ExperimentConfig,
+    job: SamplingJob,
+    params,
     windows: tuple[Window, Window | None],
     rolling: RollingConfig,
-    params,
-    labels: np.ndarray,
-    seed: int,
-    batch_size: int = 250,
-    decode: Callable[[jax.Array], jax.Array] | None = None,
-    wanted: Iterable[int] | None = None,
     clips: np.ndarray | None = None,
+    wanted: Iterable[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Videos of any length, batch by batch.
 
     Args:
-      config, windows, rolling, params: as of `roll`.
-      labels: int [num].
-      seed, batch_size, decode, wanted: as of `image_batches`.
-      clips: [num, keep_frames, height, width, channels] to begin with, or None.
+      job, windows, rolling: as for `roll`, of all videos.
+      params: the Transformer's parameters.
+      clips: the frames at the beginning, [num, keep_frames, height, width, channels], or None.
+      wanted: numbers of the batches, as for `generation.batches`.
 
     Yields:
-      uint8 [batch, frames, height, width, channels]; float32 for latents not decoded.
+      uint8 [batch, frames, height, width, channels]; float32 for latents that are not decoded.
     """
 
     def videos_of(share: Share, indices: np.ndarray) -> np.ndarray:
         begin = None if clips is None else clips[indices]
-        made = roll(config, windows, rolling, share.params, share.keys, labels[indices], begin)
-        if decode is not None:
-            made = distributed.everywhere(decode(sharding.place(made, share.keys.sharding)))
-        return made
+        videos = roll(job.select(indices), windows, rolling, share.params, share.keys, begin)
+        if job.decode is not None:
+            videos = distributed.everywhere(job.decode(sharding.place(videos, share.keys.sharding)))
+        return videos
 
-    for batch in batches(for_sampling(params), len(labels), seed, batch_size, wanted):
-        # A thread for each share: rolling waits for every window.
+    for batch in batches(job, params, wanted):
+        # One thread for each share, as rolling waits for every window.
         with concurrent.futures.ThreadPoolExecutor(len(batch.shares)) as pool:
-            parts = pool.map(lambda share, batch=batch: videos_of(share, batch.indices[share.places]), batch.shares)
-            made = np.concatenate(list(parts))
-        yield finish(config, made, decode is not None)[: batch.count]
+            parts = pool.map(lambda share, batch=batch: videos_of(share, batch.indices[share.rows]), batch.shares)
+            videos = np.concatenate(list(parts))
+        yield job.finish(videos)[: batch.count]

@@ -1,4 +1,4 @@
-"""The KV-cached sampler: every order, every split, every solver, one jitted program.
+"""The KV-cached sampler: every order, every number of AR steps, every solver, one jitted program.
 
 Condition (and known clean) tokens are prefilled into the cache. Each AR step then
 starts from fresh noise for its own tokens only, runs the whole noise schedule for them
@@ -10,6 +10,7 @@ are `lax.scan`s, so a program's size does not grow with either.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,77 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.sharding import partition
 from causalfusion_jax.config.sampling import SamplerConfig
 from causalfusion_jax.core import factorization
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.diffusion import DiffusionConfig, to_x_0_and_eps
-from causalfusion_jax.core.factorization import CONDITION_STEP, EMPTY_STEP, FactorizationConfig, Role
-from causalfusion_jax.core.layouts import NO_TOKEN
-from causalfusion_jax.core.solvers import solver_table
+from causalfusion_jax.core.factorization import EMPTY_STEP, FactorizationConfig, Role
+from causalfusion_jax.core.solvers import SolverTable, solver_table
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.kv_cache import KVCache
+from causalfusion_jax.models.sequence import ImageTokens, Tokens, repeat_batch
 from causalfusion_jax.models.transformer import abstract_model
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+    """The static arguments of sampling.
+
+    Attributes:
+      model, diffusion, factorization: settings that the parameters were trained with.
+      sampler: how to sample.
+    """
+
+    model: TransformerConfig
+    diffusion: DiffusionConfig
+    factorization: FactorizationConfig
+    sampler: SamplerConfig
+
+    @property
+    def solver_table(self) -> SolverTable:
+        """The solver's coefficients. Raises InputError where it does not fit the noise schedule."""
+        return solver_table(self.sampler, self.diffusion)
+
+    def guidance_scales(self, sizes) -> np.ndarray:
+        """Guidance weight of each AR step, of `sizes` tokens, and solver row; float32 [S, rows]."""
+        return guidance_scales(self.sampler, self.solver_table.t, self.diffusion.num_timesteps, sizes)
+
+
+class Given(NamedTuple):
+    """What is known of a batch of images before they are generated; None: drawn, or nothing.
+
+    Attributes:
+      order: int32 [batch, L], token order; default: drawn as the sampler says.
+      tokens: clean tokens [batch, K, token_dim] at the first K positions of `order`, which is
+        then required; the remaining L - K are generated.
+      step: int32 [K], AR steps of these tokens, non-decreasing from 0; default: all 0.
+      x_T: initial noise at the other positions, [batch, L - K, token_dim]; default: drawn.
+    """
+
+    order: jax.Array | None = None
+    tokens: jax.Array | None = None
+    step: jax.Array | None = None
+    x_T: jax.Array | None = None
+
+    @property
+    def num_known(self) -> int:
+        """Number of known tokens, K."""
+        return 0 if self.tokens is None else self.tokens.shape[1]
+
+    def select(self, indices) -> "Given":
+        """What is known of some examples; `indices` is int [num]."""
+        picked = jax.tree.map(lambda leaf: leaf[indices], self._replace(step=None))
+        return picked._replace(step=self.step)
+
+
+NOTHING = Given()
+"""Nothing is known."""
 
 
 def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, sizes) -> np.ndarray:
     """Guidance weight of every AR step and solver row; float32 [S, rows].
 
     Args:
-      sampler: names scale, schedule and interval.
+      sampler: scale, schedule and interval.
       t: timesteps of the solver's rows.
       num_timesteps: T.
       sizes: tokens in each AR step.
@@ -51,10 +108,10 @@ def guidance_scales(sampler: SamplerConfig, t: np.ndarray, num_timesteps: int, s
 def sampling_flops(
     model: TransformerConfig, diffusion: DiffusionConfig, sampler: SamplerConfig, text_tokens: int = 0
 ) -> int:
-    """Model FLOPs of generating one image, of a prompt of so many `text_tokens`.
+    """Model FLOPs of generating one image, with a prompt of `text_tokens` slots.
 
-    Prefill of the condition and the prompt, every solver row of every AR step against the cache as it then
-    stands (twice where guided), and the commits of all AR steps but the last.
+    Prefill of the condition and the prompt, every solver row of every AR step against the cache
+    at that time (twice where guided), and the commits of all AR steps but the last.
     """
     sizes = sampler.sizes(model.num_tokens)
     table = solver_table(sampler, diffusion)
@@ -72,41 +129,52 @@ def sampling_flops(
 
 
 def image_keys(seed: int, indices) -> jax.Array:
-    """One key for each image number, so that an image does not depend on its batch."""
+    """One PRNG key for each image number, so that an image does not depend on its batch."""
     key = jax.random.key(seed)
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(indices, jnp.uint32))
 
 
-def generate(
-    model: TransformerConfig,
-    diffusion: DiffusionConfig,
-    trained: FactorizationConfig,
-    sampler: SamplerConfig,
-    params,
-    keys,
-    labels,
-    order=None,
-    known=None,
-    known_step=None,
-    x_T=None,
-    text=None,
-):
-    """Generates images as tokens. Jit with the first four arguments static.
+class StepRows(NamedTuple):
+    """AR steps as rows of one size, short ones padded, as `lax.scan` needs them.
+
+    Attributes:
+      sizes: int [S], tokens in each AR step.
+      positions: int [S, size], their positions among the generated tokens.
+      valid: bool [S, size], False for padding.
+    """
+
+    sizes: np.ndarray
+    positions: np.ndarray
+    valid: np.ndarray
+
+    @property
+    def slots(self) -> int:
+        """Cache slots for the clean tokens of all steps but the last, whose clean tokens are unattended."""
+        if len(self.sizes) == 1:
+            return 0
+        return int(self.sizes[:-2].sum()) + self.valid.shape[1]
+
+    def gather(self, tokens):
+        """[batch, n, ...] of all generated tokens to [S, batch, size, ...]."""
+        return jnp.moveaxis(tokens[:, self.positions], 1, 0)
+
+
+def step_rows(sizes) -> StepRows:
+    """The rows of AR steps of `sizes` tokens."""
+    size, starts = max(sizes), np.cumsum([0, *sizes[:-1]])
+    positions = np.minimum(starts[:, None] + np.arange(size), sum(sizes) - 1)
+    return StepRows(np.asarray(sizes), positions, np.arange(size) < np.asarray(sizes)[:, None])
+
+
+def generate(spec: SamplingSpec, params, keys, condition: Condition, given: Given = NOTHING):
+    """Generates images as tokens. Jit with `spec` static.
 
     Args:
-      model, diffusion, trained: what `params` were trained as.
-      sampler: how to sample.
+      spec: the model, and how to sample from it.
       params: the Transformer's parameters.
-      keys: PRNG keys [batch], one an image (`image_keys`).
-      labels: int [batch].
-      order: int32 [batch, L]; default: drawn as `sampler.order` says.
-      known: clean tokens [batch, K, token_dim] at the first K places of `order`; the
-        remaining L - K places are generated.
-      known_step: int32 [K], their AR steps, non-decreasing from 0; default: all 0.
-      x_T: noise to start from at those L - K places, [batch, L - K, token_dim]; default:
-        drawn.
-      text: prompts, int32 [batch, T], NO_TOKEN in empty slots, for a model that knows text;
-        guidance leads away from no class and no text.
+      keys: PRNG keys [batch], one for each image (`image_keys`).
+      condition: of the images; guidance contrasts it with no class and no text.
+      given: what is known of the images.
 
     Returns:
       x_0, float32 [batch, L, token_dim] in raster order.
@@ -114,142 +182,133 @@ def generate(
     Raises:
       InputError: the sampler does not fit the model.
     """
-    num_known = 0 if known is None else known.shape[1]
-    sizes = sampler.sizes(model.num_tokens - num_known)
-    table = solver_table(sampler, diffusion)
-    scales = guidance_scales(sampler, table.t, diffusion.num_timesteps, sizes)
+    rows = step_rows(spec.sampler.sizes(spec.model.num_tokens - given.num_known))
+    scales = spec.guidance_scales(rows.sizes)
     order_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    if order is None:
-        order_config = sampler.order_config(trained)
-        order = jax.vmap(lambda key: factorization.token_order(order_config, model.grid, key))(order_keys)
-        order = jnp.asarray(order)
-    elif known is None and order.shape[1] != model.num_tokens:
-        raise InputError("order", order.shape, f"must be [batch, {model.num_tokens}]")
-    transformer = nnx.merge(abstract_model(model)[0], params)
-    # Guidance runs condition and no condition side by side, [2 * batch].
+    order = _order(spec, given, order_keys)
+    transformer = nnx.merge(abstract_model(spec.model)[0], params)
+    # Guidance evaluates condition and no condition side by side, [2 * batch].
     guided, unguided = bool((scales != 1.0).any()), bool((scales == 1.0).any())
-    all_labels = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)]) if guided else labels
-
-    # AR steps as rows of one size, short ones padded: what lax.scan needs.
-    size, starts = max(sizes), np.cumsum([0, *sizes[:-1]])
-    places = np.minimum(starts[:, None] + np.arange(size), sum(sizes) - 1)
-    valid = np.arange(size) < np.asarray(sizes)[:, None]
-    rows = lambda a: jnp.moveaxis(a[:, places], 1, 0)
-    num_text = 0 if text is None else text.shape[1]
-    first_step = num_text
-    if num_known:
-        known_step = num_text + (jnp.zeros(num_known, jnp.int32) if known_step is None else known_step)
-        first_step = known_step[-1] + 1
-
-    slots = num_text + num_known + (int(starts[-2]) + size if len(sizes) > 1 else 0)
-    prefix = Prefix(transformer, 2 if guided and (model.clean_depends_on_class or num_text) else 1)
-    cache = prefix.begin(all_labels[: prefix.copies * labels.shape[0]], slots)
-    if num_text:
-        cache = prefix.append_prompts(cache, text)
-    if num_known:
-        cache = prefix.append(cache, known, order[:, :num_known], Role.CLEAN, known_step, num_known)
+    condition = condition.with_unconditional(spec.model.num_classes) if guided else condition
+    two_prefixes = guided and (spec.model.clean_depends_on_class or condition.num_steps > 0)
+    prefix = Prefix(transformer, 2 if two_prefixes else 1)
+    cache, first_step = _prefill(prefix, condition.select(slice(prefix.copies * len(keys))), given, order, rows.slots)
 
     def ar_step(cache, scanned):
         index, ids, valid, count, scales_row, x_T = scanned
         step = index + first_step
-        denoise = _Denoiser(transformer, diffusion, cache, all_labels, ids, valid, step, guided, unguided)
+        denoise = Denoiser(transformer, cache, condition, ids, valid=valid, step=step, guided=guided, unguided=unguided)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, index)
-        x_0 = _solve(denoise, table, scales_row, sampler, step_keys, (size, model.token_dim), x_T)
+        x_0 = solve(spec, denoise, scales_row, step_keys, x_T)
 
         def commit(cache):
-            return prefix.append(cache, x_0, ids, jnp.where(valid, Role.CLEAN, Role.PAD), step, count)
+            role = jnp.where(valid, Role.CLEAN, Role.PAD)
+            return prefix.append_image(cache, ImageTokens(x_0, ids), role, step, count)
 
-        if len(sizes) > 1:
+        if len(rows.sizes) > 1:
             with jax.named_scope("commit"):
-                # Nobody looks at the last step's clean tokens.
-                cache = jax.lax.cond(index < len(sizes) - 1, commit, lambda cache: cache, cache)
+                # The clean tokens of the last step are unattended.
+                cache = jax.lax.cond(index < len(rows.sizes) - 1, commit, lambda cache: cache, cache)
         return cache, x_0
 
     scanned = (
-        jnp.arange(len(sizes)),
-        rows(order[:, num_known:]),
-        jnp.asarray(valid),
-        jnp.asarray(sizes),
+        jnp.arange(len(rows.sizes)),
+        rows.gather(order[:, given.num_known :]),
+        jnp.asarray(rows.valid),
+        jnp.asarray(rows.sizes),
         jnp.asarray(scales),
-        None if x_T is None else rows(x_T),
+        None if given.x_T is None else rows.gather(given.x_T),
     )
     _, steps = jax.lax.scan(ar_step, cache, scanned)
-    # [S, batch, size, dim] without the padding, in order; then back to raster order.
-    generated = jnp.moveaxis(steps, 1, 0)[:, valid]
-    tokens = generated if known is None else jnp.concatenate([known, generated], axis=1)
-    raster = jax.vmap(lambda tokens, order: jnp.zeros_like(tokens).at[order].set(tokens))
-    return raster(tokens, order)
+    # [S, batch, size, dim] without the padding, in order; then in raster order.
+    generated = jnp.moveaxis(steps, 1, 0)[:, rows.valid]
+    tokens = generated if given.tokens is None else jnp.concatenate([given.tokens, generated], axis=1)
+    return jax.vmap(lambda tokens, order: jnp.zeros_like(tokens).at[order].set(tokens))(tokens, order)
+
+
+def _order(spec: SamplingSpec, given: Given, keys) -> jax.Array:
+    """The token order of each image, int32 [batch, L]: given, or drawn with `keys` [batch]."""
+    if given.order is None:
+        config = spec.sampler.order_config(spec.factorization)
+        return jnp.asarray(jax.vmap(lambda key: factorization.token_order(config, spec.model.grid, key))(keys))
+    if given.tokens is None and given.order.shape[1] != spec.model.num_tokens:
+        raise InputError("order", given.order.shape, f"must be [batch, {spec.model.num_tokens}]")
+    return given.order
+
+
+def _prefill(prefix: "Prefix", condition: Condition, given: Given, order, slots: int) -> tuple[KVCache, jax.Array]:
+    """The cache of condition and known tokens with `slots` free slots, and the AR step that is generated first."""
+    cache, first_step = prefix.begin(condition, given.num_known + slots), condition.num_steps
+    if not given.num_known:
+        return cache, first_step
+    step = first_step + (jnp.zeros(given.num_known, jnp.int32) if given.step is None else given.step)
+    known = ImageTokens(given.tokens, order[:, : given.num_known])
+    return prefix.append_image(cache, known, Role.CLEAN, step, given.num_known), step[-1] + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """Runs condition and clean tokens through the trunk into a cache.
 
-    The cache holds `copies` of the batch: 2 where guidance has a prefix of its own.
+    Attributes:
+      transformer: the Transformer.
+      copies: copies of the batch in the cache: 2 where the halves of guidance have different
+        keys and values, else 1.
     """
 
     transformer: nnx.Module
     copies: int
 
-    def begin(self, labels, slots: int) -> KVCache:
-        """A cache with the condition tokens of `labels` [copies * batch], and room for `slots` more."""
+    def begin(self, condition: Condition, slots: int) -> KVCache:
+        """A cache of the condition [copies * batch], with `slots` free slots."""
         c = self.transformer.config
-        slots, batch = slots + c.num_condition_tokens, labels.shape[0]
+        slots, batch = slots + c.num_condition_tokens + condition.num_steps, condition.batch
         cache = KVCache.empty(c.layers, batch, slots, c.heads, c.head_dim, jnp.dtype(c.dtype))
-        if not c.num_condition_tokens:
-            return cache
-        h = self.transformer.embed_condition(labels)
-        return self._run(cache, h, Role.CONDITION, CONDITION_STEP, -1, c.num_condition_tokens)[0]
+        for tokens in self.transformer.condition_tokens(condition):
+            cache, _ = self.append(cache, tokens)
+        return cache
 
-    def append(self, cache: KVCache, tokens, ids, role, step, count, labels=None, t=None) -> KVCache:
-        """Commits clean tokens [batch, n, token_dim], of which the first `count` are kept.
+    def append_image(self, cache: KVCache, image: ImageTokens, role, step, count) -> KVCache:
+        """Commits clean tokens of images [batch], of which the first `count` are kept."""
+        tokens = self.transformer.image_tokens(repeat_batch(image, self.copies), role, step)
+        return self.append(cache, tokens, count)[0]
 
-        With `t` [batch, 1] they are embedded as noisy ones of that level, as images of
-        `labels` [batch].
-        """
-        tokens, ids = (jnp.tile(a, (self.copies, *[1] * (a.ndim - 1))) for a in (tokens, ids))
-        condition = None if t is None else self.transformer.noise_condition(labels, t)
-        return self._run(cache, self.transformer.embed_tokens(tokens, ids, t), role, step, ids, count, condition)[0]
-
-    def append_prompts(self, cache: KVCache, text) -> KVCache:
-        """Commits prompts [batch, T] at AR steps 0..T-1; the second copy of the batch goes without."""
-        text = jnp.concatenate([text, *[jnp.full_like(text, NO_TOKEN)] * (self.copies - 1)])
-        return self.append_text(cache, text, jnp.arange(text.shape[1]), jnp.arange(text.shape[1]))[0]
-
-    def append_text(self, cache: KVCache, text, positions, step, document=None) -> tuple[KVCache, jax.Array]:
-        """Commits text tokens int [copies * batch, n], NO_TOKEN where there is none.
+    def append(
+        self, cache: KVCache, tokens: Tokens, count=None, noise_embedding=None, document=None
+    ) -> tuple[KVCache, jax.Array]:
+        """Commits tokens.
 
         Args:
-          cache: with room for n slots.
-          text: token ids.
-          positions, step: their places in the text and AR steps, int [copies * batch, n] or [n].
-          document: int [copies * batch, n], where they are several texts, blind to each other.
+          cache: with a free slot for each of them.
+          tokens: [copies * batch, n].
+          count: the first `count` are kept; default: n.
+          noise_embedding, document: as in `Transformer.trunk`.
 
         Returns:
-          The cache, and hidden states [copies * batch, n, hidden] for `Transformer.text_logits`.
+          The cache, and hidden states [copies * batch, n, hidden].
         """
-        h = self.transformer.text.embed(text, positions)
-        role = jnp.where(text == NO_TOKEN, Role.PAD, Role.CLEAN)
-        return self._run(cache, h, role, step, -1, text.shape[1], document=document)
-
-    def _run(self, cache, h, role, step, ids, count, condition=None, document=None):
-        role, step, ids = (jnp.broadcast_to(jnp.asarray(a, jnp.int32), h.shape[:2]) for a in (role, step, ids))
-        h, (k, v) = self.transformer.trunk(h, role, step, ids, cache, condition, document=document)
-        return cache.append(k, v, jnp.where(role == Role.PAD, EMPTY_STEP, step), count), h
+        h, (k, v) = self.transformer.trunk(tokens, cache, noise_embedding, document=document)
+        step = jnp.where(tokens.role == Role.PAD, EMPTY_STEP, tokens.step)
+        return cache.append(k, v, step, tokens.h.shape[1] if count is None else count), h
 
 
 @dataclasses.dataclass(frozen=True)
-class _Denoiser:
-    """The network as a function of x_t for the noisy tokens of one AR step.
+class Denoiser:
+    """The network as a function of x_t, for the noisy tokens of one AR step.
 
-    `guided` and `unguided` say whether any row of the schedule is so; `labels` are those
-    of all images, and where guided, after them no class as often.
+    Attributes:
+      transformer: the Transformer.
+      cache: all earlier tokens.
+      condition: of the images; where guided, followed by no condition (`Condition.with_unconditional`).
+      ids: int [batch, n], grid token of each noisy token.
+      valid: bool [n], False for padding.
+      step: int32 [], the AR step.
+      guided, unguided: whether any solver row is guided, and whether any is not.
     """
 
     transformer: nnx.Module
-    diffusion: DiffusionConfig
     cache: KVCache
-    labels: jax.Array
+    condition: Condition
     ids: jax.Array
     valid: jax.Array
     step: jax.Array
@@ -257,20 +316,17 @@ class _Denoiser:
     unguided: bool
 
     def _predict(self, x, t, copies: int):
-        """Predictions [copies * batch, n, dim] for the first copies of the labels."""
-        batch = copies * x.shape[0]
-        cache = jax.tree.map(lambda a: a[:, :batch], (self.cache.k, self.cache.v))
-        cache = KVCache(*cache, self.cache.step[:batch], self.cache.length)
+        """Predictions [copies * batch, n, dim] for the first `copies` batches of the condition."""
+        first = slice(copies * x.shape[0])
         t = jnp.full((1, 1), t)
-        h = jnp.tile(self.transformer.embed_tokens(x, self.ids, t), (copies, 1, 1))
-        condition = self.transformer.noise_condition(self.labels[:batch], t)
-        role = jnp.broadcast_to(jnp.where(self.valid, Role.NOISY, Role.PAD), h.shape[:2])
-        step = jnp.broadcast_to(self.step, h.shape[:2])
-        h, _ = self.transformer.trunk(h, role, step, jnp.tile(self.ids, (copies, 1)), cache, condition)
-        return self.transformer.head(h, condition)
+        role = jnp.where(self.valid, Role.NOISY, Role.PAD)
+        tokens = repeat_batch(self.transformer.image_tokens(ImageTokens(x, self.ids, t), role, self.step), copies)
+        noise_embedding = self.transformer.embed_noise(self.condition.select(first), t)
+        h, _ = self.transformer.trunk(tokens, self.cache.select(first), noise_embedding)
+        return self.transformer.head(h, noise_embedding)
 
     def __call__(self, x, t, scale):
-        """The guided prediction, [batch, n, dim]; no second pass where scale is 1."""
+        """The guided prediction [batch, n, dim] for x_t [batch, n, dim]; one pass instead of two where scale is 1."""
         if not self.guided:
             return self._predict(x, t, 1)
 
@@ -283,21 +339,21 @@ class _Denoiser:
         return jax.lax.cond(scale != 1.0, both, lambda: self._predict(x, t, 1))
 
 
-def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shape, x_T=None):
+def solve(spec: SamplingSpec, denoise: Denoiser, scales, keys, x_T=None):
     """Runs the noise schedule for the tokens of one AR step.
 
     Args:
+      spec: solver, prediction target, temperature and clipping.
       denoise: the network.
-      table: the solver, SolverTable of [rows].
       scales: guidance weights [rows].
-      sampler: temperature and clipping.
-      keys: [batch].
-      shape: (tokens, token_dim) of one image.
-      x_T: where to start, [batch, *shape]; default: drawn.
+      keys: PRNG keys [batch] of the noise.
+      x_T: initial noise [batch, n, token_dim]; default: drawn.
 
     Returns:
-      x_0, [batch, *shape].
+      x_0, [batch, n, token_dim].
     """
+    sampler, table = spec.sampler, spec.solver_table
+    shape = denoise.ids.shape[1], spec.model.token_dim
 
     def noise(row):
         draw = lambda key: jax.random.normal(jax.random.fold_in(key, row), shape)
@@ -307,7 +363,7 @@ def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shap
         x, begin, previous = carry
         row, scale, c = scanned
         prediction = denoise(x, c.t, scale)
-        x_0, _ = to_x_0_and_eps(denoise.diffusion.target, prediction, x, c.alpha, c.sigma)
+        x_0, _ = to_x_0_and_eps(spec.diffusion.target, prediction, x, c.alpha, c.sigma)
         if sampler.clip_x_0:
             x_0 = jnp.clip(x_0, -sampler.clip_x_0, sampler.clip_x_0)
         begin = jnp.where(c.begins, x, begin)
@@ -324,37 +380,28 @@ def _solve(denoise: _Denoiser, table, scales, sampler: SamplerConfig, keys, shap
     return x
 
 
-sample_tokens = jax.jit(generate, static_argnums=(0, 1, 2, 3))
+sample_tokens = jax.jit(generate, static_argnums=0)
 """`generate`, compiled."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def sample_tokens_shared(
-    mesh: Mesh,
-    model: TransformerConfig,
-    diffusion: DiffusionConfig,
-    trained: FactorizationConfig,
-    sampler: SamplerConfig,
-    params,
-    of_images: dict[str, jax.Array],
-    of_all: dict[str, jax.Array] | None = None,
-):
-    """`generate` on a mesh whose devices share the images and have all parameters; none waits for another.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def sample_tokens_shared(mesh: Mesh, spec: SamplingSpec, params, keys, condition: Condition, given: Given = NOTHING):
+    """`generate` on a mesh whose devices share the images and have all parameters, without communication.
 
     Args:
       mesh: its axes `data` and `fsdp` split the batch.
-      model, diffusion, trained, sampler, params: as of `generate`.
-      of_images: those arguments of `generate` that have an entry an image, by name.
-      of_all: the others.
+      spec, params, keys, condition, given: as for `generate`.
 
     Returns:
-      What `generate` does.
+      x_0, float32 [batch, L, token_dim] in raster order, split over the devices.
     """
-
-    def share(params, of_images, of_all):
-        return generate(model, diffusion, trained, sampler, params, **of_images, **of_all)
-
-    split = partition(("batch",))
-    whole = PartitionSpec()
-    run = jax.shard_map(share, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, check_vma=False)
-    return run(params, of_images, of_all or {})
+    split, whole = partition(("batch",)), PartitionSpec()
+    given_specs = Given(order=split, tokens=split, step=whole, x_T=split)
+    run = jax.shard_map(
+        functools.partial(generate, spec),
+        mesh=mesh,
+        in_specs=(whole, split, split, given_specs),
+        out_specs=split,
+        check_vma=False,
+    )
+    return run(params, keys, condition, given)

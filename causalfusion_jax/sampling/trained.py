@@ -161,7 +161,7 @@ class Autoencoder(NamedTuple):
     """An autoencoder of a model's latents.
 
     Attributes:
-      fingerprint: one checksum for settings and parameters.
+      fingerprint: checksum of settings and parameters.
       downsampling: side of a latent in pixels.
       encode: pixels in [-1, 1] [batch, H, W, image channels] to latents as the model takes
         them, [batch, H / downsampling, W / downsampling, channels]: the mean, not a sample.

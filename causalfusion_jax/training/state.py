@@ -1,4 +1,4 @@
-"""The training state, and the one function that advances it."""
+"""The training state, and the training step."""
 
 import functools
 from typing import NamedTuple
@@ -12,19 +12,20 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.config.training import StepConfig
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.transformer import abstract_model, init_params
-from causalfusion_jax.training.objective import batch_key, example_keys, training_loss
+from causalfusion_jax.training.draws import batch_key, example_keys
+from causalfusion_jax.training.objective import training_loss
 from causalfusion_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_applied
 
 
 class TrainState(NamedTuple):
-    """All that training changes.
+    """The state of training.
 
     Attributes:
-      step: int32 [], steps taken.
-      params, ema: the Transformer's parameters, and their moving average.
-      opt_state: the optimizer's.
-      nonfinite_run: int32 [], the last so many steps had a non-finite gradient.
-      nonfinite_worst: int32 [], the longest such run so far.
+      step: int32 [], number of steps taken.
+      params, ema: the Transformer's parameters, and their exponential moving average.
+      opt_state: the optimizer's state.
+      nonfinite_run: int32 [], number of consecutive last steps with a non-finite gradient.
+      nonfinite_worst: int32 [], the largest `nonfinite_run` so far.
     """
 
     step: jax.Array
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: StepConfig, key: jax.Array) -> TrainState:
-    """Fresh parameters, their average, and zero moments."""
+    """Initial parameters, their average, and zero moments."""
     params = init_params(config.objective.model, key)
     opt_state = make_optimizer(config.optimizer, config.total_steps).init(params)
     zero = jnp.zeros((), jnp.int32)
@@ -50,10 +51,10 @@ def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
 
 
 def place_abstract(shapes, axes, mesh: Mesh):
-    """Where the arrays of a state lie: parameters, and what is shaped like them, by their axes; the rest everywhere.
+    """Shardings of a state: parameters and moments are sharded by their axes, other arrays are replicated.
 
     Args:
-      shapes: any tree; every dict in it is nested like the parameters.
+      shapes: any tree; every dict in it has the structure of the parameters.
       axes: logical axes of the parameters.
       mesh: the mesh.
 
@@ -62,8 +63,7 @@ def place_abstract(shapes, axes, mesh: Mesh):
     """
 
     def place(leaf, axes):
-        where = sharding.sharding(mesh, axes, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.sharding(mesh, axes, leaf.shape))
 
     def place_params(tree):
         return jax.tree.map(place, tree, axes)
@@ -78,12 +78,12 @@ def place_abstract(shapes, axes, mesh: Mesh):
 
 
 def create_state(config: StepConfig, mesh: Mesh, key: jax.Array) -> TrainState:
-    """The initial state, every array born where it stays."""
+    """The initial state, every array created with its sharding."""
     return _state_maker(config, mesh)(key)
 
 
 def lower_create_state(config: StepConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """The program of `create_state`, to be compiled."""
+    """The program of `create_state`, traced."""
     return _state_maker(config, mesh).lower(abstract_key(mesh))
 
 
@@ -93,7 +93,7 @@ def _state_maker(config: StepConfig, mesh: Mesh):
 
 
 def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A run's base key: its type, and where it lies."""
+    """Shape, type and sharding of a run's base key."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
@@ -101,18 +101,18 @@ def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> tuple[TrainState, dict]:
     """One optimizer step. Pure: the same (state, batch, key) give the same result.
 
-    A step whose gradient is not finite leaves parameters, average and moments as they
-    were; it counts, and is counted.
+    A step with a non-finite gradient leaves parameters, average and moments unchanged, and is
+    counted in `nonfinite_run`.
 
     Args:
       config: static settings.
-      state: where training stands.
+      state: the state before the step.
       batch: `image` float32 [batch, (frames,) height, width, channels], `label` int [batch].
       key: the run's base key; the step number is folded in here.
 
     Returns:
-      The next state, and metrics: scalars, and sums and counts by bin; of a step whose gradient is
-      not finite all are 0 but `nonfinite_steps`.
+      The next state, and metrics: scalars, and sums and counts by bin; with a non-finite gradient
+      all are 0 except `nonfinite_steps`.
     """
     step_key = jax.random.fold_in(key, state.step)
     keys = example_keys(step_key, batch["label"].shape[0])
@@ -130,7 +130,7 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
     run = jnp.where(finite, 0, state.nonfinite_run + 1)
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(updates_applied(state.opt_state))}
-    # One step's NaN would hide all others of an interval.
+    # A NaN would make the mean over a logging interval NaN.
     metrics = jax.tree.map(lambda metric: jnp.where(finite, metric, 0), metrics)
     metrics["nonfinite_steps"] = 1.0 - finite
     return TrainState(
@@ -144,7 +144,7 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
 
 
 def update_ema(ema, params, step: jax.Array, ema_decay: float):
-    """The moving average after `params`, the result of step number `step`; warmed up as StepConfig says."""
+    """The moving average, given the `params` after step number `step`; warmed up as in StepConfig."""
     decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
 
@@ -155,7 +155,7 @@ def _gradients(config: StepConfig, params, batch, keys, shared_key):
     parts = config.grad_accum_steps
     if parts == 1:
         return grad_fn(params, batch, keys, shared_key)
-    # Part i takes examples i, i + parts, ...: each device keeps its share of every part.
+    # Part i has examples i, i + parts, ..., so that each device keeps its share of every part.
     split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (batch, keys))
 
     def accumulate(total, part):
@@ -169,23 +169,23 @@ def _gradients(config: StepConfig, params, batch, keys, shared_key):
 
 
 def compile_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Array):
-    """Compiles `train_step` ahead of time: one program for a run, by construction.
+    """Compiles `train_step` ahead of time, so that a run has one program.
 
-    Takes what `lower_train_step` takes.
+    Args: as for `lower_train_step`.
 
     Returns:
       The compiled function (state, batch, key) -> (state, metrics), which donates the
-      state and refuses arguments of any other shape, type or placement.
+      state and raises for arguments of another shape, type or sharding.
     """
     return lower_train_step(config, mesh, batch_shapes, key).compile()
 
 
 def lower_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Array) -> jax.stages.Lowered:
-    """`train_step` traced for a mesh, to be compiled.
+    """`train_step` traced for a mesh.
 
     Args:
       config: static settings.
-      mesh: where it runs.
+      mesh: the devices.
       batch_shapes: (shape, dtype) of each array of a global batch, by name.
       key: the run's base key (its shape and type).
     """
@@ -193,12 +193,12 @@ def lower_train_step(config: StepConfig, mesh: Mesh, batch_shapes, key: jax.Arra
 
 
 def lower_step(step, state, mesh: Mesh, batch_shapes, key: jax.Array) -> jax.stages.Lowered:
-    """Any step (state, batch, key) -> (state, metrics) traced for a mesh; compiled, it donates the state.
+    """A function (state, batch, key) -> (state, metrics) traced for a mesh; it donates the state.
 
     Args:
       step: the function.
-      state: its state's shapes, types and shardings.
-      mesh: where it runs.
+      state: shapes, types and shardings of its state.
+      mesh: the devices.
       batch_shapes: (shape, dtype) of each array of a global batch, by name.
       key: PRNG key (its shape and type).
     """

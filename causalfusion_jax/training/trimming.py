@@ -17,7 +17,7 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.config.training import ObjectiveConfig, StepConfig
 from causalfusion_jax.core.factorization import num_visible_clean_of_batch
-from causalfusion_jax.training.objective import batch_key
+from causalfusion_jax.training.draws import batch_key
 from causalfusion_jax.training.state import abstract_key, lower_train_step
 
 CHUNK = 1024

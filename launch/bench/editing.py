@@ -21,10 +21,12 @@ from absl import flags
 from causalfusion_jax.cli import app
 from causalfusion_jax.common.errors import require
 from causalfusion_jax.common.pictures import edit_strip, save_png, to_uint8
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.data.digit_pairs import DigitPairsSource, digit_pairs, score_pairs
 from causalfusion_jax.data.digits import digits, score_digits
 from causalfusion_jax.data.tokenizers import to_slots
 from causalfusion_jax.sampling import editing
+from causalfusion_jax.sampling.generation import SamplingJob
 from causalfusion_jax.sampling.trained import from_run
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "A run of configs/digits.py or configs/digit_pairs.py.")
@@ -83,12 +85,13 @@ def edit(config, params, mask: str, ar_steps: int, images: np.ndarray, labels: n
     hidden = editing.tokens_of_mask(editing.named_mask(mask, *images.shape[1:3]), config.model.patch_size)
     plan = editing.plan_edit(config, hidden)
     sampler = dataclasses.replace(config.sampling, ar_steps=ar_steps, step_sizes=(), cfg_scale=_CFG_SCALE.value)
-    sampler = editing.edit_sampler(sampler, plan, chosen=True)
+    sampler = editing.edit_sampler(sampler, plan, explicit_steps=True)
     text = None
     if config.text.is_on:
         text = np.stack([to_slots(config.text, DigitPairsSource.class_names[label]) for label in labels])
         labels = np.full_like(labels, config.data.num_classes)
-    results = editing.edit_images(config, sampler, params, plan, images, labels, seed=0, text=text)
+    job = SamplingJob(config, sampler, Condition(labels, text))
+    results = editing.edit_images(job, params, plan, images)
     return results, editing.pixels_of_tokens(plan.hidden, config.model.patch_size)
 
 

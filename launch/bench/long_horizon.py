@@ -47,13 +47,14 @@ from flax import nnx
 
 from causalfusion_jax.cli import machine
 from causalfusion_jax.compile_ahead import costs, hlo
-from causalfusion_jax.core.diffusion import DiffusionConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.factorization import Role
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.models.sequence import ImageTokens
 from causalfusion_jax.models.transformer import abstract_model, init_params
-from causalfusion_jax.sampling.sampler import _Denoiser
+from causalfusion_jax.sampling.sampler import Denoiser
 
 _FRAMES = flags.DEFINE_integer("frames", 32, "The longest clip.")
 _GRID = flags.DEFINE_list("grid", ["4", "8"], "Token rows and columns of a frame.")
@@ -94,7 +95,7 @@ class Setting:
         return self.frame[0] * self.frame[1]
 
     def model(self, frames: int) -> TransformerConfig:
-        """ACDiT for clips of so many frames; attention is dense, so that all of it can be counted."""
+        """ACDiT for clips of `frames` frames; attention is dense, so that all of it can be counted."""
         return TransformerConfig(
             hidden=self.hidden,
             heads=self.heads,
@@ -167,14 +168,13 @@ def denoise(setting: Setting, frames: int, cached: int, tokens: int):
     x = jnp.zeros((setting.batch, tokens, model.token_dim))
 
     def run(params, cache, x):
-        network = _Denoiser(
+        network = Denoiser(
             nnx.merge(abstract_model(model)[0], params),
-            DiffusionConfig(),
             cache,
-            jnp.zeros(setting.batch, jnp.int32),
+            Condition(jnp.zeros(setting.batch, jnp.int32)),
             ids,
-            jnp.ones(tokens, bool),
-            jnp.int32(1),
+            valid=jnp.ones(tokens, bool),
+            step=jnp.int32(1),
             guided=False,
             unguided=True,
         )
@@ -194,9 +194,9 @@ def denoise_without_cache(setting: Setting, frames: int):
 
     def run(params, clean, noisy):
         network = nnx.merge(abstract_model(model)[0], params)
-        labels, t = jnp.zeros(batch, jnp.int32), jnp.full((batch, 1), 500)
-        places = ids[:, :num_clean], ids[:, num_clean:], role, ids // block
-        return network.sequence(labels, None, clean, noisy, t, *places)[0]
+        condition, t = Condition(jnp.zeros(batch, jnp.int32)), jnp.full((batch, 1), 500)
+        context, image = ImageTokens(clean, ids[:, :num_clean]), ImageTokens(noisy, ids[:, num_clean:], t)
+        return network.sequence(condition, context, image, role, ids // block)[0]
 
     return run, (clean, noisy)
 
@@ -211,10 +211,8 @@ def commit(setting: Setting, frames: int, cached: int, new: int):
     def run(params, cache, x):
         # The new keys alone: where they are written costs no product.
         network = nnx.merge(abstract_model(model)[0], params)
-        role = jnp.full(x.shape[:2], Role.CLEAN, jnp.int32)
-        step = jnp.broadcast_to(1 + ids // setting.block, x.shape[:2])
-        places = jnp.broadcast_to(ids, x.shape[:2])
-        return network.trunk(network.embed_tokens(x, places), role, step, places, cache)[1]
+        image = ImageTokens(x, jnp.broadcast_to(ids, x.shape[:2]))
+        return network.trunk(network.image_tokens(image, Role.CLEAN, 1 + ids // setting.block), cache)[1]
 
     return run, (cache, x)
 
@@ -227,8 +225,8 @@ class Program:
       call: runs it.
     """
 
-    def __init__(self, setting: Setting, params, made):
-        run, args = made
+    def __init__(self, setting: Setting, params, run_and_args):
+        run, args = run_and_args
         compiled = jax.jit(run).lower(params, *args).compile()
         counted = costs.program_costs(hlo.parse(compiled.as_text()))
         if counted.unknown:
@@ -243,15 +241,15 @@ class Program:
 def compile_all(setting: Setting, lengths: tuple[int, ...]) -> dict[tuple[str, int], Program]:
     """The programs of clips of `lengths`, by what they do and the frame, or number of frames, they do it to."""
     params = jax.jit(init_params, static_argnums=0)(setting.model(1), jax.random.key(0))
-    made = {}
+    programs = {}
     for frames in lengths:
-        made["full", frames] = denoise(setting, frames, 0, frames * setting.block)
-        made["without", frames] = denoise_without_cache(setting, frames)
-        made["cached", frames] = denoise(setting, frames, frames - 1, setting.block)
-        made["commit", frames] = commit(setting, frames, frames - 1, 1)
+        programs["full", frames] = denoise(setting, frames, 0, frames * setting.block)
+        programs["without", frames] = denoise_without_cache(setting, frames)
+        programs["cached", frames] = denoise(setting, frames, frames - 1, setting.block)
+        programs["commit", frames] = commit(setting, frames, frames - 1, 1)
     if max(lengths) > setting.window > 1:
-        made["refill", setting.window] = commit(setting, setting.window, 0, setting.window - 1)
-    return {key: Program(setting, params, program) for key, program in made.items()}
+        programs["refill", setting.window] = commit(setting, setting.window, 0, setting.window - 1)
+    return {key: Program(setting, params, program) for key, program in programs.items()}
 
 
 # --- The clips --------------------------------------------------------------------
@@ -274,7 +272,7 @@ def clip_parts(setting: Setting, way: str, frames: int) -> list[tuple[tuple[str,
 
 
 def interpolated(values: dict[tuple[str, int], float], name: str, frames: int) -> float:
-    """The value of programs of this name at so many frames."""
+    """The value of programs of this name at `frames` frames."""
     known = sorted((n, value) for (kind, n), value in values.items() if kind == name)
     return float(np.interp(frames, *zip(*known, strict=True)))
 
@@ -295,47 +293,49 @@ def clip_cost(setting: Setting, programs, times: dict[tuple[str, int], float], w
 def measure(setting: Setting, lengths: tuple[int, ...], rounds: int) -> dict[str, dict[int, Cost]]:
     """Costs of a solver step of a clip, by way and frames."""
     programs = compile_all(setting, lengths)
-    found = interleaved(rounds, **{f"{name} {frames}": program.call for (name, frames), program in programs.items()})
-    times = {key: found[f"{key[0]} {key[1]}"] for key in programs}
+    measured = interleaved(rounds, **{f"{name} {frames}": program.call for (name, frames), program in programs.items()})
+    times = {key: measured[f"{key[0]} {key[1]}"] for key in programs}
     return {way: {n: clip_cost(setting, programs, times, way, n) for n in lengths} for way in (*WAYS, NO_COMMITS)}
 
 
-def against_formula(setting: Setting, found, frames: int) -> tuple[float, float]:
+def against_formula(setting: Setting, measured, frames: int) -> tuple[float, float]:
     """FLOPs counted over those of the formula, of full-sequence diffusion and of ACDiT without its commits."""
     tokens = frames * setting.block
     return (
-        found["full sequence"][frames].flops / full_sequence_formula(setting, tokens),
-        found[NO_COMMITS][frames].flops / acdit_formula(setting, tokens),
+        measured["full sequence"][frames].flops / full_sequence_formula(setting, tokens),
+        measured[NO_COMMITS][frames].flops / acdit_formula(setting, tokens),
     )
 
 
-def break_even_frames(found, lengths, quantity: str) -> int | None:
+def break_even_frames(measured, lengths, quantity: str) -> int | None:
     """The first of `lengths` from which on ACDiT with cache costs less than full-sequence diffusion."""
-    cheaper = [getattr(found["cache"][n], quantity) < getattr(found["full sequence"][n], quantity) for n in lengths]
+    cheaper = [
+        getattr(measured["cache"][n], quantity) < getattr(measured["full sequence"][n], quantity) for n in lengths
+    ]
     return next((n for i, n in enumerate(lengths) if all(cheaper[i:])), None)
 
 
 # --- Output -----------------------------------------------------------------------
 
 
-def table_rows(setting: Setting, found, lengths) -> list[dict]:
+def table_rows(setting: Setting, measured, lengths) -> list[dict]:
     """A row for each length, costs by frame."""
     rows = []
     for n in lengths:
-        full, acdit = against_formula(setting, found, n)
+        full, acdit = against_formula(setting, measured, n)
         row = {"frames": n, "tokens": n * setting.block}
         for way in WAYS:
-            row[f"{way} MFLOPs"] = round(found[way][n].flops / n / 1e6, 1)
+            row[f"{way} MFLOPs"] = round(measured[way][n].flops / n / 1e6, 1)
         row |= {"full / formula": round(full, 3), "cache less commits / formula": round(acdit, 3)}
         for way in WAYS:
-            row[f"{way} ms"] = round(found[way][n].seconds / n * 1e3, 2)
+            row[f"{way} ms"] = round(measured[way][n].seconds / n * 1e3, 2)
         for way in WAYS:
-            row[f"{way} MB"] = round(found[way][n].bytes / 1e6, 2)
+            row[f"{way} MB"] = round(measured[way][n].bytes / 1e6, 2)
         rows.append(row)
     return rows
 
 
-def plot(setting: Setting, found, lengths, path: str) -> None:
+def plot(setting: Setting, measured, lengths, path: str) -> None:
     """FLOPs with the formula, time, and memory, by frame, against the length of the clip."""
     import matplotlib
 
@@ -350,7 +350,7 @@ def plot(setting: Setting, found, lengths, path: str) -> None:
     )
     for panel, (title, value) in zip(panels, drawn, strict=True):
         for way, style in zip(WAYS, ("o-", "s-", "^-", "v-"), strict=True):
-            panel.plot(lengths, [value(found[way][n], n) for n in lengths], style, markersize=4, label=way)
+            panel.plot(lengths, [value(measured[way][n], n) for n in lengths], style, markersize=4, label=way)
         panel.set(title=title, xlabel=f"frames of {setting.block} tokens", yscale="log")
         panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_minor_locator(ticker.NullLocator())
@@ -372,27 +372,27 @@ def main(argv):
     del argv
     machine.keep_freed_memory()
     setting = Setting(
-        tuple(int(side) for side in _GRID.value),
-        _HIDDEN.value,
-        _HIDDEN.value // 64,
-        _LAYERS.value,
-        _BATCH.value,
-        _WINDOW.value,
-        _SOLVER_STEPS.value,
+        frame=tuple(int(side) for side in _GRID.value),
+        hidden=_HIDDEN.value,
+        heads=_HIDDEN.value // 64,
+        layers=_LAYERS.value,
+        batch=_BATCH.value,
+        window=_WINDOW.value,
+        solver_steps=_SOLVER_STEPS.value,
     )
     lengths = tuple(n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= _FRAMES.value)
-    found = measure(setting, lengths, _ROUNDS.value)
-    report(table_rows(setting, found, lengths))
-    parted = [abs(ratio - 1) for n in lengths for ratio in against_formula(setting, found, n)]
+    measured = measure(setting, lengths, _ROUNDS.value)
+    report(table_rows(setting, measured, lengths))
+    parted = [abs(ratio - 1) for n in lengths for ratio in against_formula(setting, measured, n)]
     print(f"counted against the formula: at most {max(parted):.1%} apart")
     predicted = break_even_tokens(setting)
-    counted, timed = (break_even_frames(found, lengths, quantity) for quantity in ("flops", "seconds"))
+    counted, timed = (break_even_frames(measured, lengths, quantity) for quantity in ("flops", "seconds"))
     print(
         "with cache cheaper than full sequence: by the formula, commits added, above "
         f"{predicted:g} tokens, {predicted / setting.block:g} frames; counted from {counted} frames; timed from {timed}"
     )
     if _PICTURE.value:
-        plot(setting, found, lengths, _PICTURE.value)
+        plot(setting, measured, lengths, _PICTURE.value)
 
 
 if __name__ == "__main__":

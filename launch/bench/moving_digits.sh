@@ -28,7 +28,7 @@ import numpy as np
 from causalfusion_jax.config.workdir import load_config
 from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.data.moving_digits import score_moving_digits
-from causalfusion_jax.sampling.images import to_uint8
+from causalfusion_jax.common.pictures import to_uint8
 
 workdir = pathlib.Path(sys.argv[1])
 data = load_config(str(workdir / "run")).data

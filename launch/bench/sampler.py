@@ -24,8 +24,9 @@ from ml_collections import config_flags
 from causalfusion_jax.cli import machine
 from causalfusion_jax.common import sharding
 from causalfusion_jax.config import experiment
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.models.transformer import init_params
-from causalfusion_jax.sampling.sampler import image_keys, sample_tokens_shared, sampling_flops
+from causalfusion_jax.sampling.sampler import SamplingSpec, image_keys, sample_tokens_shared, sampling_flops
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 _NUM = flags.DEFINE_integer("num", 4, "Images at a time.")
@@ -43,18 +44,19 @@ def main(argv):
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.jit(init_params, static_argnums=0, out_shardings=sharding.replicated(mesh))(model, jax.random.key(0))
     labels = jnp.asarray(np.arange(num) % model.num_classes)
-    of_images = {"keys": image_keys(0, range(num)), "labels": labels}
-    args = params, jax.device_put(of_images, sharding.batch_sharding(mesh))
+    args = params, *jax.device_put((image_keys(0, range(num)), Condition(labels)), sharding.batch_sharding(mesh))
     samplers = {
         steps: dataclasses.replace(config.sampling, ar_steps=int(steps), step_sizes=()) for steps in _AR_STEPS.value
     }
     compiled = {
-        steps: sample_tokens_shared.lower(mesh, model, config.diffusion, config.factorization, sampler, *args).compile()
+        steps: sample_tokens_shared.lower(
+            mesh, SamplingSpec(model, config.diffusion, config.factorization, sampler), *args
+        ).compile()
         for steps, sampler in samplers.items()
     }
     runs = {steps: functools.partial(run, *args) for steps, run in compiled.items()}
     timed = {steps: functools.partial(seconds, run) for steps, run in runs.items()}
-    found = interleaved(_ROUNDS.value, **timed, **machine_rates(model.dtype))
+    times = interleaved(_ROUNDS.value, **timed, **machine_rates(model.dtype))
     rows = []
     for steps, sampler in samplers.items():
         flops = sampling_flops(model, config.diffusion, sampler)
@@ -65,10 +67,10 @@ def main(argv):
                 "cfg_scale": sampler.cfg_scale,
                 "solver steps": sampler.solver_steps,
                 "model GFLOPs an image": round(flops / 1e9, 2),
-                "seconds": round(found[steps], 3),
-                "images/s": round(num / found[steps], 2),
-                **shares(found, found[steps], num * flops / mesh.size, compiled[steps]),
-                **utilization(found[steps], num * flops / mesh.size, compiled[steps]),
+                "seconds": round(times[steps], 3),
+                "images/s": round(num / times[steps], 2),
+                **shares(times, times[steps], num * flops / mesh.size, compiled[steps]),
+                **utilization(times[steps], num * flops / mesh.size, compiled[steps]),
             }
         )
     report(rows)

@@ -4,7 +4,7 @@
     python launch/bench/train_step.py --config=configs/imagenet_causalfusion.py:XL --config.train.batch_size=64 \\
         --attention=auto,dense
 
-Median over interleaved rounds of training steps (with each way of attention, on one state)
+Median over interleaved rounds of training steps (with each implementation of attention, on one state)
 and of a matrix product in the model's type; model FLOPs, their share of that rate, and on
 accelerators the bytes moved to and from device memory as a share of the rate of a copy; of
 devices whose figures are known also the MFU, and on a TPU the bound of preflight.
@@ -28,7 +28,7 @@ from causalfusion_jax.config.experiment import ExperimentConfig
 from causalfusion_jax.training.state import compile_train_step, create_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
-_ATTENTION = flags.DEFINE_list("attention", [], "Ways of model.attention to compare; default: the config's.")
+_ATTENTION = flags.DEFINE_list("attention", [], "Values of model.attention to compare; default: the config's.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Interleaved rounds.")
 _STEPS = flags.DEFINE_integer("steps", 4, "Training steps in a round.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Also time the operations of a step.")
@@ -36,14 +36,14 @@ _KEEP = flags.DEFINE_bool("keep_freed_memory", True, "As the commands do: let gl
 
 
 class Steps:
-    """Compiled training steps of a config, one for each way of attention, and the state they carry.
+    """Compiled training steps of a config, one for each implementation of attention, and the state they advance.
 
     Args:
       config: all settings.
-      attention: values of `model.attention`.
+      attentions: values of `model.attention`.
     """
 
-    def __init__(self, config: ExperimentConfig, attention: list[str]):
+    def __init__(self, config: ExperimentConfig, attentions: list[str]):
         mesh = sharding.make_mesh(config.mesh)
         rng, shapes = np.random.default_rng(0), config.batch_shapes
         arrays = {
@@ -53,21 +53,21 @@ class Steps:
         self.key = jax.device_put(jax.random.key(1), sharding.replicated(mesh))
         self.batch = jax.device_put(arrays, sharding.batch_sharding(mesh))
         self.compiled = {}
-        for way in attention:
-            model = dataclasses.replace(config.model, attention=way)
+        for attention in attentions:
+            model = dataclasses.replace(config.model, attention=attention)
             step = dataclasses.replace(config, model=model).step
-            self.compiled[way] = compile_train_step(step, mesh, shapes, self.key)
+            self.compiled[attention] = compile_train_step(step, mesh, shapes, self.key)
         self.state = create_state(config.step, mesh, jax.random.key(0))
 
-    def run(self, way: str, steps: int) -> float:
+    def run(self, attention: str, steps: int) -> float:
         """Seconds a step."""
         jax.block_until_ready(self.state)
-        return seconds(functools.partial(self.several, way, steps)) / steps
+        return seconds(functools.partial(self.several, attention, steps)) / steps
 
-    def several(self, way: str, steps: int):
-        """The state after so many steps."""
+    def several(self, attention: str, steps: int):
+        """The state after `steps` steps."""
         for _ in range(steps):
-            self.state, _ = self.compiled[way](self.state, self.batch, self.key)
+            self.state, _ = self.compiled[attention](self.state, self.batch, self.key)
         return self.state
 
 
@@ -77,33 +77,33 @@ def main(argv):
     if _KEEP.value:
         machine.keep_freed_memory()
     config = experiment.from_dict(_CONFIG.value.to_dict())
-    ways = _ATTENTION.value or [config.model.attention]
-    steps = Steps(config, ways)
-    runs = {way: functools.partial(steps.run, way, _STEPS.value) for way in ways}
+    attentions = _ATTENTION.value or [config.model.attention]
+    steps = Steps(config, attentions)
+    runs = {attention: functools.partial(steps.run, attention, _STEPS.value) for attention in attentions}
     interleaved(1, **runs)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    found = interleaved(_ROUNDS.value, **runs, **machine_rates(config.model.dtype))
+    times = interleaved(_ROUNDS.value, **runs, **machine_rates(config.model.dtype))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     batch, devices = config.train.batch_size, len(jax.devices())
     flops = config.step.objective.flops * batch
     rows = []
-    for way in ways:
+    for attention in attentions:
         row = {
-            "attention": way,
+            "attention": attention,
             "batch": batch,
             "model GFLOPs a step": round(flops / 1e9, 2),
-            "ms a step": round(found[way] * 1e3, 1),
-            "images/s": round(batch / found[way], 1),
-            **shares(found, found[way], flops / devices, steps.compiled[way]),
-            **utilization(found[way], flops / devices, steps.compiled[way]),
-            "temporaries MB": round(steps.compiled[way].memory_analysis().temp_size_in_bytes / 1e6, 1),
+            "ms a step": round(times[attention] * 1e3, 1),
+            "images/s": round(batch / times[attention], 1),
+            **shares(times, times[attention], flops / devices, steps.compiled[attention]),
+            **utilization(times[attention], flops / devices, steps.compiled[attention]),
+            "temporaries MB": round(steps.compiled[attention].memory_analysis().temp_size_in_bytes / 1e6, 1),
         }
         if jax.default_backend() == "cpu":
-            row["page faults a step"] = round(faults / ((_ROUNDS.value + 1) * _STEPS.value * len(ways)))
+            row["page faults a step"] = round(faults / ((_ROUNDS.value + 1) * _STEPS.value * len(attentions)))
         rows.append(row)
     report(rows)
-    for way in ways if _PROFILE.value else ():
-        print_profile(way, steps.compiled[way], functools.partial(steps.several, way, 1))
+    for attention in attentions if _PROFILE.value else ():
+        print_profile(attention, steps.compiled[attention], functools.partial(steps.several, attention, 1))
 
 
 if __name__ == "__main__":

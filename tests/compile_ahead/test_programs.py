@@ -142,7 +142,7 @@ def test_an_evaluation_that_the_run_refuses_is_refused_in_its_words(sections):
 def test_impossible_probes_are_reported_and_do_not_fail_a_run():
     listing = programs.run_programs(make_job(model=dict(class_dropout=0.0), finetune=dict(batch_size=6)))
     assert names(listing) == ["initial state", "training step"]
-    assert "always told the class" in listing.impossible["probe"] and "fine-tuning" in listing.impossible
+    assert "never trained without a class" in listing.impossible["probe"] and "fine-tuning" in listing.impossible
     listing = programs.run_programs(make_job(finetune=dict(batch_size=6)))
     assert "multiple of 4" in listing.impossible["fine-tuning"] and names(listing)[-1] == "probe, nearest neighbours"
 

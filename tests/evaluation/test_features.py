@@ -16,6 +16,7 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.probe import ProbeConfig
 from causalfusion_jax.core import diffusion as noise_axis
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.digits import digits
 from causalfusion_jax.data.records import CorruptRecord
@@ -46,7 +47,7 @@ def params_of(config):
 
 @functools.partial(jax.jit, static_argnums=0)
 def states(reading, params, images):
-    return features.hidden_states(reading, params, images, KEYS, of_layer=lambda h: h)
+    return features.hidden_states(reading, params, images, KEYS, layer_output=lambda h: h)
 
 
 # --- Against the definition -------------------------------------------------------
@@ -112,10 +113,10 @@ def test_noisy_pass_is_that_of_training(config):
     x_t = noise_axis.add_noise(x_0, eps, *noise_axis.alpha_sigma(config.diffusion, t))
     order = jnp.broadcast_to(jnp.arange(16), (5, 16))
     model = nnx.merge(abstract_model(reading.model)[0], params)
-    null = jnp.full(5, 10)
+    null = Condition(jnp.full(5, 10))
     expected = model(null, x_0[:, :0], x_t, t, order, jnp.zeros((5, 16), jnp.int32))
     h, _ = states(reading, params, images())
-    np.testing.assert_allclose(model.head(h, model.noise_condition(null, t)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.head(h, model.embed_noise(null, t)), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- What must not be seen --------------------------------------------------------
@@ -281,21 +282,21 @@ def test_every_example_comes_once_in_order(capsys):
     assert "record 10" in capsys.readouterr().err
     with pytest.raises(InputError, match="5 corrupt records"):
         list(features.images_in_order(Damaged({3, 8, 9, 10, 11}), reads_files(4), 4))
-    some = features.chosen(23, 7, 0)
-    assert len(set(some)) == 7 and (np.diff(some) > 0).all() and len(features.chosen(23, 0, 0)) == 23
+    some = features.random_subset(23, 7, 0)
+    assert len(set(some)) == 7 and (np.diff(some) > 0).all() and len(features.random_subset(23, 0, 0)) == 23
     (batch,) = features.images_in_order(Damaged(()), reads_files(), 32, some)
     np.testing.assert_array_equal(batch.index, some)
 
 
 def test_batches_and_devices_change_nothing():
     reading, params = features.make_reading(PLAIN, ProbeConfig()), params_of(PLAIN)
-    found = []
+    results = []
     for devices, size in ((1, 23), (2, 5)):
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.devices()[:devices])
         compute = functools.partial(features.pooled, reading, True, features.place_params(params, reading.model, mesh))
         source = features.images_in_order(Damaged(()), reads_files(), size)
-        found.append(features.over_images(compute, mesh, source, size, seed=4, batch_axis=1))
-    (whole, labels), (parts, same) = found
+        results.append(features.over_images(compute, mesh, source, size, seed=4, batch_axis=1))
+    (whole, labels), (parts, same) = results
     assert whole.shape == (2, 23, 32) and labels.tolist() == same.tolist() == [i % 10 for i in range(23)]
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-4)
 

@@ -11,6 +11,7 @@ from flax import nnx
 from helpers import random_params
 
 from causalfusion_jax.common.errors import InputError
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import forward_flops, training_flops
@@ -28,7 +29,7 @@ def inputs():
     plan = jax.vmap(lambda key: draw_plan(FactorizationConfig(gamma=0.99), (3, 3), key))(jax.random.split(keys[0], 6))
     clean, noisy = (jax.random.normal(key, (6, 9, 4)) for key in keys[1:3])
     t = jax.random.randint(keys[3], (6, 1), 0, 1000)
-    return jnp.arange(6) % 5, clean, noisy, t, plan.order, plan.step
+    return Condition(jnp.arange(6) % 5), clean, noisy, t, plan.order, plan.step
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,23 +92,27 @@ def test_layers_are_initialized_independently():
 
 @pytest.mark.parametrize("config", [TINY, ADALN], ids=["in_context", "adaln"])
 def test_nothing_leaks(config):
-    """Changing a token leaves every prediction that must not see it bit-unchanged."""
+    """Changing a token leaves every prediction that must not depend on it bit-identical."""
     params = random_params(config)
-    labels, clean, noisy, t, order, step = inputs()
+    condition, clean, noisy, t, order, step = inputs()
     before = np.asarray(forward(config, params, inputs()))
-    rng, seen = np.random.default_rng(0), 0
-    for place in rng.choice(9, 4, replace=False):
-        changed = np.asarray(forward(config, params, (labels, clean.at[:, place].add(1.0), noisy, t, order, step)))
-        sees = np.asarray(step) > np.asarray(step)[:, place, None]
-        seen += sees.sum()
-        np.testing.assert_array_equal(changed[~sees], before[~sees])
-        assert (changed[sees] != before[sees]).any(axis=-1).all()
-        changed = np.asarray(forward(config, params, (labels, clean, noisy.at[:, place].add(1.0), t, order, step)))
-        sees = np.asarray(step) == np.asarray(step)[:, place, None]
-        np.testing.assert_array_equal(changed[~sees], before[~sees])
-        assert (changed[sees] != before[sees]).any(axis=-1).all()
-    assert seen > 0
-    changed = np.asarray(forward(config, params, (labels + 1, clean, noisy, t, order, step)))
+    rng, attended = np.random.default_rng(0), 0
+    for position in rng.choice(9, 4, replace=False):
+        changed = np.asarray(
+            forward(config, params, (condition, clean.at[:, position].add(1.0), noisy, t, order, step))
+        )
+        attends = np.asarray(step) > np.asarray(step)[:, position, None]
+        attended += attends.sum()
+        np.testing.assert_array_equal(changed[~attends], before[~attends])
+        assert (changed[attends] != before[attends]).any(axis=-1).all()
+        changed = np.asarray(
+            forward(config, params, (condition, clean, noisy.at[:, position].add(1.0), t, order, step))
+        )
+        attends = np.asarray(step) == np.asarray(step)[:, position, None]
+        np.testing.assert_array_equal(changed[~attends], before[~attends])
+        assert (changed[attends] != before[attends]).any(axis=-1).all()
+    assert attended > 0
+    changed = np.asarray(forward(config, params, (Condition(condition.labels + 1), clean, noisy, t, order, step)))
     assert (changed != before).any(axis=-1).all()
 
 
@@ -152,23 +157,23 @@ def test_fixed_positions_are_no_parameters():
 
 def test_clean_tokens_of_the_last_step_change_nothing():
     params = random_params(ADALN)
-    labels, clean, noisy, t, order, _ = inputs()
+    condition, clean, noisy, t, order, _ = inputs()
     step = jnp.broadcast_to(jnp.arange(9) // 3, (6, 9))
-    whole = forward(ADALN, params, (labels, clean, noisy, t, order, step))
-    trimmed = forward(ADALN, params, (labels, clean[:, :6], noisy, t, order, step))
+    whole = forward(ADALN, params, (condition, clean, noisy, t, order, step))
+    trimmed = forward(ADALN, params, (condition, clean[:, :6], noisy, t, order, step))
     np.testing.assert_allclose(whole, trimmed, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [TINY, ADALN], ids=["in_context", "adaln"])
 def test_levels_by_group_are_levels_by_token(config):
     params = random_params(config)
-    labels, clean, noisy, _, order, _ = inputs()
+    condition, clean, noisy, _, order, _ = inputs()
     step = jnp.broadcast_to(jnp.arange(9) // 3, (6, 9))
     t = jax.random.randint(jax.random.key(5), (6, 3), 0, 1000)
-    by_group = forward(config, params, (labels, clean, noisy, t, order, step))
-    by_token = forward(config, params, (labels, clean, noisy, jnp.repeat(t, 3, axis=1), order, step))
+    by_group = forward(config, params, (condition, clean, noisy, t, order, step))
+    by_token = forward(config, params, (condition, clean, noisy, jnp.repeat(t, 3, axis=1), order, step))
     np.testing.assert_allclose(by_group, by_token, atol=1e-5)
-    other = forward(config, params, (labels, clean, noisy, t.at[:, 1].add(-300), order, step))
+    other = forward(config, params, (condition, clean, noisy, t.at[:, 1].add(-300), order, step))
     changed = (np.asarray(other) != by_group).any(axis=(0, 2))
     np.testing.assert_array_equal(changed, [False] * 3 + [True] * 3 + [False] * 3)
 
@@ -178,7 +183,7 @@ def test_adaln_starts_as_if_every_block_were_skipped():
     assert not np.asarray(params["blocks"]["modulation"]["kernel"]).any()
     # A head of ones shows what the trunk leaves of the noisy tokens.
     params["token_out"]["kernel"] = jnp.ones_like(params["token_out"]["kernel"])
-    labels, clean, noisy, t, order, step = inputs()
+    noisy = inputs()[2]
     h = noisy @ params["token_in"]["kernel"]
     expected = (h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)).sum(-1)
     np.testing.assert_allclose(forward(ADALN, params, inputs())[..., 0], expected, rtol=1e-4, atol=1e-4)

@@ -12,15 +12,17 @@ from helpers import random_params
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config.sampling import CaptionConfig, SamplerConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig
-from causalfusion_jax.core.layouts import NO_TOKEN, Layout, pair_layout
+from causalfusion_jax.core.layouts import NO_TOKEN, Task, pair_layout
 from causalfusion_jax.data.tokenizers import BEGIN, END
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.models.sequence import ImageTokens
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sampling.captioning import caption_tokens, filtered, score_tokens
-from causalfusion_jax.sampling.sampler import image_keys, sample_tokens
+from causalfusion_jax.sampling.captioning import GREEDY, CaptionSpec, caption_tokens, filtered, score_tokens
+from causalfusion_jax.sampling.sampler import SamplingSpec, image_keys, sample_tokens
 
 T, VOCAB = 9, 7
 MODEL = TransformerConfig(
@@ -30,7 +32,7 @@ ADALN = TransformerConfig(**(MODEL.__dict__ | ACDIT | {"text_head": "separate"})
 PROMPTS = np.full((4, 5), NO_TOKEN, np.int32)
 for row, prompt in enumerate([[BEGIN], [BEGIN, 3, 4], [BEGIN, 2], [BEGIN, 5, 5, 2, 6]]):
     PROMPTS[row, : len(prompt)] = prompt
-LABELS = np.full(4, 5)
+CONDITION = Condition(np.full(4, 5))
 IMAGES = np.random.default_rng(0).standard_normal((4, 6, 4)).astype(np.float32)
 
 
@@ -48,13 +50,12 @@ def whole_sequence(config):
     def run(text, images):
         model = nnx.merge(abstract_model(config)[0], weights)
         batch, length = text.shape[0], config.num_tokens
-        layout = jnp.full(batch, Layout.TEXT if images is None else Layout.IMAGE_TO_TEXT)
+        task = jnp.full(batch, Task.TEXT if images is None else Task.IMAGE_TO_TEXT)
         ids = jnp.tile(jnp.arange(length), (batch, 1))
-        role, step = pair_layout(layout, config.num_condition_tokens, text != NO_TOKEN, jnp.zeros_like(ids), length)
+        role, step = pair_layout(task, config.num_condition_tokens, text != NO_TOKEN, jnp.zeros_like(ids), length)
         images = jnp.zeros((batch, length, config.token_dim)) if images is None else images
-        _, hidden = model.sequence(
-            jnp.full(batch, 5), text, images, images, jnp.zeros((batch, 1)), ids, ids, role, step
-        )
+        condition, t = Condition(jnp.full(batch, 5), text), jnp.zeros((batch, 1))
+        _, hidden = model.sequence(condition, ImageTokens(images, ids), ImageTokens(images, ids, t), role, step)
         return model.text_logits(hidden)
 
     return run
@@ -79,10 +80,9 @@ def uncached_greedy(config, images, prompts):
     return text, total
 
 
-def decode(config, how=CaptionConfig(), images=IMAGES, prompts=PROMPTS, seed=0):
-    texts = caption_tokens(
-        config, how, False, params(config), image_keys(seed, np.arange(len(prompts))), LABELS, images, prompts
-    )
+def decode(config, search=GREEDY, images=IMAGES, prompts=PROMPTS, seed=0):
+    keys = image_keys(seed, np.arange(len(prompts)))
+    texts = caption_tokens(CaptionSpec(config, search=search), params(config), keys, CONDITION, images, prompts)
     return np.asarray(texts.tokens), np.asarray(texts.log_prob)
 
 
@@ -102,7 +102,7 @@ def test_cached_equals_uncached(config, images):
 def test_likelihood_is_that_of_teacher_forcing(config):
     """What decoding adds up, a causal run over the cache, and a whole pass agree."""
     tokens, log_prob = decode(config, prompts=PROMPTS[:, :1] * 0 + BEGIN)
-    scored = score_tokens(config, False, params(config), LABELS, IMAGES, tokens[:, None])
+    scored = score_tokens(CaptionSpec(config), params(config), CONDITION, IMAGES, tokens[:, None])
     gained, counted = (np.asarray(a)[:, 0] for a in scored)
     np.testing.assert_allclose(gained.sum(axis=1), log_prob, rtol=1e-4, atol=1e-4)
     logits = np.asarray(whole_sequence(config)(tokens, IMAGES))[:, :-1]
@@ -123,7 +123,7 @@ def test_wide_beams_find_the_most_probable_text():
     for row, ending in enumerate(endings):
         slots[row, T - 2 : T - 2 + len(ending)] = ending
     # All of them packed into one sequence.
-    gained, _ = score_tokens(MODEL, False, params(), LABELS, IMAGES, np.tile(slots, (4, 1, 1)))
+    gained, _ = score_tokens(CaptionSpec(MODEL), params(), CONDITION, IMAGES, np.tile(slots, (4, 1, 1)))
     total = np.asarray(gained)[:, :, T - 3 :].sum(axis=2)
     np.testing.assert_array_equal(tokens, slots[np.argmax(total, axis=1)])
     np.testing.assert_allclose(log_prob, total.max(axis=1), rtol=1e-4, atol=1e-4)
@@ -136,7 +136,7 @@ def test_packed_texts_do_not_see_each_other():
     texts[:, 1, :6] = [BEGIN, 5, 5, 2, 6, END]
 
     def score(texts):
-        return np.asarray(score_tokens(MODEL, False, params(), LABELS, IMAGES, texts)[0])
+        return np.asarray(score_tokens(CaptionSpec(MODEL), params(), CONDITION, IMAGES, texts)[0])
 
     packed = score(texts)
     for i in range(2):
@@ -152,10 +152,9 @@ def test_draws_follow_the_distribution():
     prompts = np.full((many, T - 1), 2, np.int32)
     prompts[:, 0] = BEGIN
     images = np.repeat(IMAGES[:1], many, axis=0)
-    how = CaptionConfig(temperature=2.0, top_k=4)
-    texts = caption_tokens(
-        MODEL, how, False, params(), image_keys(0, np.arange(many)), np.full(many, 5), images, prompts
-    )
+    spec = CaptionSpec(MODEL, search=CaptionConfig(temperature=2.0, top_k=4))
+    keys, condition = image_keys(0, np.arange(many)), Condition(np.full(many, 5))
+    texts = caption_tokens(spec, params(), keys, condition, images, prompts)
     observed = np.bincount(np.asarray(texts.tokens)[:, -1], minlength=VOCAB) / many
     text = np.full((4, T), NO_TOKEN, np.int32)
     text[:, :-1] = prompts[:4]
@@ -169,8 +168,8 @@ def test_draws_follow_the_distribution():
 def test_top_k_and_top_p():
     logits = jnp.log(jnp.array([[0.4, 0.05, 0.3, 0.25]]))
 
-    def kept(**how):
-        return np.flatnonzero(np.asarray(filtered(CaptionConfig(temperature=1.0, **how), logits))[0] > -100).tolist()
+    def kept(**limits):
+        return np.flatnonzero(np.asarray(filtered(CaptionConfig(temperature=1.0, **limits), logits))[0] > -100).tolist()
 
     assert kept() == [0, 1, 2, 3] and kept(top_k=2) == [0, 2] and kept(top_k=9) == [0, 1, 2, 3]
     # The most probable that together reach it.
@@ -191,20 +190,20 @@ def test_bad_settings_are_refused(bad):
 @pytest.mark.parametrize("config", [MODEL, ADALN], ids=["in_context", "adaln"])
 def test_an_empty_prompt_is_no_prompt(config):
     """Empty slots of prompts change nothing, and guidance leads away from no text."""
-    run = functools.partial(
-        sample_tokens, config, DiffusionConfig(), FactorizationConfig(), params=params(config),
-        keys=image_keys(0, np.arange(2)), labels=LABELS[:2],
-    )  # fmt: skip
-    sampler, guided = (
-        SamplerConfig(ar_steps=2, solver_steps=2, order="raster", cfg_scale=scale) for scale in (1.0, 3.0)
-    )
+
+    def run(cfg_scale=1.0, text=None):
+        sampler = SamplerConfig(ar_steps=2, solver_steps=2, order="raster", cfg_scale=cfg_scale)
+        spec = SamplingSpec(config, DiffusionConfig(), FactorizationConfig(), sampler)
+        condition = Condition(CONDITION.labels[:2], text)
+        return np.asarray(sample_tokens(spec, params(config), image_keys(0, np.arange(2)), condition))
+
     text = np.full((2, 5), NO_TOKEN, np.int32)
     text[:, :3] = [[BEGIN, 4, END], [BEGIN, 3, END]]
     nothing = np.full_like(text, NO_TOKEN)
-    told, untold = run(sampler, text=text), run(sampler)
-    np.testing.assert_allclose(run(sampler, text=nothing), untold, rtol=2e-3, atol=2e-4)
-    assert np.abs(np.asarray(told) - np.asarray(untold)).max() > 1e-2
+    prompted, unprompted = run(text=text), run()
+    np.testing.assert_allclose(run(text=nothing), unprompted, rtol=2e-3, atol=2e-4)
+    assert np.abs(prompted - unprompted).max() > 1e-2
     if config is MODEL:
-        np.testing.assert_allclose(run(sampler, text=text[:, :3]), told, rtol=2e-3, atol=2e-4)
-        np.testing.assert_allclose(run(guided, text=nothing), untold, rtol=1e-2, atol=1e-3)
-        assert np.abs(np.asarray(run(guided, text=text)) - np.asarray(told)).max() > 1e-2
+        np.testing.assert_allclose(run(text=text[:, :3]), prompted, rtol=2e-3, atol=2e-4)
+        np.testing.assert_allclose(run(3.0, text=nothing), unprompted, rtol=1e-2, atol=1e-3)
+        assert np.abs(run(3.0, text=text) - prompted).max() > 1e-2

@@ -10,6 +10,7 @@ from helpers import random_params, tiny_config
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.models.patches import patchify
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.sampling.editing import (
@@ -23,7 +24,8 @@ from causalfusion_jax.sampling.editing import (
     rectangle_mask,
     tokens_of_mask,
 )
-from causalfusion_jax.sampling.sampler import image_keys, sample_tokens
+from causalfusion_jax.sampling.generation import SamplingJob
+from causalfusion_jax.sampling.sampler import Given, SamplingSpec, image_keys, sample_tokens
 
 SQUARE_BLOCKS = dict(
     model=ACDIT, factorization=dict(order="square_blocks", order_block=4, steps="block", block_size=4, weight="none"),
@@ -90,7 +92,7 @@ def test_square_blocks_take_whole_last_blocks():
         plan_edit(config, rows("....", ".##.", ".##.", "...."))
 
 
-def test_one_order_takes_what_follows_a_place():
+def test_one_order_takes_suffixes_of_it():
     config = make(factorization=dict(order="raster"))
     hidden = rows("....", "...#", "####", "####")
     plan = plan_edit(config, hidden)
@@ -142,12 +144,12 @@ def test_rope_frequencies_stay_those_of_training():
 def test_ar_steps_follow_the_mask():
     hidden = rows("....", "....", "..##", "..##")
     free, blocks = plan_edit(make(), hidden), plan_edit(make(**SQUARE_BLOCKS), hidden)
-    assert edit_sampler(SamplerConfig(ar_steps=16), free, chosen=False).ar_steps == 4
-    assert edit_sampler(SamplerConfig(step_sizes=(8, 8)), free, chosen=False).sizes(4) == (2, 2)
-    assert edit_sampler(SamplerConfig(ar_steps=4), blocks, chosen=False).ar_steps == 1
-    assert edit_sampler(SamplerConfig(ar_steps=2), blocks, chosen=True).ar_steps == 2
+    assert edit_sampler(SamplerConfig(ar_steps=16), free, explicit_steps=False).ar_steps == 4
+    assert edit_sampler(SamplerConfig(step_sizes=(8, 8)), free, explicit_steps=False).sizes(4) == (2, 2)
+    assert edit_sampler(SamplerConfig(ar_steps=4), blocks, explicit_steps=False).ar_steps == 1
+    assert edit_sampler(SamplerConfig(ar_steps=2), blocks, explicit_steps=True).ar_steps == 2
     with pytest.raises(InputError, match="<= 4"):
-        edit_sampler(SamplerConfig(ar_steps=16), free, chosen=True)
+        edit_sampler(SamplerConfig(ar_steps=16), free, explicit_steps=True)
 
 
 @pytest.mark.parametrize("order", ["", "raster"])
@@ -179,9 +181,10 @@ def test_kept_latents_are_unchanged_and_the_rest_is_new(sections, hidden):
     config = make(**{"data": dict(source="arrays", path="x", latents=True, channels=1), **sections})
     images = np.random.default_rng(0).normal(size=(3, *np.multiply(hidden.shape, 2), 1)).astype(np.float32)
     plan = plan_edit(config, hidden)
-    sampler = edit_sampler(SamplerConfig(ar_steps=2, solver_steps=3, cfg_scale=2.0), plan, chosen=True)
+    sampler = edit_sampler(SamplerConfig(ar_steps=2, solver_steps=3, cfg_scale=2.0), plan, explicit_steps=True)
     params = random_params(config.transformer, 0.08)
-    results = edit_images(config, sampler, params, plan, images, np.array([1, 2, 3]), seed=0, batch_size=2)
+    job = SamplingJob(config, sampler, Condition(np.array([1, 2, 3])), batch_size=2)
+    results = edit_images(job, params, plan, images)
     kept = ~pixels_of_tokens(plan.hidden, 2)
     np.testing.assert_array_equal(results[:, kept], images[:, kept])
     assert (results[:, ~kept] != images[:, ~kept]).mean() > 0.99
@@ -194,15 +197,16 @@ def test_continuing_is_what_generating_whole_does():
     plan = plan_edit(config, rows("....", "....", "####", "####"))
     sampler = SamplerConfig(ar_steps=4, solver="ddim", solver_steps=4, cfg_scale=1.5)
     x_T = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 4)), jnp.float32)
-    run = (model, config.diffusion, config.factorization)
-    keys, labels = image_keys(0, range(2)), jnp.asarray([3, 4])
-    whole = sample_tokens(*run, sampler, params, keys, labels, x_T=x_T)
+    spec = SamplingSpec(model, config.diffusion, config.factorization, sampler)
+    keys, condition = image_keys(0, range(2)), Condition(jnp.asarray([3, 4]))
+    whole = sample_tokens(spec, params, keys, condition, Given(x_T=x_T))
     images = np.asarray(whole).reshape(2, 4, 4, 2, 2, 1).swapaxes(2, 3).reshape(2, 8, 8, 1)
     known = known_tokens(config, sampler, plan, images, keys)
-    sampler = dataclasses.replace(sampler, ar_steps=2)
+    spec = dataclasses.replace(spec, sampler=dataclasses.replace(sampler, ar_steps=2))
 
     def again(known_step):
-        return sample_tokens(*run, sampler, params, keys, labels, known.order, known.tokens, known_step, x_T=x_T[:, 8:])
+        given = known._replace(step=known_step, x_T=x_T[:, 8:])
+        return sample_tokens(spec, params, keys, condition, given)
 
     np.testing.assert_allclose(again(known.step), whole, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(again(None)) - whole).max() > 1e-3

@@ -1,5 +1,7 @@
 """Where sampling runs: parameters of a training state, of the host, of a mesh; what is compiled for it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +9,11 @@ from helpers import random_params, tiny_config
 
 from causalfusion_jax.common import sharding
 from causalfusion_jax.config import experiment
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.sampling import generation
 from causalfusion_jax.sampling.generation import (
+    SamplingJob,
     generate_batch,
     generate_images,
     image_batches,
@@ -21,7 +25,7 @@ from causalfusion_jax.training.state import place_abstract
 
 CONFIG = experiment.from_dict(tiny_config(model=dict(layers=1), sampling=dict(solver_steps=2)))
 FLASH = experiment.from_dict(tiny_config(model=dict(layers=1, attention="flash"), sampling=dict(solver_steps=1)))
-LABELS = np.arange(5, dtype=np.int32)
+JOB = SamplingJob(CONFIG, CONFIG.sampling, Condition(np.arange(5, dtype=np.int32)), seed=3, batch_size=4)
 
 
 def of_training(config, mesh_config):
@@ -49,39 +53,39 @@ def test_grid_of_a_split_state_compiles_with_the_kernel_on_a_tpu(mesh, monkeypat
     for name in ("sample_tokens", "sample_tokens_shared"):
         monkeypatch.setattr(generation, name, for_tpu(getattr(generation, name)))
     with pytest.raises(Lowered, match="tpu_custom_call"):
-        generate_images(FLASH, FLASH.sampling, of_training(FLASH, mesh), LABELS, seed=0)
+        generate_images(SamplingJob(FLASH, FLASH.sampling, JOB.condition), of_training(FLASH, mesh))
 
 
 def test_same_images_wherever_the_parameters_are():
     here = random_params(CONFIG.transformer)
-    expected = generate_images(CONFIG, CONFIG.sampling, here, LABELS, seed=3, batch_size=4)
+    expected = generate_images(JOB, here)
     split = of_training(CONFIG, sharding.MeshConfig("fsdp"))
     assert not split["blocks"]["mlp_in"]["kernel"].is_fully_replicated
-    found = generate_images(CONFIG, CONFIG.sampling, split, LABELS, seed=3, batch_size=4)
-    assert np.abs(found.astype(int) - expected).max() <= 1
-    parts = list(image_shares(CONFIG, CONFIG.sampling, split, LABELS, 3, 4))
+    images = generate_images(JOB, split)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    parts = list(image_shares(JOB, split))
     np.testing.assert_array_equal(np.concatenate([numbers for numbers, _ in parts]), np.arange(5))
-    np.testing.assert_array_equal(np.concatenate([images for _, images in parts]), found)
+    np.testing.assert_array_equal(np.concatenate([share for _, share in parts]), images)
     # Some batches alone; the last one, which is filled up for two devices, is of one image.
-    chosen = list(image_batches(CONFIG, CONFIG.sampling, split, LABELS, 3, 4, wanted=(1, 0)))
-    np.testing.assert_array_equal(np.concatenate(chosen[::-1]), found)
+    batches = list(image_batches(JOB, split, wanted=(1, 0)))
+    np.testing.assert_array_equal(np.concatenate(batches[::-1]), images)
     with pytest.raises(ValueError, match="whole on every device"):
-        generate_batch(CONFIG, CONFIG.sampling, split, jax.random.split(jax.random.key(0), 2), LABELS[:2])
+        generate_batch(JOB.select(np.arange(2)), split, jax.random.split(jax.random.key(0), 2))
 
 
 def test_devices_that_cannot_share_a_program_generate_a_part_of_each_batch(monkeypatch):
-    params = jax.device_get(random_params(CONFIG.transformer))
+    params, job = jax.device_get(random_params(CONFIG.transformer)), dataclasses.replace(JOB, batch_size=3)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
-    shared = generate_images(CONFIG, CONFIG.sampling, params, LABELS, seed=3, batch_size=3)
+    shared = generate_images(job, params)
     monkeypatch.setattr(
         sharding,
         "own_meshes",
         lambda devices: [sharding.make_mesh(sharding.MeshConfig(), [device]) for device in devices],
     )
     assert len(generation.for_sampling(params)) == 2
-    alone = generate_images(CONFIG, CONFIG.sampling, params, LABELS, seed=3, batch_size=3)
+    alone = generate_images(job, params)
     assert alone.shape == shared.shape and np.abs(alone.astype(int) - shared).max() <= 1
-    numbers, images = zip(*image_shares(CONFIG, CONFIG.sampling, params, LABELS, 3, 3), strict=True)
+    numbers, images = zip(*image_shares(job, params), strict=True)
     np.testing.assert_array_equal(np.concatenate(numbers), np.arange(5))
     np.testing.assert_array_equal(np.concatenate(images), alone)
 
@@ -94,6 +98,7 @@ def test_lowered_sampler_is_the_one_that_runs(monkeypatch):
         raise Lowered(program.lower(*args).as_text())
 
     monkeypatch.setattr(generation, "sample_tokens_shared", lower)
+    job = dataclasses.replace(JOB, batch_size=5)
     with pytest.raises(Lowered) as run:
-        generate_images(CONFIG, CONFIG.sampling, replicate(random_params(CONFIG.transformer), devices), LABELS, seed=0)
+        generate_images(job, replicate(random_params(CONFIG.transformer), devices))
     assert str(run.value) == lowered

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from causalfusion_jax.common.pictures import edit_strip, frames_in_rows, make_grid, save_gif, save_png, to_uint8
-from causalfusion_jax.sampling.images import balanced_labels
+from causalfusion_jax.sampling.conditions import balanced_labels
 
 
 def test_rounding_is_adms():

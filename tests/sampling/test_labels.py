@@ -2,11 +2,11 @@
 
 import pytest
 
+from causalfusion_jax.cli.condition_flags import parse_labels
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.registry import class_names
-from causalfusion_jax.sampling.labels import parse_labels
 from causalfusion_jax.sampling.trained import Trained
 
 NAMES = ("golden retriever", "tench, Tinca tinca", "otter", "crane", "crane", "lesser_panda")

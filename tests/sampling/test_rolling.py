@@ -14,14 +14,15 @@ from tiny_data import write_clip
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.models.patches import patchify, unpatchify
 from causalfusion_jax.models.presets import ACDIT
-from causalfusion_jax.sampling.generation import generate_images
+from causalfusion_jax.sampling.generation import SamplingJob, generate_images
 from causalfusion_jax.sampling.rolling import RollingConfig, generate_videos, least_stride, make_windows
-from causalfusion_jax.sampling.sampler import image_keys, sample_tokens
+from causalfusion_jax.sampling.sampler import Given, SamplingSpec, image_keys, sample_tokens
 
 SAMPLER = SamplerConfig(ar_steps=4, solver="ddim", solver_steps=3, cfg_scale=1.5)
-LABELS = np.array([3, 1], np.int32)
+CONDITION = Condition(np.array([3, 1], np.int32))
 
 
 def make(**sections):
@@ -46,12 +47,13 @@ def videos(config, frames, clips=None, batch_size=2, **how):
     keep = 0 if clips is None else clips.shape[1]
     settings = RollingConfig(frames, **how)
     windows = make_windows(config, SAMPLER, settings, keep)
-    return generate_videos(config, windows, settings, params(config), LABELS, 5, batch_size, clips=clips)
+    job = SamplingJob(config, SAMPLER, CONDITION, seed=5, batch_size=batch_size)
+    return generate_videos(job, params(config), windows, settings, clips)
 
 
 def test_nothing_dropped_is_generating_whole():
     config = make()
-    whole = generate_images(config, SAMPLER, params(config), LABELS, 5)
+    whole = generate_images(SamplingJob(config, SAMPLER, CONDITION, seed=5), params(config))
     np.testing.assert_array_equal(videos(config, 8), whole)
     np.testing.assert_array_equal(videos(config, 12)[:, :8], whole)
 
@@ -65,18 +67,9 @@ def test_every_window_is_the_sampler_on_the_frames_before(positions):
     keys = jax.vmap(functools.partial(jax.random.fold_in, data=10))(image_keys(5, range(2)))
     order = np.tile(np.arange(32), (2, 1))
     known = np.asarray(patchify(long[:, 4:10], 2))
-    tokens = sample_tokens(
-        config.transformer,
-        config.diffusion,
-        config.factorization,
-        dataclasses.replace(SAMPLER, ar_steps=1),
-        params(config),
-        keys,
-        LABELS,
-        order,
-        known,
-        np.repeat([0, 1, 2], 8),
-    )
+    sampler = dataclasses.replace(SAMPLER, ar_steps=1)
+    spec = SamplingSpec(config.transformer, config.diffusion, config.factorization, sampler)
+    tokens = sample_tokens(spec, params(config), keys, CONDITION, Given(order, known, np.repeat([0, 1, 2], 8)))
     np.testing.assert_allclose(long[:, 10:12], unpatchify(tokens, (8, 2, 2), 2)[:, 6:], atol=1e-5)
 
 
@@ -121,7 +114,7 @@ def test_strides():
         conditioning="in_context", num_condition_tokens=4
     ))  # fmt: skip
     assert least_stride(drawn) == 2
-    first, rolled = make_windows(drawn, SAMPLER, RollingConfig(20, stride=3), chosen=True)
+    first, rolled = make_windows(drawn, SAMPLER, RollingConfig(20, stride=3), explicit_steps=True)
     assert first.sampler == SAMPLER and rolled.kept == 5 and rolled.sampler.ar_steps == 2
     _, rolled = make_windows(make(), SAMPLER, RollingConfig(20, stride=4))
     assert rolled.sampler.ar_steps == 2 and rolled.plan.known_step.tolist() == [0] * 8 + [1] * 8

@@ -12,14 +12,23 @@ from helpers import random_params
 
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config.sampling import SamplerConfig
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.diffusion import DiffusionConfig, to_x_0_and_eps
 from causalfusion_jax.core.factorization import CONDITION_STEP, FactorizationConfig, Role
 from causalfusion_jax.core.solvers import solver_table
 from causalfusion_jax.models.config import TransformerConfig
 from causalfusion_jax.models.flops import forward_flops
 from causalfusion_jax.models.presets import ACDIT
+from causalfusion_jax.models.sequence import ImageTokens
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.sampling.sampler import guidance_scales, image_keys, sample_tokens, sampling_flops
+from causalfusion_jax.sampling.sampler import (
+    Given,
+    SamplingSpec,
+    guidance_scales,
+    image_keys,
+    sample_tokens,
+    sampling_flops,
+)
 
 MODEL = TransformerConfig(hidden=32, heads=2, layers=2, grid=(4, 4), token_dim=4, num_classes=5)
 ADALN = dataclasses.replace(MODEL, **ACDIT)
@@ -27,6 +36,7 @@ LINEAR = DiffusionConfig()
 FLOW = DiffusionConfig(schedule="flow", target="velocity")
 TRAINED = FactorizationConfig()
 LABELS = np.array([0, 3, 4])
+CONDITION = Condition(jnp.asarray(LABELS))
 
 
 @functools.cache
@@ -34,22 +44,21 @@ def params(config=MODEL):
     return random_params(config, 0.08)
 
 
+def spec(sampler, config=MODEL):
+    return SamplingSpec(config, LINEAR, TRAINED, sampler)
+
+
 @functools.cache
 def network(config):
     """The whole sequence through the model, nothing cached; compiled per length."""
-    weights, c = params(config), config.num_condition_tokens
+    weights = params(config)
 
     @jax.jit
     def run(labels, clean, noisy, ids, t, role, step):
         model = nnx.merge(abstract_model(config)[0], weights)
         known = clean.shape[1]
-        parts = [model.embed_condition(labels)]
-        parts += [model.embed_tokens(clean, ids[:, :known])] if known else []
-        parts += [model.embed_tokens(noisy, ids[:, known:], t)]
-        ids = jnp.concatenate([jnp.full((len(ids), c), -1), ids], axis=1)
-        condition = model.noise_condition(labels, t)
-        h, _ = model.trunk(jnp.concatenate(parts, axis=1), role, step, ids, condition=condition, num_clean=c + known)
-        return model.head(h[:, -noisy.shape[1] :], condition)
+        clean, noisy = ImageTokens(clean, ids[:, :known]), ImageTokens(noisy, ids[:, known:], t)
+        return model.sequence(Condition(labels), clean, noisy, role, step)[0]
 
     return run
 
@@ -118,9 +127,8 @@ def check(sampler, diffusion=LINEAR, known=None, order=None, config=MODEL):
         return np.asarray(jax.vmap(draw)(noise_keys))
 
     expected = uncached(config, sampler, diffusion, order, noise, known)
-    given = {} if known is None else dict(known=known)
-    given |= {} if sampler.order == "" and known is None else dict(order=order)
-    actual = sample_tokens(config, diffusion, TRAINED, sampler, params(config), keys, jnp.asarray(LABELS), **given)
+    given = Given(None if sampler.order == "" and known is None else order, known)
+    actual = sample_tokens(SamplingSpec(config, diffusion, TRAINED, sampler), params(config), keys, CONDITION, given)
     np.testing.assert_allclose(actual, expected, atol=2e-3, rtol=2e-3)
     assert np.std(expected) > 0.1
 
@@ -139,9 +147,8 @@ def test_shared_cache_equals_uncached(ar_steps, cfg_scale):
 @pytest.mark.parametrize("config", [MODEL, ADALN], ids=["in_context", "adaln"])
 def test_attention_in_tiles_samples_the_same(config):
     sampler = SamplerConfig(step_sizes=(3, 13), solver_steps=3, cfg_scale=2.0)
-    keys, labels = image_keys(0, range(3)), jnp.asarray(LABELS)
     dense, tiled = (
-        sample_tokens(model, LINEAR, TRAINED, sampler, params(config), keys, labels)
+        sample_tokens(spec(sampler, model), params(config), image_keys(0, range(3)), CONDITION)
         for model in (dataclasses.replace(config, attention=kind) for kind in ("dense", "flash"))
     )
     np.testing.assert_allclose(tiled, dense, rtol=1e-5, atol=1e-5 * np.abs(dense).max())
@@ -186,9 +193,7 @@ def test_known_tokens_are_context_and_stay():
     order = jnp.asarray(np.random.default_rng(1).permuted(np.tile(np.arange(16), (3, 1)), axis=1))
     sampler = SamplerConfig(ar_steps=3, solver_steps=4, cfg_scale=1.5)
     check(sampler, known=jnp.asarray(known), order=order)
-    tokens = sample_tokens(
-        MODEL, LINEAR, TRAINED, sampler, params(), image_keys(0, range(3)), jnp.asarray(LABELS), order, known
-    )
+    tokens = sample_tokens(spec(sampler), params(), image_keys(0, range(3)), CONDITION, Given(order, known))
     np.testing.assert_array_equal(np.take_along_axis(np.asarray(tokens), np.asarray(order)[:, :6, None], 1), known)
 
 
@@ -200,30 +205,30 @@ def test_every_order(order):
     from causalfusion_jax.core.factorization import token_order
 
     block = {"raster": 0, "square_blocks": 4}.get(order, 2)
-    places = token_order(FactorizationConfig(order=order, order_block=block), (4, 4))
+    order_of_grid = token_order(FactorizationConfig(order=order, order_block=block), (4, 4))
     sampler = SamplerConfig(ar_steps=4, solver_steps=3, order=order, order_block=block)
-    check(sampler, order=jnp.tile(places, (3, 1)))
-    run = functools.partial(sample_tokens, MODEL, LINEAR, TRAINED, sampler, params(), image_keys(5, range(3)))
-    drawn, given = run(jnp.asarray(LABELS)), run(jnp.asarray(LABELS), jnp.tile(places, (3, 1)))
+    check(sampler, order=jnp.tile(order_of_grid, (3, 1)))
+    run = functools.partial(sample_tokens, spec(sampler), params(), image_keys(5, range(3)), CONDITION)
+    drawn, given = run(), run(Given(jnp.tile(order_of_grid, (3, 1))))
     np.testing.assert_allclose(drawn, given, rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch():
     sampler = SamplerConfig(ar_steps=2, solver_steps=3)
-    run = functools.partial(sample_tokens, MODEL, LINEAR, TRAINED, sampler, params())
-    together = run(image_keys(1, range(3)), jnp.asarray(LABELS))
-    alone = run(image_keys(1, [2]), jnp.asarray(LABELS[2:]))
+    run = functools.partial(sample_tokens, spec(sampler), params())
+    together = run(image_keys(1, range(3)), CONDITION)
+    alone = run(image_keys(1, [2]), CONDITION.select(slice(2, None)))
     np.testing.assert_allclose(together[2:], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_given_noise_is_where_sampling_starts():
     x_T = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 4)), jnp.float32)
     sampler = SamplerConfig(step_sizes=(5, 11), solver="ddim", solver_steps=3)
-    run = functools.partial(sample_tokens, MODEL, LINEAR, TRAINED, sampler, params())
-    order = jnp.tile(jnp.arange(16), (3, 1))
-    one, other = (run(image_keys(seed, range(3)), jnp.asarray(LABELS), order, x_T=x_T) for seed in (1, 2))
+    run = functools.partial(sample_tokens, spec(sampler), params())
+    given = Given(jnp.tile(jnp.arange(16), (3, 1)), x_T=x_T)
+    one, other = (run(image_keys(seed, range(3)), CONDITION, given) for seed in (1, 2))
     np.testing.assert_array_equal(one, other)
-    changed = run(image_keys(1, range(3)), jnp.asarray(LABELS), order, x_T=x_T.at[:, 5].add(1.0))
+    changed = run(image_keys(1, range(3)), CONDITION, given._replace(x_T=x_T.at[:, 5].add(1.0)))
     differs = (np.asarray(changed) != one).any(axis=-1)
     assert differs[:, 5:].all() and not differs[:, :5].any()
 

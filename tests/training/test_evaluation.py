@@ -17,14 +17,15 @@ from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.slices import SliceJob
+from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.digits import digits
 from causalfusion_jax.data.scores import is_better, metrics, pixel_metrics, score
 from causalfusion_jax.data.tokenizers import END, make_tokenizer
 from causalfusion_jax.evaluation import periodic
-from causalfusion_jax.sampling.generation import generate_images, replicate
-from causalfusion_jax.sampling.images import balanced_labels
+from causalfusion_jax.sampling.conditions import balanced_labels
+from causalfusion_jax.sampling.generation import SamplingJob, generate_images, replicate
 from causalfusion_jax.sampling.trained import from_run
 
 TINY = dict(
@@ -155,7 +156,7 @@ def test_the_evaluator_scores_the_samples(two_devices):
     mesh = sharding.make_mesh(CONFIG.mesh)
     params = random_params(CONFIG.transformer)
     labels = balanced_labels(18, 10)
-    images = generate_images(CONFIG, CONFIG.sampling, params, labels, seed=0, batch_size=9)
+    images = generate_images(SamplingJob(CONFIG, CONFIG.sampling, Condition(labels), batch_size=9), params)
     assert images.shape == (18, 8, 8, 1)
     evaluate = periodic.Evaluator(CONFIG, mesh)
     scores = evaluate(replicate(params, mesh.devices.ravel()))
@@ -174,9 +175,7 @@ PAIRS = tiny_config(
 
 def evaluate_with(config, draw, monkeypatch):
     """The scores of an Evaluator whose images are `draw(labels, text)`."""
-    monkeypatch.setattr(
-        periodic, "generate_images", lambda _, sampler, params, labels, *rest, text=None, **kwargs: draw(labels, text)
-    )
+    monkeypatch.setattr(periodic, "generate_images", lambda job, params, progress: draw(*job.condition))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     return periodic.Evaluator(config, mesh)({"w": np.zeros(1, np.float32)})
 

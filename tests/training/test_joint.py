@@ -14,11 +14,14 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.training import JointConfig
-from causalfusion_jax.core.layouts import LAYOUTS, NO_TOKEN, Layout
+from causalfusion_jax.core.conditions import Condition
+from causalfusion_jax.core.layouts import NO_TOKEN, TASKS, Task
 from causalfusion_jax.data.tokenizers import BEGIN, END
+from causalfusion_jax.models.sequence import ImageTokens
 from causalfusion_jax.models.transformer import abstract_model
-from causalfusion_jax.training.joint import blank_words, draw_layouts, noise_to_read
-from causalfusion_jax.training.objective import draw, example_keys, training_loss
+from causalfusion_jax.training.draws import draw, example_keys
+from causalfusion_jax.training.joint import blank_words, draw_tasks, noise_to_read
+from causalfusion_jax.training.objective import training_loss
 from causalfusion_jax.training.state import create_state, train_step
 
 MESH = sharding.make_mesh(experiment.from_dict(tiny_config()).mesh, jax.devices()[:1])
@@ -37,7 +40,7 @@ CONFIG = config_of()
 
 def alone(layout, **joint):
     """A mixture of one layout."""
-    return dict.fromkeys(LAYOUTS, 0.0) | {layout: 1.0} | joint
+    return dict.fromkeys(TASKS, 0.0) | {layout: 1.0} | joint
 
 
 @functools.cache
@@ -59,12 +62,12 @@ def loss_of(objective, params, batch):
 def test_the_mixture_is_drawn_as_stated():
     keys = jax.random.split(KEY, 20000)
     config = JointConfig(prompt_dropout=0.2, class_dropout=0.7)
-    layout, drop_class = (np.asarray(a) for a in jax.jit(draw_layouts, static_argnums=0)(config, keys))
+    layout, drop_class = (np.asarray(a) for a in jax.jit(draw_tasks, static_argnums=0)(config, keys))
     observed = np.bincount(layout, minlength=4) / len(keys)
     np.testing.assert_allclose(observed, [0.4, 0.4, 0.05, 0.15], atol=0.012)
-    assert abs(drop_class[layout == Layout.IMAGE_TO_TEXT].mean() - 0.7) < 0.02
+    assert abs(drop_class[layout == Task.IMAGE_TO_TEXT].mean() - 0.7) < 0.02
     # An image alone keeps its class unless it is a dropped prompt, two thirds of them here, which drop it.
-    assert abs(drop_class[layout == Layout.IMAGE].mean() - 0.7 * 2 / 3) < 0.03
+    assert abs(drop_class[layout == Task.IMAGE].mean() - 0.7 * 2 / 3) < 0.03
 
 
 @pytest.mark.parametrize("layout", ["text_to_image", "image_to_text", pytest.param("text", marks=pytest.mark.slow)])
@@ -78,7 +81,7 @@ def test_only_what_is_generated_carries_loss(layout):
     model = nnx.merge(abstract_model(config.transformer)[0], params)
     text, order = batch["text"], drawn.plan.order
     used, length = np.asarray(text) != NO_TOKEN, config.transformer.num_tokens
-    # Who sees whom, written out: roles 0 condition, 1 clean, 2 noisy, 3 padding.
+    # Roles and steps, written out: roles 0 condition, 1 clean, 2 noisy, 3 padding.
     read = layout == "image_to_text"
     text_role, image_role = np.where(used, 1, 3), np.full((16, length), 3 if layout == "text" else 1)
     noisy_role = np.full((16, length), 2 if layout == "text_to_image" else 3)
@@ -87,7 +90,11 @@ def test_only_what_is_generated_carries_loss(layout):
     role = np.concatenate([np.zeros((16, 1)), text_role, image_role, noisy_role], axis=1).astype(np.int32)
     step = np.concatenate([np.full((16, 1), -1), text_step, image_step, image_step], axis=1).astype(np.int32)
     prediction, hidden = jax.jit(lambda *args: model.sequence(*args))(
-        np.full(16, 100), text, drawn.x_0, drawn.x_t, drawn.t, order, order, role, step
+        Condition(np.full(16, 100), text),
+        ImageTokens(drawn.x_0, order),
+        ImageTokens(drawn.x_t, order, drawn.t),
+        role,
+        step,
     )
     if layout == "text_to_image":
         error = np.mean(np.square(prediction - drawn.target), axis=-1)
@@ -145,7 +152,7 @@ def test_transfusion_has_one_copy_of_the_image():
     _, metrics = loss_of(config.step.objective, params, batch)
     other = batch | {"image": batch["image"] + 0.5}
     _, changed = loss_of(config.step.objective, params, other)
-    assert float(metrics["cross_entropy"]) != float(changed["cross_entropy"]), "texts look at the image"
+    assert float(metrics["cross_entropy"]) != float(changed["cross_entropy"]), "texts depend on the image"
     assert float(metrics["diffusion"]) == 0.0
 
 
@@ -153,7 +160,7 @@ def test_blanked_words():
     text = jnp.asarray(np.tile([BEGIN, 5, 6, 7, END, NO_TOKEN], (2000, 1)))
     keys, layout = jax.random.split(KEY, 2000), jnp.arange(2000) % 4
     seen = np.asarray(blank_words(JointConfig(word_dropout=0.3), layout, text, keys))
-    generated = np.isin(layout, (Layout.IMAGE_TO_TEXT, Layout.TEXT))
+    generated = np.isin(layout, (Task.IMAGE_TO_TEXT, Task.TEXT))
     np.testing.assert_array_equal(seen[~generated], text[~generated])
     np.testing.assert_array_equal(seen[:, [0, 4, 5]], text[:, [0, 4, 5]])
     assert abs((seen[generated][:, 1:4] == BEGIN).mean() - 0.3) < 0.03

@@ -17,7 +17,8 @@ from causalfusion_jax.config.training import OptimizerConfig
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig, draw_plan, num_visible_clean_of_batch
 from causalfusion_jax.training import state as state_lib
-from causalfusion_jax.training.objective import diffusion_loss, example_keys
+from causalfusion_jax.training.draws import example_keys
+from causalfusion_jax.training.objective import diffusion_loss
 from causalfusion_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from causalfusion_jax.training.state import TrainState, compile_train_step, create_state, init_state, train_step
 from causalfusion_jax.training.trimming import LengthOfStep, expected_flops, with_length
@@ -137,11 +138,11 @@ def test_binned_errors_add_up():
 def test_other_factorizations_learn(changes):
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(learning_rate=3e-3), **changes)
     state, batch = create_state(config.step, MESH, jax.random.key(0)), make_batch(config, MESH)[0]
-    found = []
+    losses = []
     for _ in range(25):
         state, metrics = step_of(config)(state, batch, KEY)
-        found.append(float(metrics["loss"]))
-    assert np.isfinite(found).all() and np.mean(found[-5:]) < np.mean(found[:3])
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:3])
 
 
 def test_dropped_classes_see_the_null_row_only():
@@ -219,7 +220,7 @@ def test_bad_settings_are_refused(bad):
 
 @pytest.mark.slow
 def test_left_out_clean_tokens_change_nothing():
-    """Same losses and parameters, whether unseen clean tokens are computed or not."""
+    """Same losses and parameters, whether unattended clean tokens are computed or not."""
     shared = dataclasses.replace(CONFIG.factorization, steps_shared_by="batch")
     config = dataclasses.replace(CONFIG, factorization=shared)
     key = jax.device_put(KEY, jax.devices()[0])
@@ -228,7 +229,7 @@ def test_left_out_clean_tokens_change_nothing():
     used = [length_of(step) for step in range(400)]
     assert set(used) == {4, 8, 12, 16}
     state, batch = start(config)
-    # A step whose batch looks at few clean tokens.
+    # A step with few attended clean tokens.
     step = next(step for step, length in enumerate(used) if length == 8)
     state = state._replace(step=jnp.int32(step))
     whole, metrics = jax.jit(functools.partial(train_step, config.step))(state, batch, key)
