@@ -1,7 +1,9 @@
 """The jobs of a sweep: the commands of each run, in order, several runs at a time."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import shlex
@@ -10,12 +12,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import TextIO
 
 from processes import die_with_parent
 
 from causalfusion_jax.cli.app import INTERRUPTED
 from causalfusion_jax.common import files
+from causalfusion_jax.common.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -156,6 +160,21 @@ def _environment(workdir: pathlib.Path) -> dict[str, str]:
     """The environment of commands: the package of this checkout, and one cache of compiled programs for all runs."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ, "PYTHONPATH": path}
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[TextIO]:
+    """Keeps other sweeps out of `workdir` for as long as this process, or a run it started, lives."""
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = "another sweep is running there, or a run that it started is still saving; wait for it"
+            raise InputError("--workdir", str(workdir), message) from None
+        except OSError:
+            # A file system without locks.
+            pass
+        yield lock
 
 
 def run_jobs(jobs: list[Job], parallel: int, lock: TextIO) -> str | None:

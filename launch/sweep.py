@@ -23,19 +23,17 @@ a model of videos with --i3d. A WORKDIR of runs with other settings is refused w
 seen from here.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import pathlib
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from absl import flags
-from jobs import ROOT, Job, Stage, run_jobs
+from jobs import ROOT, Job, Stage, held, run_jobs
 from shell_template import fill
 
 from causalfusion_jax.checkpoints.manifests import manifest_path
@@ -176,21 +174,6 @@ def check_workdir(workdir: pathlib.Path, shared: dict[str, Any], runs: Sequence[
 def write_record(workdir: pathlib.Path, shared: dict[str, Any], names: list[str]) -> None:
     """Writes sweep.json, for `check_workdir`."""
     files.write_json(workdir / "sweep.json", {"sweep": _SWEEP.value, "shared": shared, "runs": names})
-
-
-@contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[TextIO]:
-    """Keeps other sweeps out of `workdir` for as long as this process, or a run it started, lives."""
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = "another sweep is running there, or a run that it started is still saving; wait for it"
-            raise InputError("--workdir", str(workdir), message) from None
-        except OSError:
-            # A file system without locks.
-            pass
-        yield lock
 
 
 def write_results(sweep: Sweep, results: Sequence[Result], workdir: pathlib.Path) -> None:

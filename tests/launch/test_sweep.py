@@ -180,13 +180,13 @@ product.write_text("{}")
 DRIVER = """
 import pathlib, sys
 sys.path.insert(0, "launch")
-import jobs, sweep
+import jobs
 folder = pathlib.Path(sys.argv[1])
 (folder / "logs").mkdir(exist_ok=True)
 def stage(run, name, kind):
     product = folder / run / name / "product.json"
     return jobs.Stage(name, ("stub", kind, str(product)), product)
-with sweep.held(folder) as lock:
+with jobs.held(folder) as lock:
     planned = [
         jobs.Job(f"{i}-{kind}", (stage(f"{i}-{kind}", "training", kind), stage(f"{i}-{kind}", "scoring", "ok")),
                  folder / "logs" / f"{i}.log")
