@@ -297,7 +297,7 @@ def _choose(root: Any, weights: str, read: Callable[[Tensor], np.ndarray]) -> _C
     elif list(sets) in (["model"], ["state_dict"]) and weights not in root:
         ((name, tensors),) = sets.items()
     elif {"ema", "model", "state_dict"} & set(sets):
-        raise InputError("--weights", weights, f"not in this checkpoint, which has {available}")
+        raise InputError("--weights", weights, f"not in this checkpoint, which holds {available}")
     elif sets and not _tensors_of(root):
         raise ValueError(f"tensors are under {available}, must be under ema, model, state_dict or no name")
     else:
