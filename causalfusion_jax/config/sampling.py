@@ -100,6 +100,18 @@ class SamplerConfig(SolverConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in reset}
         return dataclasses.replace(self, **(defaults | dict(given)))
 
+    @property
+    def record(self) -> str:
+        """All settings as text, by which a run recognises evaluations that can be compared.
+
+        Solver settings stand before guidance, as in the records of earlier versions.
+        """
+        solver = [field.name for field in dataclasses.fields(SolverConfig)]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in solver]
+        before = names.index("cfg_scale")
+        values = (f"{name}={getattr(self, name)!r}" for name in (*names[:before], *solver, *names[before:]))
+        return f"SamplerConfig({', '.join(values)})"
+
     def sizes(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens in each AR step when `num_tokens` are generated. Raises InputError."""
         if self.step_sizes:
