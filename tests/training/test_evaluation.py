@@ -96,9 +96,9 @@ def test_the_best_and_the_latest_are_kept_across_restarts(tmp_path, tmp_path_fac
 
 def test_evaluations_of_earlier_versions_stay_comparable():
     assert SamplerConfig(ar_steps=4).record == (
-        "SamplerConfig(ar_steps=4, step_sizes=(), order='', order_block=0, solver='ddpm', solver_steps=50, spacing='auto',"
-        " variance='large', eta=0.0, cfg_scale=1.0, cfg_schedule='constant', cfg_interval=(0.0, inf), temperature=1.0,"
-        " clip_x_0=0.0)"
+        "SamplerConfig(ar_steps=4, step_sizes=(), order='', order_block=0, solver='ddpm', solver_steps=50,"
+        " spacing='auto', variance='large', eta=0.0, cfg_scale=1.0, cfg_schedule='constant', cfg_interval=(0.0, inf),"
+        " temperature=1.0, clip_x_0=0.0)"
     )
 
 
