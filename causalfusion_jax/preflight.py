@@ -79,7 +79,7 @@ def _specs():
     job = "sample" if _JOB.value == "sample" else "train"
     specs = []
     for topology in [hardware.topology(name) for name in _TOPOLOGY.value]:
-        spec = slices.Spec(config, topology, job)
+        spec = slices.SliceJob(config, topology, job)
         if job == "sample":
             spec = spec.with_batch(_NUM.value or 8 * spec.batch_devices)
         if _JOB.value != "encode":

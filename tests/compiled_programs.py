@@ -5,7 +5,7 @@ import re
 
 import jax
 
-from causalfusion_jax.compile_ahead import program
+from causalfusion_jax.config import slices
 from causalfusion_jax.evaluation import programs
 
 
@@ -39,7 +39,7 @@ def content(module: str) -> str:
 
 def listed_modules(spec, monkeypatch, devices, *beginnings: str) -> dict[str, str]:
     """Programs that multiply matrices of a run on `devices`, by name, of which it begins so."""
-    for module in (program, programs):
+    for module in (slices, programs):
         monkeypatch.setattr(module, "devices", lambda topology: devices)
     listed = (p for p in programs.run_programs(spec).programs if p.name.startswith(beginnings))
     modules = {p.name: p.lower().as_text() for p in listed}

@@ -21,7 +21,7 @@ from causalfusion_jax.config import experiment
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
-from causalfusion_jax.prepare.inception import ignored_names
+from causalfusion_jax.prepare.released_inception import ignored_names
 from causalfusion_jax.sampling.preview import Preview
 from causalfusion_jax.sweeps import sweep as sweeps
 from causalfusion_jax.training import loop

@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 from causalfusion_jax.cli import probe_flags
-from causalfusion_jax.evaluation.finetune import Stopped
+from causalfusion_jax.training.stopping import Stopped
 
 
 def stop(tuning, params):

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic writes of files, and disk errors."""
 
 import errno
 import io
@@ -9,7 +9,7 @@ import pytest
 from causalfusion_jax.common import files
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "grid.png"
     with files.replacing(path) as part:
         part.write_bytes(b"old")
@@ -41,6 +41,6 @@ def test_a_librarys_error_of_a_full_disk_becomes_one_of_the_system(error):
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == "latents/shard"
 
 
-def test_other_errors_of_writing_stay_what_they_are():
+def test_other_errors_of_writing_are_not_changed():
     with pytest.raises(ValueError, match="shapes differ"), files.writing("latents/shard"):
         raise ValueError("shapes differ")

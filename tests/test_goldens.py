@@ -47,10 +47,10 @@ from causalfusion_jax.models.positions import coordinates, rope_base, rope_dims,
 from causalfusion_jax.models.presets import ACDIT
 from causalfusion_jax.models.sequence import ImageTokens, repeat_batch
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
-from causalfusion_jax.prepare.autoencoders import mar_vae_config, mar_vae_table, sd_vae_config, sd_vae_table
-from causalfusion_jax.prepare.inception import inception_table
 from causalfusion_jax.prepare.names import check_shapes, from_released, to_released
-from causalfusion_jax.prepare.transformers import acdit_table, causalfusion_table
+from causalfusion_jax.prepare.released_autoencoders import mar_vae_config, mar_vae_table, sd_vae_config, sd_vae_table
+from causalfusion_jax.prepare.released_inception import inception_table
+from causalfusion_jax.prepare.released_transformers import acdit_table, causalfusion_table
 from causalfusion_jax.sampling.sampler import Denoiser, Given, SamplingSpec, guidance_scales, image_keys, sample_tokens
 
 GOLDENS = pathlib.Path(os.environ.get("GOLDENS_DIR") or pathlib.Path(__file__).parent / "goldens")

@@ -18,15 +18,15 @@ def lock(folder, **seconds):
 
 
 def write_lease(folder, **changes):
-    """A lease of another machine, or with `changes`."""
+    """Writes the lease of another machine, with `changes`."""
     lease = {"token": "other", "host": "elsewhere", "machine": "other boot", "pid": 1, "process_start": "5"}
     (folder / files.LEASE).write_text(json.dumps(lease | changes))
 
 
 def test_second_holder_is_refused_until_the_first_has_left(tmp_path):
-    with lock(tmp_path / "run"):
-        with pytest.raises(InputError, match="--workdir=.*in use by process"), lock(tmp_path / "run"):
-            pass
+    refused = pytest.raises(InputError, match="--workdir=.*in use by process")
+    with lock(tmp_path / "run"), refused, lock(tmp_path / "run"):
+        pass
     with lock(tmp_path / "run"):
         assert files.is_new(tmp_path / "run")
     assert not (tmp_path / "run" / files.LEASE).exists()

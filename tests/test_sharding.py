@@ -30,7 +30,7 @@ from causalfusion_jax.training.state import abstract_state, compile_train_step, 
     ],
     ids=str,
 )
-def test_mesh_takes_what_is_left(config, shape):
+def test_an_axis_of_minus_one_takes_the_remaining_devices(config, shape):
     assert tuple(make_mesh(config, jax.devices()[:8]).shape.values()) == shape
 
 
@@ -65,7 +65,7 @@ def test_rules():
         (MeshConfig("fsdp+cp", fsdp=1, sequence=8), "config.mesh.sequence", "tokens_in_training=36; below it, 1, 2"),
     ],
 )
-def test_what_does_not_split_is_refused_with_the_fix(mesh, field, fix):
+def test_sizes_that_cannot_be_split_are_refused_with_the_fix(mesh, field, fix):
     config = experiment.from_dict(tiny_config(train=dict(batch_size=4)))
     with pytest.raises(InputError) as error:
         experiment.check_mesh(config, make_mesh(mesh, jax.devices()[:8]))
@@ -77,11 +77,11 @@ def losses(config, mesh, steps):
     state = create_state(config.step, mesh, jax.random.key(0))
     batch, shapes = make_batch(config, mesh)
     step = compile_train_step(config.step, mesh, shapes, key)
-    found = []
+    history = []
     for _ in range(steps):
         state, metrics = jax.block_until_ready(step(state, batch, key))
-        found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    return np.array(found), state
+        history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(history), state
 
 
 MODELS = {
@@ -102,7 +102,7 @@ MODELS = {
     "devices", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
 def test_same_losses_under_every_preset(model, devices):
-    """Loss and gradient norm over 20 steps, on one device and on several, whatever is split."""
+    """Loss and gradient norm over 20 steps are the same on one device and on several, for every sharding."""
     config = experiment.from_dict(tiny_config(train=dict(batch_size=8), **MODELS[model]))
     alone, _ = losses(config, make_mesh(MeshConfig(), jax.devices()[:1]), 20)
     for preset in PRESETS:

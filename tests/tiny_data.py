@@ -13,8 +13,8 @@ from causalfusion_jax.data.sources import digits
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, init_autoencoder
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.store import write_converted
-from causalfusion_jax.prepare.inception import inception_table
 from causalfusion_jax.prepare.names import from_released
+from causalfusion_jax.prepare.released_inception import inception_table
 
 TINY_VAE = AutoencoderConfig(
     channels=8,

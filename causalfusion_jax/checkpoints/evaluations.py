@@ -1,8 +1,8 @@
-"""The scores of a run's evaluations by step, and which checkpoint is the best.
+"""The evaluations of a run by step, and the best of them.
 
-`evaluations.json` is written after each evaluation. A checkpoint is saved before it is
-evaluated, so a step that should have been evaluated and is not listed here was interrupted,
-and is evaluated when the run resumes from it.
+`evaluations.json` is written after each evaluation. A checkpoint is saved before it is evaluated, so
+if a step at which an evaluation is due is not listed, its evaluation was interrupted; it is repeated
+when the run resumes from that step.
 """
 
 import math
@@ -14,13 +14,13 @@ from causalfusion_jax.common import files
 from causalfusion_jax.data.scores import is_better
 
 Record = dict[str, Any]
-"""An evaluation: `step`, `value` (None where it is not a finite number), and `of`, the settings that values are
-compared under, with the name of the `metric`."""
+"""An evaluation: `step`, `value` (None if it is not finite), and `of`, the settings under which values can be
+compared, with the name of the `metric`."""
 
 
-def record(step: int, value: float, of: dict[str, Any]) -> Record:
+def record(step: int, value: float, settings: dict[str, Any]) -> Record:
     """The record of an evaluation."""
-    return {"step": step, "value": value if math.isfinite(value) else None, "of": of}
+    return {"step": step, "value": value if math.isfinite(value) else None, "of": settings}
 
 
 def _path(workdir: pathlib.Path) -> pathlib.Path:
@@ -28,7 +28,7 @@ def _path(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def read(workdir: pathlib.Path) -> list[Record]:
-    """All evaluations of a run, by step; none where there is no file."""
+    """All evaluations of a run, in the order of steps; none if there is no file."""
     return files.read_json(_path(workdir)) or []
 
 
@@ -38,15 +38,15 @@ def write(workdir: pathlib.Path, records: list[Record]) -> None:
 
 
 def best(records: list[Record], steps: Collection[int]) -> Record | None:
-    """The best evaluation of `steps`; None where none has a score.
+    """The best evaluation of `steps`; None if none of them has a value.
 
-    Scores under other settings cannot be compared: the first evaluation after a change is the best so far.
+    Values under different settings cannot be compared: the first evaluation after a change is the best so far.
     """
-    found = None
+    best_record = None
     for record in records:
         if record["step"] not in steps or record["value"] is None:
             continue
-        comparable = found is not None and found["of"] == record["of"]
-        if not comparable or is_better(record["of"].get("metric", ""), record["value"], found["value"]):
-            found = record
-    return found
+        comparable = best_record is not None and best_record["of"] == record["of"]
+        if not comparable or is_better(record["of"].get("metric", ""), record["value"], best_record["value"]):
+            best_record = record
+    return best_record

@@ -1,4 +1,4 @@
-"""Several processes (hosts) as one program: how they start, agree and stop."""
+"""Several processes (hosts) as one program: start, communication and stop."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from causalfusion_jax.common.lock import FolderLock
 
 T = TypeVar("T")
 BROADCAST_BYTES = 64 * 2**20
-"""Bytes broadcast at a time: each device holds a copy meanwhile."""
+"""Bytes broadcast at a time, of which each device holds a copy."""
 
 
 def initialize(
@@ -26,19 +26,20 @@ def initialize(
     process_id: int | None = None,
     multihost: bool = False,
 ) -> None:
-    """Joins the processes of a job; call before anything else touches a device.
+    """Connects the processes of a job; must be called before jax uses a device.
 
-    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID; with `multihost`, the rest from the cluster's metadata (Cloud TPU, GKE,
-    Slurm, Open MPI). Where nothing is given anywhere, this process runs alone.
+    Defaults are the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, and with `multihost` the metadata of the cluster (Cloud TPU, GKE, Slurm, Open
+    MPI). If nothing is given, this process runs alone.
 
     Args:
       coordinator_address: HOST:PORT of process 0.
-      num_processes, process_id: how many there are, and which this one is.
-      multihost: ask the cluster.
+      num_processes: number of processes.
+      process_id: index of this process.
+      multihost: take from the cluster what is not given.
 
     Raises:
-      InputError: some of the three are given, not all, and `multihost` is not.
+      InputError: some of the three are given, but not all of them, and `multihost` is not.
     """
     given = {
         "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -50,7 +51,7 @@ def initialize(
         return
     if not multihost:
         for name, value in given.items():
-            require(value is not None, f"--{name}", value, f"is needed beside {', '.join(known)}; or give --multihost")
+            require(value is not None, f"--{name}", value, f"is needed with {', '.join(known)}; or give --multihost")
         count, number = given["num_processes"], given["process_id"]
         require(count >= 1, "--num_processes", count, "must be >= 1")
         require(0 <= number < count, "--process_id", number, f"must be in 0..{count - 1}")
@@ -66,18 +67,18 @@ def _number(name: str, value: int | None, variable: str) -> int | None:
 
 
 def is_primary() -> bool:
-    """Whether this is the process that prints and writes what all have in common."""
+    """Whether this is process 0, which prints and writes for all processes."""
     return jax.process_index() == 0
 
 
 def on_primary(run: Callable[[], T], default: T = None) -> T:
-    """`run()` on process 0, its result on all.
+    """Runs `run()` on process 0 and returns its result on all processes; collective.
 
-    An error on process 0 ends the others too, rather than leave them waiting.
+    An error on process 0 raises an error on the other processes too, so that they do not wait.
 
     Args:
-      run: returns plain values, as of JSON.
-      default: what None stands for.
+      run: returns plain values that JSON can represent.
+      default: returned instead of None.
     """
     error, result = None, None
     if is_primary():
@@ -92,17 +93,17 @@ def on_primary(run: Callable[[], T], default: T = None) -> T:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError("process 0 could not go on; its message says why")
+            raise RuntimeError("process 0 failed; see its message")
     return default if result is None else result
 
 
 def _broadcast_json(value):
-    """Process 0's plain values on all processes; floats keep every bit."""
+    """The plain values of process 0 on all processes; floats are exact."""
     return json.loads(_broadcast_bytes(json.dumps(value).encode(), 0))
 
 
 def _broadcast_bytes(data: bytes, source: int) -> bytes:
-    """The bytes of process `source` on all processes."""
+    """The bytes of process `source`, on all processes."""
     is_source = jax.process_index() == source
     length, parts = int(_broadcast(np.int32(len(data)), is_source)), []
     for start in range(0, length, BROADCAST_BYTES):
@@ -114,7 +115,7 @@ def _broadcast_bytes(data: bytes, source: int) -> bytes:
 
 
 def _broadcast(values: np.ndarray, is_source: bool) -> np.ndarray:
-    # jax's own helpers read devices implicitly; here that is intentional.
+    # These transfers are intentional; the helpers of jax read devices implicitly.
     with jax.transfer_guard("allow"):
         return np.asarray(multihost_utils.broadcast_one_to_all(values, is_source=is_source))
 
@@ -125,30 +126,30 @@ def _gather(values, tiled: bool) -> np.ndarray:
 
 
 def from_each(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of every process, in the order of the processes, on all of them; every bit is kept.
+    """Yields the arrays of each process in turn, on all processes; collective.
 
     Args:
-      arrays: this process's, by name; shapes need not be alike. At most 2 GB in all.
+      arrays: arrays of this process by name, at most 2 GB in all; shapes may differ between processes.
     """
     packed = io.BytesIO()
     np.savez(packed, **arrays)
     for source in range(jax.process_count()):
-        # One at a time, so that a host never holds those of all.
+        # One process at a time, so that a host never holds the arrays of all.
         data = packed.getvalue() if jax.process_count() == 1 else _broadcast_bytes(packed.getvalue(), source)
-        with np.load(io.BytesIO(data)) as found:
-            yield dict(found)
+        with np.load(io.BytesIO(data)) as loaded:
+            yield dict(loaded)
 
 
 @contextlib.contextmanager
 def held_folder(folder: str | pathlib.Path, field: str) -> Iterator[FolderLock | None]:
-    """Keeps other jobs out of `folder`; process 0 holds it for all (None on the others).
+    """Locks `folder` against other jobs. Process 0 holds the lock; the value is None on other processes.
 
     Args:
-      folder: made if it does not exist.
+      folder: created if it does not exist.
       field: the option that names it, for errors.
 
     Raises:
-      InputError: another job is at work there.
+      InputError: another job holds the lock.
     """
     with contextlib.ExitStack() as stack:
         locks = []
@@ -157,7 +158,7 @@ def held_folder(folder: str | pathlib.Path, field: str) -> Iterator[FolderLock |
 
 
 def wait_for_all(name: str) -> None:
-    """Until every process has come here."""
+    """Waits until every process has called this."""
     if jax.process_count() > 1:
         with jax.transfer_guard("allow"):
             multihost_utils.sync_global_devices(name)
@@ -167,9 +168,9 @@ def should_stop(poll: int, received: bool) -> bool:
     """Whether all processes stop at this poll.
 
     Args:
-      poll: its number, which counts up by one from poll to poll, alike on all processes.
-      received: whether this process, running alone, was told to stop. With several processes the
-        runtime notices SIGTERM on any of them and picks a poll that none has reached yet.
+      poll: number of the poll; it increases by one from poll to poll, on all processes.
+      received: whether this process received a signal; used if it is the only one. With several
+        processes the runtime of jax watches SIGTERM on all of them, and chooses a poll that none has reached yet.
     """
     if jax.process_count() == 1:
         return received
@@ -177,20 +178,20 @@ def should_stop(poll: int, received: bool) -> bool:
 
 
 def everywhere(x: jax.Array) -> np.ndarray:
-    """The whole of a global array, on every process."""
+    """All of a global array, on every process; collective unless this process has all of it."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(jax.device_get(x))
     return _gather(x, tiled=True)
 
 
 def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a global array that lie on this process's devices.
+    """The rows of a global array that are on the devices of this process.
 
     Args:
-      x: [num, ...], not split along other axes than the first.
+      x: [num, ...], split along the first axis only.
 
     Returns:
-      Row numbers, ascending, int [rows], and these rows, [rows, ...].
+      Indices of the rows in ascending order, int [rows], and the rows, [rows, ...].
     """
     parts = {shard.index[0].indices(x.shape[0])[:2]: shard.data for shard in x.addressable_shards}
     bounds = sorted(parts)
@@ -199,7 +200,7 @@ def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def total(number: int) -> int:
-    """The sum of a number of every process."""
+    """Sum of `number` over all processes; collective."""
     if jax.process_count() == 1:
         return number
     return int(_gather(np.array(number), tiled=False).sum())

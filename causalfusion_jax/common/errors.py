@@ -1,4 +1,4 @@
-"""The one way this package says that an input is wrong."""
+"""InputError, the error for every invalid input, and checks that raise it."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """A setting or argument that cannot be used.
 
-    The message is one line: the field, the value given, and what is allowed.
-    The commands print it and exit with status 2, before anything is touched.
+    The message is one line: the field, the given value, and what is allowed. The commands print it
+    and exit with status 2, before they change anything.
     """
 
     def __init__(self, field: str, value: object, allowed: str):
@@ -16,11 +16,11 @@ class InputError(ValueError):
         super().__init__(f"{field}={value!r}: {allowed}")
 
     def __reduce__(self):
-        # Raised in a worker process too.
+        # For errors of worker processes, which are pickled.
         return type(self), (self.field, self.value, self.allowed)
 
     def under(self, prefix: str) -> "InputError":
-        """The same error, its field placed below `prefix`."""
+        """The same error for the field `prefix.field`."""
         return InputError(f"{prefix}.{self.field}", self.value, self.allowed)
 
 

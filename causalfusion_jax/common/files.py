@@ -1,4 +1,4 @@
-"""Files written whole, and known by their checksums."""
+"""Files: atomic writes, checksums, and retries of reads."""
 
 import concurrent.futures
 import contextlib
@@ -19,19 +19,19 @@ from causalfusion_jax.common.errors import InputError
 T = TypeVar("T")
 
 RETRY_PAUSES = (1.0, 4.0)
-"""Seconds to wait before a failed read is tried again: mounted buckets have errors that pass."""
+"""Seconds before each retry of a failed read: mounted buckets have temporary errors."""
 
 LEASE = "lease.json"
 """The file by which a process holds a folder; see `lock`."""
 
 PART_PATTERN = ".*.part"
-"""Files that are being written, or that a killed process left so."""
+"""Files that are being written, or that a killed process left incomplete."""
 
 Description = dict[str, dict[str, Any]]
 """Size and SHA-256 of every file of a folder, by relative path."""
 
 _THREADS = 8
-"""Files hashed at a time; hashing and reading release the interpreter lock."""
+"""Files that are hashed at a time; hashing and reading release the interpreter lock."""
 
 
 def describe_file(path: pathlib.Path) -> dict[str, Any]:
@@ -46,15 +46,15 @@ def names(folder: pathlib.Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def describe(folder: pathlib.Path, of: Iterable[str] | None = None) -> Description:
-    """Size and SHA-256 of the files `of` (default: every file) below `folder`; several are read at a time."""
-    listed = names(folder) if of is None else list(of)
+def describe(folder: pathlib.Path, listed: Iterable[str] | None = None) -> Description:
+    """Size and SHA-256 of the `listed` files (default: all files) below `folder`."""
+    listed = names(folder) if listed is None else list(listed)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(listed, pool.map(lambda name: describe_file(folder / name), listed), strict=True))
 
 
 def difference(folder: pathlib.Path, expected: Description) -> str | None:
-    """How the files of `folder` differ from what was described; None where they do not."""
+    """How the files of `folder` differ from their description; None if they match."""
     for name, described in expected.items():
         path = folder / name
         if not path.is_file():
@@ -66,16 +66,16 @@ def difference(folder: pathlib.Path, expected: Description) -> str | None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """What a JSON file holds; None where there is none, or a broken one."""
+    """The content of a JSON file; None if it is missing or invalid."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text())
     return None
 
 
 def read_lines(field: str, path: pathlib.Path) -> list[str]:
-    """The lines of a UTF-8 text file, ended by line feeds (or CRLF) alone.
+    """The lines of a UTF-8 text file, which end with LF or CRLF only.
 
-    `str.splitlines` also splits at U+2028, NEL and form feeds, which captions and names may hold.
+    `str.splitlines` also splits at U+2028, NEL and form feeds, which captions and names may contain.
 
     Raises:
       InputError: it is not UTF-8; `field` names the option.
@@ -89,14 +89,14 @@ def read_lines(field: str, path: pathlib.Path) -> list[str]:
 
 
 def is_io_error(error: BaseException) -> bool:
-    """Whether the system failed to read, rather than a decoder to understand (whose OSErrors have no errno)."""
+    """Whether the system failed to read; OSErrors of decoders have no errno."""
     return isinstance(error, OSError) and error.errno is not None
 
 
 def retry_io(read: Callable[[], T]) -> T:
-    """`read()`, tried again after each of RETRY_PAUSES where an I/O error may pass.
+    """`read()`, tried again after each of RETRY_PAUSES if it raises an I/O error that may be temporary.
 
-    Raises what `read` raises; the last time, or at once for a file that is missing or forbidden.
+    Raises the last error of `read`, or its first one if the file is missing or forbidden.
     """
     for pause in RETRY_PAUSES:
         try:
@@ -110,13 +110,13 @@ def retry_io(read: Callable[[], T]) -> T:
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Errors of a disk that is full, limited, broken or read-only: of the machine, not of the program."""
+"""Errors of a disk that is full, limited, broken or read-only."""
 
 
 def disk_error(error: BaseException) -> int | None:
-    """The errno of an error that the disk is the reason of; None for others.
+    """The errno of an error that the disk caused; None for other errors.
 
-    Libraries (TensorStore, ArrayRecord) raise errors of other types whose text holds the system's.
+    Libraries (TensorStore, ArrayRecord) raise errors of other types with the message of the system.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in DISK_ERRORS else None
@@ -125,10 +125,10 @@ def disk_error(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Has errors of the disk raised inside name `path`: those of writes name no file, or one under another name.
+    """Gives disk errors raised inside the name `path`, since errors of writes have none, or a temporary one.
 
     Raises:
-      OSError: with `errno` and `filename`, also where a library raised something else.
+      OSError: with `errno` and `filename`, even if a library raised an error of another type.
     """
     try:
         yield
@@ -175,7 +175,7 @@ def write_text(path: pathlib.Path, content: str) -> None:
 
 
 def drop_torn_line(path: pathlib.Path) -> None:
-    """Removes the end of a file of lines that follows its last newline: a line that a kill cut short."""
+    """Removes an incomplete last line, which a kill can leave."""
     if not path.is_file():
         return
     with path.open("r+b") as file:
@@ -197,7 +197,7 @@ def require_new(field: str, folder: pathlib.Path) -> None:
 
 
 def write_folder(folder: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    """Makes a new or empty `folder` appear whole, with what `fill(path)` writes, or not at all."""
+    """Creates `folder` with what `fill(path)` writes, whole or not at all; it may exist if it is empty."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -1,10 +1,9 @@
-"""One writer at a time in a folder: a lease file that its holder renews.
+"""A lock of a folder: a lease file that its holder renews.
 
-File locks of the operating system do not reach other hosts through a mounted bucket, and a
-plain lock file outlives a host that dies. A lease is a small file with the holder's identity
-and a counter, which the holder increments every few seconds. A lease whose holder was a
-process of this machine that has ended is taken over at once; any other one is taken over
-after its counter stood still for a minute.
+File locks of the operating system do not work across hosts on a mounted bucket, and a plain lock file
+outlives a host that dies. A lease is a small file with the identity of its holder and a counter, which
+the holder increments every few seconds. The lease of a process of this machine that has ended is taken
+over at once; any other lease is taken over after its counter has not changed for a minute.
 """
 
 import contextlib
@@ -23,13 +22,13 @@ from causalfusion_jax.common.errors import InputError
 
 
 class FolderLock:
-    """Holds a folder for this process, as a context manager.
+    """Locks a folder for this process; a context manager.
 
     Args:
-      folder: made if it does not exist.
+      folder: created if it does not exist.
       field: the option that names it, for errors.
       renew_seconds: time between two renewals.
-      stale_seconds: a lease of another machine that was not renewed for this long is taken over.
+      stale_seconds: a lease of another machine that was not renewed for this time is taken over.
     """
 
     def __init__(self, folder: str | os.PathLike, field: str, renew_seconds: float = 10.0, stale_seconds: float = 60.0):
@@ -49,7 +48,7 @@ class FolderLock:
         self._renewer = threading.Thread(target=self._renew, name="folder-lock", daemon=True)
 
     def __enter__(self) -> "FolderLock":
-        """Takes the lease. Raises InputError where another process is at work in the folder."""
+        """Takes the lease. Raises InputError if another process holds it."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._path.open("x") as file:
@@ -57,7 +56,7 @@ class FolderLock:
         except FileExistsError:
             self._take_over()
         for part in self._path.parent.glob(files.PART_PATTERN):
-            # Of a process that was killed.
+            # Left by a process that was killed.
             part.unlink(missing_ok=True)
         self._renewer.start()
         return self
@@ -69,17 +68,17 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
 
     def require_held(self) -> None:
-        """Raises RuntimeError where another process has taken the lease over, as after a long suspension."""
+        """Raises RuntimeError if another process has taken over the lease, which can follow a long suspension."""
         if self._lost_to is not None:
             raise RuntimeError(f"{self._folder} was taken over by {_holder(self._lost_to)}: this process was suspended")
 
     def _take_over(self) -> None:
-        """Replaces a lease whose holder has ended. Raises InputError where its holder is alive."""
-        found = files.read_json(self._path)
-        if not _has_ended(found):
-            if _is_here(found):
-                self._refuse(found)
-            self._wait_until_stale(found)
+        """Replaces a lease whose holder has ended. Raises InputError if its holder still runs."""
+        lease = files.read_json(self._path)
+        if not _has_ended(lease):
+            if _is_here(lease):
+                self._refuse(lease)
+            self._wait_until_stale(lease)
         files.write_json(self._path, self._lease)
         # Of several processes that take over together, the last one to write holds the lease.
         time.sleep(min(0.2, self._renew_seconds))
@@ -87,9 +86,9 @@ class FolderLock:
         if not self._is_ours(latest):
             self._refuse(latest)
 
-    def _wait_until_stale(self, found: Any) -> None:
+    def _wait_until_stale(self, lease: Any) -> None:
         print(
-            f"{self._folder}: waiting up to {self._stale_seconds:.0f} s to see whether {_holder(found)} still runs",
+            f"{self._folder}: waiting up to {self._stale_seconds:.0f} s to see whether {_holder(lease)} still runs",
             flush=True,
         )
         end = time.monotonic() + self._stale_seconds
@@ -98,7 +97,7 @@ class FolderLock:
             latest = files.read_json(self._path)
             if latest is None and not self._path.exists():
                 return
-            if latest is not None and latest != found:
+            if latest is not None and latest != lease:
                 self._refuse(latest)
 
     def _refuse(self, holder: Any) -> None:
@@ -112,7 +111,7 @@ class FolderLock:
                 self._lost_to = latest
                 return
             self._lease["renewals"] += 1
-            # A full or unreachable disk: the next renewal may succeed.
+            # If the disk is full or unreachable, the next renewal may succeed.
             with contextlib.suppress(OSError):
                 files.write_json(self._path, self._lease)
 
@@ -128,17 +127,17 @@ def _holder(lease: Any) -> str:
 
 
 def _is_here(lease: Any) -> bool:
-    """Whether the holder runs, or ran, where its process number means something to this process."""
+    """Whether the holder is, or was, a process of this machine (and of its process namespace)."""
     return isinstance(lease, dict) and lease.get("machine") == _machine() is not None
 
 
 def _has_ended(lease: Any) -> bool:
-    """Whether the holder is known to have ended: its number is free, or has gone to another process."""
+    """Whether the holder is known to have ended: its process number is free, or that of another process."""
     return _is_here(lease) and _process_start(lease.get("pid")) != lease.get("process_start")
 
 
 def _machine() -> str | None:
-    """What identifies this boot of this machine and its process numbers; None where nothing does."""
+    """Identity of this machine since its boot, and of the process namespace; None if it is unknown."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -147,9 +146,9 @@ def _machine() -> str | None:
 
 
 def _process_start(pid: Any) -> str | None:
-    """When a process of this machine started, in clock ticks since boot; None where there is no such process."""
+    """Start of a process of this machine, in clock ticks since boot; None if there is no such process."""
     try:
-        # The name, in parentheses, may hold spaces.
+        # The name, in parentheses, may contain spaces.
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,6 +1,6 @@
 """Arrays in .npz files, read and written a few rows at a time.
 
-`numpy.load` and `numpy.savez` hold whole arrays in memory, which 50,000 images are too many for.
+`numpy.load` and `numpy.savez` hold whole arrays in memory, too much for 50,000 images.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class NpzReader:
-    """An .npz file whose arrays are read when they are asked for.
+    """An .npz file whose arrays are read on demand.
 
     Args:
       field: the option that names it, for errors.
       path: the file.
 
     Raises:
-      InputError: no such file, or not an .npz.
+      InputError: the file does not exist, or is not an .npz file.
     """
 
     def __init__(self, field: str, path: pathlib.Path):
@@ -42,7 +42,7 @@ class NpzReader:
 
     @contextlib.contextmanager
     def _open(self, name: str):
-        """The file inside, its shape and type, at its first value."""
+        """The file of an array, positioned at its first value, with shape and type of the array."""
         require(
             name in self.names,
             self.field,
@@ -65,7 +65,7 @@ class NpzReader:
             raise self._unreadable(error) from None
 
     def shape(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and type of an array. Raises InputError where there is none of this name."""
+        """Shape and type of an array. Raises InputError if there is no array of this name."""
         with self._open(name) as (_, shape, dtype):
             return shape, dtype
 
@@ -89,7 +89,7 @@ class NpzReader:
 class NpzWriter:
     """Writes an .npz file, byte for byte what `numpy.savez` writes.
 
-    It appears at `path` when everything is written; a context manager.
+    A context manager; the file appears at `path` when it is complete.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -105,7 +105,7 @@ class NpzWriter:
 
     @contextlib.contextmanager
     def rows(self, name: str, shape: tuple[int, ...], dtype):
-        """A function that takes an array's rows, in parts of any number; all of them must come."""
+        """A function that writes rows of an array, any number at a time. Raises ValueError unless all are written."""
         dtype, written = np.dtype(dtype), 0
         with self._archive.open(f"{name}.npy", "w", force_zip64=True) as file:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}

@@ -1,7 +1,7 @@
-"""The mesh, and where every logical axis lies on it.
+"""The mesh, and the shardings of logical axes.
 
-Parameters and activations name their dimensions (`embed`, `heads`, `batch`, ...); one
-table says which mesh axis each name is split over. Everything else, XLA derives.
+Parameters and activations name their dimensions by logical axes (`embed`, `heads`, `batch`, ...). RULES
+maps each logical axis to mesh axes; XLA derives all other shardings.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "classes": None,
     "vocab": None,
 }
-"""Logical axis to mesh axis; None is replicated. `sequence` is that of activations, `tokens`
-and `embed` are those of parameters."""
+"""Logical axis to mesh axes; None: replicated. `sequence` is an axis of activations, `tokens` and `embed`
+are axes of parameters."""
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-"""Mesh axes, from the slowest link to the fastest."""
+"""Mesh axes, in the order of link speed: the fastest is last."""
 
 PRESETS = {
     "": {},
@@ -41,19 +41,19 @@ PRESETS = {
     "fsdp+tp": dict(data=1, fsdp=-1, tensor=2),
     "fsdp+cp": dict(data=1, fsdp=-1, sequence=2),
 }
-"""Meshes by name: data parallel, parameters split too, and each with tensor or context parallel."""
+"""Meshes by name: data parallel, fully sharded, and fully sharded with tensor or context parallelism."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1, in at most one place, takes what is left.
+    """Number of devices along each mesh axis; -1, for at most one axis, takes the remaining devices.
 
     Attributes:
-      preset: a mesh by name, of PRESETS; the axes below that are given change it.
-      data: batch split, parameters replicated; 0 is as the preset says, or -1 without one.
-      fsdp: batch and parameters split; 0 is as the preset says, or 1.
+      preset: name of a mesh in PRESETS, which the axes below override.
+      data: batch split, parameters replicated; 0: from the preset, or -1 without one.
+      fsdp: batch and parameters split; 0: from the preset, or 1.
       tensor: attention heads and MLP split; likewise.
-      sequence: the tokens of a sequence split (context parallel); likewise.
+      sequence: tokens of a sequence split (context parallelism); likewise.
     """
 
     preset: str = ""
@@ -78,18 +78,18 @@ class MeshConfig:
     def sizes(self) -> dict[str, int]:
         """Devices along each axis, by name, in the mesh's order."""
         preset = PRESETS[self.preset]
-        # All devices go to data unless another axis takes what is left.
+        # data takes the remaining devices unless another axis does.
         taken = -1 in preset.values() or any(getattr(self, name) == -1 for name in AXES)
         default = {"data": 1 if taken else -1, "fsdp": 1, "tensor": 1, "sequence": 1}
         return {name: getattr(self, name) or preset.get(name, default[name]) for name in AXES}
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh over `devices` (default: all). Raises InputError where they do not fit.
+    """A mesh over `devices` (default: all). Raises InputError if the axes do not fit their number.
 
-    Devices are taken in jax's order, those of a process together, so that `tensor` and
-    `sequence` axes of up to four lie on the chips of one host. On a TPU these are a square of
-    neighbours, a ring, where `mesh_utils.create_device_mesh` would take a row across hosts.
+    Devices are in the order of jax, grouped by process, so that `tensor` and `sequence` axes of up to
+    four are on the chips of one host. On a TPU these chips are a square, and so a ring of neighbours;
+    `mesh_utils.create_device_mesh` would take a row of chips across hosts.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
     sizes = config.sizes
@@ -112,19 +112,19 @@ def partition(axes: tuple[str | None, ...]) -> PartitionSpec:
             require_one_of("axis", axis, RULES)
         rule = None if axis is None else RULES[axis]
         names = (rule,) if isinstance(rule, str) else rule or ()
-        require(not used & set(names), "axes", axes, f"two dimensions would lie on mesh axis {', '.join(names)}")
+        require(not used & set(names), "axes", axes, f"two dimensions would be split over mesh axis {', '.join(names)}")
         used |= set(names)
         spec.append(rule)
     return PartitionSpec(*spec)
 
 
 def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None) -> NamedSharding:
-    """Where an array with these logical axes lies.
+    """The sharding of an array with these logical axes.
 
     Args:
       mesh: the mesh.
       axes: a logical axis, or None, for each dimension.
-      shape: if given, checked to split evenly.
+      shape: shape of the array, to check that it splits evenly; None: not checked.
 
     Raises:
       InputError: an unknown logical axis, two dimensions on one mesh axis, or a dimension
@@ -139,14 +139,14 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...] | 
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Asks XLA to keep an activation so; where no mesh is set (`jax.set_mesh`), nothing."""
+    """Constrains the sharding of an activation on the mesh that is set (`jax.set_mesh`), if any."""
     if not is_split():
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes))
 
 
 def platform() -> str:
-    """Where a computation is to run (`tpu`, `gpu`, `cpu`): the mesh's devices (`jax.set_mesh`), else jax's own."""
+    """Platform of the computation (`tpu`, `gpu`, `cpu`): of the mesh that is set (`jax.set_mesh`), or the default."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.abstract_device is None:
         return jax.default_backend()
@@ -154,9 +154,9 @@ def platform() -> str:
 
 
 def is_split(mesh_axis: str | None = None) -> bool:
-    """Whether arrays are split for us over the mesh that is set (`jax.set_mesh`), along one axis or any.
+    """Whether the compiler splits arrays over the mesh that is set (`jax.set_mesh`), along one axis or any.
 
-    Inside `jax.shard_map` they are not: what each device has is whole there.
+    It does not inside `jax.shard_map`, where each device has its own arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -164,7 +164,7 @@ def is_split(mesh_axis: str | None = None) -> bool:
 
 
 def check_divides(mesh: Mesh, mesh_axis: str, **sizes: int) -> None:
-    """Raises InputError unless every one of `sizes` (by name) splits over a mesh axis."""
+    """Raises InputError unless each of `sizes` (by name) splits evenly over a mesh axis."""
     parts = mesh.shape[mesh_axis]
     for name, size in sizes.items():
         fits = [n for n in range(1, parts + 1) if size % n == 0]
@@ -177,20 +177,20 @@ def check_divides(mesh: Mesh, mesh_axis: str, **sizes: int) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples split over the mesh, the rest of each array whole."""
+    """The sharding that splits the first axis, of examples, over the mesh."""
     return sharding(mesh, ("batch",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding with all of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-# --- From the host to a mesh that several processes share -------------------------
+# --- Placement on a mesh, which may span processes --------------------------------
 
 
 def place(tree, where):
-    """Arrays placed on a mesh, which may span processes.
+    """Places arrays on a mesh, which may span processes.
 
     Args:
       tree: host arrays, or arrays on devices of this process, the same on every process; or
@@ -198,7 +198,7 @@ def place(tree, where):
       where: a sharding of all arrays, or a tree of shardings like `tree`.
 
     Returns:
-      Global arrays. Of host arrays, each process copies what its own devices hold.
+      Global arrays. Each process copies only the parts of host arrays that its devices hold.
     """
     # An explicit transfer, as `device_put` is one.
     with jax.transfer_guard("allow"):
@@ -210,28 +210,28 @@ def place(tree, where):
 def _place(array, where: Sharding) -> jax.Array:
     if isinstance(array, jax.Array) and array.sharding.device_set == where.device_set:
         return jax.device_put(array, where)
-    # `device_put` refuses arrays of one process here, and compares host arrays over the network.
+    # `device_put` would refuse arrays of one process, and compare host arrays over the network.
     values = np.asarray(jax.device_get(array))
     return _from_host(values.shape, where, lambda index: values[index])
 
 
 def _from_host(shape: tuple[int, ...], where: Sharding, part_at: Callable) -> jax.Array:
-    # This transfer is intentional; jax counts it as implicit.
+    # This transfer is intentional; jax treats it as implicit.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(shape, where, part_at)
 
 
 def rows_of_process(where: NamedSharding, num: int, process: int | None = None) -> np.ndarray:
-    """The rows of a global batch that lie on a process's devices.
+    """The rows of a global batch that are on the devices of a process.
 
     Args:
-      where: as of `batch_sharding`.
-      num: rows of the global batch.
-      process: its index; default: this process.
+      where: a sharding like that of `batch_sharding`.
+      num: number of rows of the global batch.
+      process: index of the process; default: this process.
 
     Returns:
-      Row numbers, ascending, int [rows]. They need not be consecutive, and where a mesh axis
-      other than the batch's spans processes, several processes have the same ones.
+      Indices of the rows in ascending order, int [rows]. They may not be consecutive, and several
+      processes have the same rows if a mesh axis over which the batch is not split spans processes.
     """
     process = jax.process_index() if process is None else process
     mine = np.zeros(num, bool)
@@ -242,15 +242,15 @@ def rows_of_process(where: NamedSharding, num: int, process: int | None = None) 
 
 
 WHOLE_SLICE_ONLY = {"TPU v5 lite": 32, "TPU v5e": 32}
-"""Chips of a slice from which its compiler refuses a program of several devices but not all ("limited ICI routing")."""
+"""Least chips of a slice whose compiler refuses programs of a part of several devices ("limited ICI routing")."""
 
 
 def own_meshes(devices, slice_devices: int | None = None) -> list[Mesh]:
-    """Meshes of a host's devices, for programs that do not communicate: one of all, or where that cannot be, of each.
+    """Meshes of the devices of a host, for programs without communication: one of all, or if necessary one of each.
 
     Args:
-      devices: of one host.
-      slice_devices: how many there are on all hosts; default: jax's.
+      devices: devices of one host.
+      slice_devices: number of devices on all hosts; default: `jax.device_count()`.
     """
     slice_devices = slice_devices or jax.device_count()
     least = WHOLE_SLICE_ONLY.get(devices[0].device_kind, math.inf)
@@ -259,11 +259,11 @@ def own_meshes(devices, slice_devices: int | None = None) -> list[Mesh]:
 
 
 class OwnDevices:
-    """A host's devices, which share batches of the host's own, each with all parameters.
+    """The devices of a host, each with all parameters, which share batches of this host.
 
     Args:
       params: host arrays.
-      devices: of this process.
+      devices: devices of this process.
     """
 
     def __init__(self, params, devices):
@@ -272,13 +272,13 @@ class OwnDevices:
 
     @property
     def count(self) -> int:
-        """Parts of a batch that are computed by programs of their own."""
+        """Number of parts of a batch that are computed by separate programs."""
         return len(self._meshes)
 
     def run(self, compute: Callable, batch: np.ndarray) -> list:
-        """`compute(params, images)` of a batch that splits evenly over the devices; parts in their order.
+        """Results of `compute(params, part)` for the parts of a batch that splits evenly over the devices.
 
-        Results are on the devices, as they get ready; see `joined`.
+        They are on the devices, and may still be computed; see `joined`.
         """
         parts = np.split(batch, len(self._meshes))
         return [
@@ -288,19 +288,19 @@ class OwnDevices:
 
 
 def joined(parts: list):
-    """Results of `OwnDevices.run` on the host, with all rows."""
+    """Results of `OwnDevices.run` as host arrays of all rows."""
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(parts))
 
 
 class BatchShare:
-    """A process's share of global batches.
+    """The rows of global batches that this process loads.
 
     Args:
-      mesh: what the batches are split over.
-      batch_size: of a global batch.
+      mesh: mesh over which the batches are split.
+      batch_size: number of rows of a global batch.
 
     Attributes:
-      rows: its rows of every global batch, as of `rows_of_process`.
+      rows: indices of the rows of this process; see `rows_of_process`.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int):
@@ -308,15 +308,15 @@ class BatchShare:
         self.rows = rows_of_process(self._where, batch_size)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global arrays [batch_size, ...] of this process's rows of each, [len(rows), ...]."""
-        # An explicit transfer; of several processes, jax does not see that.
+        """Global arrays [batch_size, ...] from the rows of this process, [len(rows), ...]."""
+        # This transfer is intentional; with several processes jax treats it as implicit.
         with jax.transfer_guard("allow"):
             return {name: self._place(values) for name, values in batch.items()}
 
     def _place(self, values: np.ndarray) -> jax.Array:
         def part(index):
             first, end, _ = index[0].indices(self._batch_size)
-            # A device's rows are consecutive, and all of them are among this process's.
+            # The rows of a device are consecutive, and all of them are among the rows of this process.
             start = int(np.searchsorted(self.rows, first))
             return values[start : start + end - first]
 

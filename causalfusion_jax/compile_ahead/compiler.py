@@ -1,10 +1,10 @@
-"""Asks the TPU compiler about a program, in a process of its own.
+"""Runs the TPU compiler on a program, in a separate process.
 
-The compiler first optimizes and schedules a program and gives every array its place in
-memory, in seconds; then it makes machine code, in minutes. It writes the optimized program
-and its memory when the first part is done, and that is all that memory and costs need: the
-process is then ended, unless the machine code is wanted too. What does not fit is refused
-before, and the refusal says how much would have been needed.
+The compiler first optimizes and schedules a program and assigns its memory, which takes
+seconds; then it generates machine code, which takes minutes. It dumps the optimized program and
+the memory after the first part, which is all that memory and costs need: the process is then
+ended, unless machine code is requested. A program that does not fit fails in the first part, with
+an error that gives the memory it needs.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ from causalfusion_jax.common.hardware import Topology
 from causalfusion_jax.compile_ahead import hlo
 from causalfusion_jax.compile_ahead.costs import Costs, program_costs
 from causalfusion_jax.compile_ahead.program import lower
-from causalfusion_jax.config.slices import Spec, devices
+from causalfusion_jax.config.slices import SliceJob, devices
 
 
 class CompilerError(RuntimeError):
-    """The compiler fails for another reason than memory."""
+    """The compiler failed for another reason than memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """HBM of one device, in bytes, while the program runs; without its machine code.
+    """HBM of one device in bytes while a program runs, without its machine code.
 
     Attributes:
       arguments: state and batch (parameters and keys, when sampling).
-      outputs: results that do not take an argument's place.
-      temporaries: everything in between.
+      outputs: results that do not reuse the memory of an argument.
+      temporaries: everything else.
     """
 
     arguments: int
@@ -46,20 +46,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.arguments + self.outputs + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program.
+    """The compiler's result for a program.
 
     Attributes:
-      seconds: it took.
+      seconds: time of the compilation.
       total_bytes: HBM that the program needs on each device.
-      limit_bytes: HBM that there is.
-      memory: how the total is made up; None where it does not fit.
-      costs: what a call does on each device; None where it does not fit.
+      limit_bytes: HBM that a device has for programs.
+      memory: parts of the total; None if it does not fit.
+      costs: work of one call on each device; None if it does not fit.
     """
 
     seconds: float
@@ -70,38 +70,39 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether there is a program."""
+        """Whether the program fits."""
         return self.memory is not None
 
 
-def compile_program(spec: Spec, machine_code: bool = False) -> Compiled:
-    """Compiles a program for its slice, or learns that it does not fit; as `compile_lowered`."""
-    return compile_lowered(functools.partial(lower, spec), spec.topology, machine_code)
+def compile_program(job: SliceJob, machine_code: bool = False) -> Compiled:
+    """Compiles the program of a job for its slice; see `compile_lowered`."""
+    return compile_lowered(functools.partial(lower, job), job.topology, machine_code)
 
 
 def compile_lowered(make_lowered: functools.partial, topology: Topology, machine_code: bool = False) -> Compiled:
-    """Compiles what `make_lowered` traces for a slice, or learns that it does not fit.
+    """Compiles a traced program for a slice.
 
     Args:
-      make_lowered: of a function of a module, with arguments that can be pickled: another process calls it.
+      make_lowered: traces the program. Another process calls it, so it can be pickled: a partial of a
+        function of a module.
       topology: the slice.
-      machine_code: to the end; else until its memory and its instructions are known.
+      machine_code: generate machine code too, not only the optimized program and its memory.
 
     Raises:
       CompilerError: the program cannot be traced, or the compiler fails for another reason than HBM.
     """
     limit = hbm_limit(topology)
-    # Each process is a fork of one that has the imports, and has not started jax.
+    # Each process is a fork of a server that has imported the module, and has not started jax.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make_lowered.func.__module__])
-    said, says = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        worker = context.Process(target=_work, args=(make_lowered, folder, says), daemon=True)
+        worker = context.Process(target=trace_and_compile, args=(make_lowered, folder, sender), daemon=True)
         worker.start()
-        says.close()
+        sender.close()
         try:
-            start = _receive(said)
-            error = _wait(said, pathlib.Path(folder), machine_code)
+            start = _receive_start(receiver)
+            error = wait_for_compiler(receiver, pathlib.Path(folder), machine_code)
             seconds = time.perf_counter() - start
         finally:
             worker.kill()
@@ -111,90 +112,90 @@ def compile_lowered(make_lowered: functools.partial, topology: Topology, machine
             if needed is None:
                 raise CompilerError(error)
             return Compiled(seconds, *needed)
-        text, allocations, report = _written(pathlib.Path(folder))
+        text, allocations, report = _read_dumps(pathlib.Path(folder))
     try:
         memory, module = parse_memory(allocations, report), hlo.parse(text)
     except ValueError as error:
-        raise CompilerError(f"what it wrote cannot be read: {error}") from None
+        raise CompilerError(f"its output cannot be parsed: {error}") from None
     if memory.total > limit:
-        # The compiler lets a program through that is over by a hair.
+        # The compiler accepts programs that exceed the limit slightly.
         return Compiled(seconds, memory.total, limit)
     return Compiled(seconds, memory.total, limit, memory, program_costs(module))
 
 
-_WRITTEN = (
-    # The last file that is written before machine code is made, and two before it.
+_DUMPS = (
+    # The last dump before machine code is generated, and two earlier ones.
     "after_optimizations_after_buffer_assignment",
     "after_optimizations-buffer-assignment",
     "after_optimizations-memory-usage-report",
 )
 
 
-def _work(make_lowered: functools.partial, folder: str, says) -> None:
-    """Compiles, in the process of its own; tells when it begins, and at the end an error or None."""
+def trace_and_compile(make_lowered: functools.partial, folder: str, sender) -> None:
+    """Traces and compiles in the other process; sends None when compilation starts, and at the end an error or None."""
     try:
         lowered = make_lowered()
-        says.send(None)
+        sender.send(None)
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:
-        says.send(str(error))
-    except Exception as error:  # Whatever tracing raises is the program's fault, and is reported under its name.
-        says.send(f"{type(error).__name__}: {error}")
+        sender.send(str(error))
+    except Exception as error:  # Any error of tracing is reported as one of this program.
+        sender.send(f"{type(error).__name__}: {error}")
     else:
-        says.send(None)
+        sender.send(None)
 
 
-def _receive(said) -> float:
-    """The time when the compiler begins."""
+def _receive_start(receiver) -> float:
+    """Waits until the compiler starts, and returns the time. Raises CompilerError if tracing fails."""
     try:
-        error = said.recv()
+        error = receiver.recv()
     except EOFError:
-        error = "its process ended before it began"
+        error = "its process exited before compilation started"
     if error:
         raise CompilerError(error)
     return time.perf_counter()
 
 
-def _wait(said, folder: pathlib.Path, machine_code: bool) -> str | None:
-    """Until the compiler is done with what is wanted of it; its error, if any."""
-    while not said.poll(0.2):
+def wait_for_compiler(receiver, folder: pathlib.Path, machine_code: bool) -> str | None:
+    """Waits for the end of the compiler, or without `machine_code` for its dumps. Returns its error, if any."""
+    while not receiver.poll(0.2):
         if not machine_code and any(hlo.is_complete(path.read_text()) for path in _programs(folder)):
             return None
     try:
-        return said.recv()
+        return receiver.recv()
     except EOFError:
-        raise CompilerError("its process ended without a word") from None
+        raise CompilerError("its process exited without output") from None
 
 
 def _programs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The optimized programs, whole or being written; without those of parts (`extracted`)."""
-    return [path for path in folder.glob(f"*.{_WRITTEN[0]}.txt") if ".extracted." not in path.name]
+    """Dumps of optimized programs, complete or not; without those of parts of a program (`extracted`)."""
+    return [path for path in folder.glob(f"*.{_DUMPS[0]}.txt") if ".extracted." not in path.name]
 
 
-def _written(folder: pathlib.Path) -> list[str]:
-    """What the compiler wrote of the whole program."""
-    suffixes = [f".{name}.txt" for name in _WRITTEN]
+def _read_dumps(folder: pathlib.Path) -> list[str]:
+    """The dumps of the whole program."""
+    suffixes = [f".{name}.txt" for name in _DUMPS]
     programs = [path.name.removesuffix(suffixes[0]) for path in _programs(folder)]
     if len(programs) != 1 or not all((folder / (programs[0] + suffix)).exists() for suffix in suffixes):
-        raise CompilerError(f"it wrote {len(programs)} programs {suffixes[0]}, not one; libtpu 0.0.51 is known to")
+        raise CompilerError(f"it dumped {len(programs)} programs {suffixes[0]} instead of 1, which libtpu 0.0.51 dumps")
     return [(folder / (programs[0] + suffix)).read_text() for suffix in suffixes]
 
 
-# --- What it writes ---------------------------------------------------------------
+# --- Dumps and errors -------------------------------------------------------------
 
 
 def parse_memory(allocations: str, report: str) -> Memory:
-    """HBM by purpose.
+    """Parses HBM by purpose.
 
     Args:
-      allocations: text of `buffer-assignment`, one line an allocation.
-      report: text of `memory-usage-report`, whose first total is that of HBM.
+      allocations: the dump `buffer-assignment`, with a line for each allocation.
+      report: the dump `memory-usage-report`, whose first total is that of HBM.
 
     Raises:
       ValueError: the report has no such total.
     """
     arguments = outputs = 0
-    # Other kinds of memory have a colour.
+    # Allocations in other memory spaces have a color.
     for size, kind in re.findall(r"^allocation \d+: size (\d+), (?:page \d+, )?(?!color)(.*):", allocations, re.M):
         if "parameter" in kind:
             arguments += int(size)
@@ -214,18 +215,18 @@ _OUT_OF_MEMORY = (
 
 
 def parse_out_of_memory(message: str) -> tuple[int, int] | None:
-    """Bytes (needed, available) in a compiler's complaint about HBM; None for another message."""
+    """Bytes (needed, available) in an out-of-memory error of the compiler; None for another error."""
     for pattern in _OUT_OF_MEMORY:
-        found = pattern.search(message)
-        if found:
-            needed, unit, available, available_unit = found.groups()
+        match = pattern.search(message)
+        if match:
+            needed, unit, available, available_unit = match.groups()
             return int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[available_unit])
     return None
 
 
 @functools.cache
 def hbm_limit(topology: Topology) -> int:
-    """HBM of a chip that programs can use; the compiler says so when asked for far too much."""
+    """HBM of a chip that programs can use, from the error of the compiler for a program that needs far too much."""
     where = SingleDeviceSharding(devices(topology)[0])
     too_much = jax.ShapeDtypeStruct((2**20, 2**18), jnp.float32, sharding=where)
     try:

@@ -1,16 +1,16 @@
-"""What a compiled program does in one call, on one device, counted from its HLO.
+"""Costs of one call of a compiled program on one device, counted from its HLO.
 
-- Collectives: how often, with how many bytes. One that runs asynchronously appears several
-  times in the text (start and done, or in every fusion that it is spread over); it carries
-  the same channel everywhere and counts once.
-- FLOPs of matrix products and convolutions, wherever they were fused into, and of kernels by
-  their own estimate: that of attention in tiles counts every tile, and heads padded to lanes.
-- Bytes moved to and from HBM: operands and results of every instruction that lie in HBM.
-  An operand of which a fusion only takes slices counts as those, a result that is updated
-  in place as the update. What the compiler placed in on-chip memory costs nothing.
+- Collectives: their number and bytes. An asynchronous collective appears several times in the
+  text (start and done, or in every fusion that it is spread over), always with the same channel,
+  and counts once.
+- FLOPs of matrix products and convolutions, in fusions too, and of kernels by their own cost
+  estimate: that of attention in tiles counts every tile, and heads padded to lanes.
+- Bytes read from and written to HBM: operands and results in HBM of every instruction. An operand
+  of which a fusion reads slices only counts as these slices, a result that is updated in place as
+  the update. Arrays in on-chip memory do not count.
 
-Instructions in the body of a loop count as often as it runs; of a conditional, the branch
-that costs most. XLA's own `cost_analysis` counts a loop's body once.
+The body of a loop counts once for each iteration (XLA's own `cost_analysis` counts it once); of a
+conditional, the most expensive branch counts.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ KINDS = (
 )
 
 _FREE = {
-    # Move nothing by themselves.
+    # Instructions that move no data themselves.
     "parameter",
     "constant",
     "tuple",
@@ -63,10 +63,10 @@ class Costs:
       flops: of matrix products and convolutions; a multiply-add counts as two.
       hbm_bytes: read from and written to HBM.
       count: collectives of each kind.
-      bytes: size of the whole arrays that they make or take (an all-gather's result, a
-        reduce-scatter's operand), by kind.
-      sent: bytes a device sends for them when the group is a ring, by kind.
-      unknown: loops of unknown length, counted as one turn, and kernels of unknown cost.
+      bytes: size of their unsharded arrays (the result of an all-gather, the operand of a
+        reduce-scatter), by kind.
+      sent: bytes that a device sends for them if the group is a ring, by kind.
+      unknown: loops of unknown trip count, counted as one iteration, and kernels of unknown cost.
     """
 
     flops: float = 0.0
@@ -81,7 +81,7 @@ class Costs:
         return Costs(*sums)
 
     def times(self, n: int) -> "Costs":
-        """Of n calls; what is unknown stays once."""
+        """Costs of n calls; `unknown` is not multiplied."""
         scaled = [Counter({k: n * v for k, v in c.items()}) for c in (self.count, self.bytes, self.sent)]
         return Costs(n * self.flops, n * self.hbm_bytes, *scaled, self.unknown)
 
@@ -93,52 +93,52 @@ class Costs:
 
 def program_costs(module: Module) -> Costs:
     """Costs of one call of a program on one device."""
-    return _Counting(module).of(module.entry)
+    return _Counter(module).count(module.entry)
 
 
-class _Counting:
-    """One pass over a module; a computation that is called twice is read once."""
+class _Counter:
+    """Counts the costs of computations; each computation is read once, however often it is called."""
 
     def __init__(self, module: Module):
         self.module, self.known = module, {}
 
-    def of(self, computation: Computation) -> Costs:
-        """Costs of one run of a computation."""
+    def count(self, computation: Computation) -> Costs:
+        """Costs of one execution of a computation."""
         if computation.name not in self.known:
             self.known[computation.name] = self._sum(computation)
         return self.known[computation.name]
 
     def _sum(self, computation: Computation) -> Costs:
-        found, channels, hbm_bytes = [], {}, 0.0
+        costs, channels, hbm_bytes = [], {}, 0.0
         for instruction in computation.instructions.values():
             opcode = instruction.opcode
             if opcode in _FREE or opcode in ("async-done", "async-update"):
                 if opcode == "while":
-                    found.append(self._loop(computation, instruction))
+                    costs.append(self._loop(computation, instruction))
                 elif opcode == "conditional":
-                    branches = [self.of(self.module.computations[name]) for name in instruction.called]
-                    found.append(max(branches, key=lambda c: (c.flops, c.sent_bytes, c.hbm_bytes)))
+                    branches = [self.count(self.module.computations[name]) for name in instruction.called]
+                    costs.append(max(branches, key=lambda c: (c.flops, c.sent_bytes, c.hbm_bytes)))
                 elif opcode in ("call", "async-start"):
-                    found += [self.of(self.module.computations[name]) for name in instruction.called]
+                    costs += [self.count(self.module.computations[name]) for name in instruction.called]
                 continue
             hbm_bytes += self._hbm_bytes(computation, instruction)
-            found += self._computed(computation, instruction, channels)
-        return sum([*found, *channels.values()], Costs(hbm_bytes=hbm_bytes))
+            costs += self._computed(computation, instruction, channels)
+        return sum([*costs, *channels.values()], Costs(hbm_bytes=hbm_bytes))
 
     def _loop(self, computation: Computation, loop: Instruction) -> Costs:
         trips = trip_count(self.module, computation, loop)
-        body = self.of(self.module.computations[loop.attribute("body").lstrip("%")])
+        body = self.count(self.module.computations[loop.attribute("body").lstrip("%")])
         if trips is None:
             return body + Costs(unknown=Counter({f"loop {loop.name}": 1}))
         return body.times(trips)
 
     def _computed(self, computation: Computation, instruction: Instruction, channels: dict) -> list[Costs]:
-        """Costs besides memory of one instruction; its collectives go to `channels`."""
+        """Costs of one instruction without its memory; its collectives are added to `channels`."""
         opcode = instruction.opcode
         if opcode == "fusion":
             inner = self.module.computations[instruction.called[0]]
             inside = [self._computed(inner, i, channels) for i in inner.instructions.values()]
-            return [costs for each in inside for costs in each]
+            return [costs for listed in inside for costs in listed]
         if opcode == "convolution":
             return [Costs(flops=convolution_flops(computation, instruction))]
         if opcode == "dot":
@@ -162,7 +162,8 @@ class _Counting:
         if opcode == "fusion":
             return self._fusion_bytes(instruction, operands)
         if opcode in ("copy-start", "slice-start", "dynamic-slice", "slice"):
-            # The result's size, out of where it lay and into where it goes; of a pair, not the context.
+            # The size of the result, once for the source and once for the target if they are in HBM.
+            # The shape of a start is a tuple of operand, result and context.
             source = operands[0][0].in_hbm if operands and operands[0] else True
             shapes = instruction.shape
             target = shapes[min(1, len(shapes) - 1)] if opcode.endswith("-start") else shapes[0]
@@ -172,8 +173,8 @@ class _Counting:
         if opcode == "dynamic-update-slice":
             update = operands[1][0]
             return update.bytes * (update.in_hbm + instruction.shape[0].in_hbm)
-        made = () if opcode.endswith("-start") else instruction.shape
-        return sum(_in_hbm(shape) for shape in operands) + _in_hbm(made)
+        results = () if opcode.endswith("-start") else instruction.shape
+        return sum(_in_hbm(shape) for shape in operands) + _in_hbm(results)
 
     def _fusion_bytes(self, fusion: Instruction, operands) -> float:
         inner = self.module.computations[fusion.called[0]]
@@ -184,7 +185,7 @@ class _Counting:
         return read + self._written_bytes(inner, fusion)
 
     def _used_bytes(self, inner: Computation, instruction: Instruction) -> float:
-        """Bytes of an argument that a fusion reads: slices where it takes only those."""
+        """Bytes of an argument that a fusion reads: those of slices if it reads slices only."""
         used = 0
         for user in inner.users[instruction.name]:
             if user.opcode in _WINDOWS and user.operands[0] == instruction.name:
@@ -192,24 +193,24 @@ class _Counting:
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == instruction.name:
                 continue
             elif user.opcode == "tuple" or user.opcode.removesuffix("-start") in KINDS:
-                # Passed on, or counted with the collective.
+                # Returned as it is, or counted with the collective.
                 continue
             elif user.opcode == "bitcast":
                 used += self._used_bytes(inner, user)
             elif user.opcode == "fusion":
                 nested = self.module.computations[user.called[0]]
-                places = [i for i, name in enumerate(user.operands) if name == instruction.name]
-                used += sum(self._used_bytes(nested, nested.parameters[i]) for i in places)
+                numbers = [i for i, name in enumerate(user.operands) if name == instruction.name]
+                used += sum(self._used_bytes(nested, nested.parameters[i]) for i in numbers)
             else:
                 return math.inf
         return used
 
     def _written_bytes(self, inner: Computation, fusion: Instruction) -> float:
-        """Bytes of a fusion's results in HBM: the update alone where one is changed in place."""
+        """Bytes of the results of a fusion in HBM; of a result that is updated in place, those of the update."""
         root = inner.root
-        made = [inner.instructions.get(name) for name in root.operands] if root.opcode == "tuple" else [root]
+        sources = [inner.instructions.get(name) for name in root.operands] if root.opcode == "tuple" else [root]
         written = 0
-        for array, source in zip(fusion.shape, made, strict=False):
+        for array, source in zip(fusion.shape, sources, strict=False):
             scope = inner
             while source is not None and (source.opcode in _VIEWS and source.operands or source.opcode == "fusion"):
                 if source.opcode == "fusion":
@@ -234,7 +235,7 @@ def _in_hbm(shape: tuple[Array, ...]) -> int:
 
 
 def group_size(instruction: Instruction, partitions: int) -> int:
-    """Devices that take part in a collective together."""
+    """Number of devices in a group of a collective."""
     text = instruction.attributes
     if re.search(r"source_target_pairs=", text):
         return 2
@@ -253,25 +254,25 @@ def group_size(instruction: Instruction, partitions: int) -> int:
 
 
 def collective_costs(computation: Computation, instruction: Instruction, partitions: int) -> Costs:
-    """One collective: its count, the size of the whole arrays, and what a device sends."""
+    """Costs of one collective: its count, the size of its unsharded arrays, and the bytes that a device sends."""
     kind = instruction.opcode.removesuffix("-start")
     group = group_size(instruction, partitions)
-    taken = sum(array.bytes for shape in computation.operand_shapes(instruction) for array in shape)
+    operand_bytes = sum(array.bytes for shape in computation.operand_shapes(instruction) for array in shape)
     if kind == "all-reduce" and _only_slices(computation, instruction):
         kind = "reduce-scatter"
-    whole = taken * group if kind == "all-gather" else taken
+    full_bytes = operand_bytes * group if kind == "all-gather" else operand_bytes
     share = (group - 1) / group
     if kind == "all-reduce":
-        sent = 2 * share * whole
+        sent = 2 * share * full_bytes
     elif kind in ("collective-permute", "collective-broadcast"):
-        sent = whole
+        sent = full_bytes
     else:
-        sent = share * whole
-    return Costs(count=Counter({kind: 1}), bytes=Counter({kind: whole}), sent=Counter({kind: sent}))
+        sent = share * full_bytes
+    return Costs(count=Counter({kind: 1}), bytes=Counter({kind: full_bytes}), sent=Counter({kind: sent}))
 
 
 def _only_slices(computation: Computation, reduce: Instruction) -> bool:
-    """Whether each device keeps but its slice of an all-reduce: a reduce-scatter, as the TPU compiler writes it."""
+    """Whether each device uses only its slice of an all-reduce: how the TPU compiler writes a reduce-scatter."""
     if computation.root is None or computation.root is reduce:
         return False
     users, ends = list(computation.users[reduce.name]), []
@@ -295,10 +296,10 @@ def dot_flops(computation: Computation, dot: Instruction) -> float:
 
 
 def convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """FLOPs of a convolution, which is also how the TPU compiler writes matrix products.
+    """FLOPs of a convolution; the TPU compiler writes matrix products as convolutions too.
 
-    Positions where the window covers padding, or a hole of a dilated operand, are not
-    computed: that is how batched products are expressed.
+    Positions where the window covers padding, or a hole of a dilated operand, do not count: the
+    compiler expresses batched products by them.
     """
     (left,), (right,) = computation.operand_shapes(convolution)
     out = convolution.shape[0]
@@ -322,16 +323,16 @@ def convolution_flops(computation: Computation, convolution: Instruction) -> flo
 
 
 def _valid_positions(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
-    """Pairs of output and kernel place along one dimension that meet a value of the input."""
+    """Pairs of output and kernel index along one dimension that meet a value of the input."""
     stride, hole = int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
     spread = int(window.get("rhs_dilate", 1))
     low = int(window.get("pad", "0_0").split("_")[0])
-    place = np.arange(out)[:, None] * stride + np.arange(kernel) * spread - low
-    return int(np.sum((place >= 0) & (place <= (size - 1) * hole) & (place % hole == 0)))
+    index = np.arange(out)[:, None] * stride + np.arange(kernel) * spread - low
+    return int(np.sum((index >= 0) & (index <= (size - 1) * hole) & (index % hole == 0)))
 
 
 def _custom_call(instruction: Instruction) -> list[Costs]:
-    """What a kernel says of itself; nothing for the compiler's own calls."""
+    """Costs of a kernel by its own estimate; none for calls of the compiler."""
     if instruction.attribute("custom_call_target") != '"tpu_custom_call"':
         return []
     flops = re.search(r'"flops"\s*:\s*"?(\d+)', instruction.attributes)

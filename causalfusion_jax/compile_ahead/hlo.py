@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program (HLO): computations, instructions, shapes, loops.
+"""Parses the text of a compiled program (HLO): computations, instructions, shapes, loops.
 
-`jax.stages.Compiled.as_text()` prints the optimized program of one device. Only what the
-costs need is understood; everything else of an instruction stays text.
+The text is that of `jax.stages.Compiled.as_text()`, the optimized program of one device. Only what
+the costs need is parsed; the rest of an instruction stays text.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ class Array:
     """Type and size of an array.
 
     Attributes:
-      dtype: as HLO calls it: bf16, f32, s32, ...
+      dtype: its name in HLO: bf16, f32, s32, ...
       dims: its shape.
-      in_hbm: whether it lies in HBM, not in on-chip or host memory.
+      in_hbm: whether it is in HBM, not in on-chip or host memory.
     """
 
     dtype: str
@@ -32,21 +32,21 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Without padding."""
+        """Size without padding."""
         bits = _BITS.get(self.dtype)
         if bits is None:
-            found = re.match(r"[a-z]+(\d+)", self.dtype)
-            bits = int(found.group(1)) if found else 8
+            width = re.match(r"[a-z]+(\d+)", self.dtype)
+            bits = int(width.group(1)) if width else 8
         return math.ceil(math.prod(self.dims) * bits / 8)
 
 
 def arrays(text: str) -> tuple[Array, ...]:
     """The arrays of a shape: one, or those of a tuple."""
-    found = []
+    parsed = []
     for dtype, dims, layout in _ARRAY.findall(text):
         dims = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
-        found.append(Array(dtype, dims, "S(" not in layout))
-    return tuple(found)
+        parsed.append(Array(dtype, dims, "S(" not in layout))
+    return tuple(parsed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Instruction:
 
     Attributes:
       name: without %.
-      shape_text: its type.
-      opcode: what it does.
-      operands: names of what it takes.
-      literal: what stands between the parentheses, for constants and parameters.
+      shape_text: its type, as text.
+      opcode: its operation.
+      operands: names of its operands.
+      literal: the text in parentheses, for constants and parameters.
       attributes: the rest of the line.
-      is_root: whether it is the computation's result.
+      is_root: whether it is the result of the computation.
     """
 
     name: str
@@ -73,28 +73,28 @@ class Instruction:
 
     @functools.cached_property
     def shape(self) -> tuple[Array, ...]:
-        """The arrays it makes."""
+        """The arrays of its result."""
         return arrays(self.shape_text)
 
     def attribute(self, name: str) -> str | None:
-        """`name=VALUE` up to the next comma or space, or None."""
-        found = re.search(rf"(?:^|[\s,]){name}=([^\s,]+)", self.attributes)
-        return found.group(1) if found else None
+        """VALUE of `name=VALUE`, up to the next comma or space; None if it is absent."""
+        match = re.search(rf"(?:^|[\s,]){name}=([^\s,]+)", self.attributes)
+        return match.group(1) if match else None
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        """`name={1,2}` as numbers; () where it is absent."""
-        found = re.search(rf"(?:^|[\s,]){name}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
+        """The numbers of `name={1,2}`; () if it is absent."""
+        match = re.search(rf"(?:^|[\s,]){name}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(int(n) for n in match.group(1).split(",") if n) if match else ()
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Computations that it runs (not those that combine two numbers)."""
-        found = re.findall(r"(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)", self.attributes)
+        """Computations that it runs (without those that combine two numbers)."""
+        names = re.findall(r"(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)", self.attributes)
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        found += [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
+        names += [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
         if self.opcode == "call":
-            found += re.findall(r"to_apply=%?([\w.\-]+)", self.attributes)
-        return tuple(found)
+            names += re.findall(r"to_apply=%?([\w.\-]+)", self.attributes)
+        return tuple(names)
 
 
 @dataclasses.dataclass
@@ -113,7 +113,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who takes each instruction."""
+        """The instructions that have each instruction as an operand, by its name."""
         users = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in set(instruction.operands):
@@ -123,8 +123,8 @@ class Computation:
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
         """Its arguments, in order."""
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.literal))
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.literal))
 
     def operand_shapes(self, instruction: Instruction) -> list[tuple[Array, ...]]:
         """The arrays of each operand."""
@@ -138,8 +138,8 @@ class Module:
 
     Attributes:
       computations: by name.
-      entry: where it begins.
-      partitions: devices it runs on.
+      entry: the main computation.
+      partitions: number of devices.
     """
 
     computations: dict[str, Computation]
@@ -148,15 +148,15 @@ class Module:
 
 
 def is_complete(text: str) -> bool:
-    """Whether the text of a module is whole: its ENTRY computation, the last one, has a ROOT and is closed."""
+    """Whether the text of a module is complete: its ENTRY computation, the last one, has a ROOT and is closed."""
     entry = text.rfind("\nENTRY ")
     return entry >= 0 and _CLOSED.search(text, entry) is not None
 
 
 def parse(text: str) -> Module:
-    """Reads a module. Raises ValueError where the text is none, or is cut off."""
+    """Parses a module. Raises ValueError if the text is not a complete module."""
     if not is_complete(text):
-        raise ValueError("not the whole text of an HLO module: it has no closed ENTRY computation with a ROOT")
+        raise ValueError("not the complete text of an HLO module: it has no closed ENTRY computation with a ROOT")
     computations, entry, current = {}, None, None
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     for line in text.splitlines():
@@ -166,14 +166,14 @@ def parse(text: str) -> Module:
             entry = current if header.group(1) else entry
         elif line.startswith("}"):
             current = None
-        elif current is not None and (instruction := _instruction(line)):
+        elif current is not None and (instruction := parse_instruction(line)):
             current.instructions[instruction.name] = instruction
             current.root = instruction if instruction.is_root else current.root
     return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 
-def _instruction(line: str) -> Instruction | None:
-    """One line, or None where it is no instruction."""
+def parse_instruction(line: str) -> Instruction | None:
+    """Parses one line; None if it is not an instruction."""
     left, equals, right = line.strip().partition(" = ")
     if not equals:
         return None
@@ -195,12 +195,12 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Just past the parenthesis that closes the one at `start`."""
+    """Index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found.group() == "(" else -1
+    for parenthesis in re.finditer(r"[()]", text[start:]):
+        depth += 1 if parenthesis.group() == "(" else -1
         if depth == 0:
-            return start + found.end()
+            return start + parenthesis.end()
     return len(text)
 
 
@@ -208,10 +208,10 @@ def _closing(text: str, start: int) -> int:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs, or None where that cannot be told.
+    """Number of iterations of a `while`; None if it is unknown.
 
-    The compiler's own note where there is one; else the condition's bound, the counter's
-    first value and its increment.
+    Taken from the annotation of the compiler if there is one, else from the bound in the condition,
+    the first value of the counter and its increment.
     """
     known = re.search(r'"?known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)', loop.attributes)
     if known:
@@ -227,40 +227,44 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     return max(math.ceil(trips), 0)
 
 
+def _source(computation: Computation, name: str | None, views: tuple[str, ...]) -> Instruction | None:
+    """The instruction of a name; for an opcode of `views` that of its operand, and so on. None if it is unknown."""
+    instruction = computation.instructions.get(name)
+    while instruction is not None and instruction.opcode in views and instruction.operands:
+        instruction = computation.instructions.get(instruction.operands[0])
+    return instruction
+
+
 def _element(computation: Computation, name: str, index: int) -> str | None:
-    """The name of what a tuple holds at `index`."""
-    made = computation.instructions.get(name)
-    while made is not None and made.opcode in ("copy", "opt-barrier") and made.operands:
-        made = computation.instructions.get(made.operands[0])
-    if made is None or made.opcode != "tuple" or index >= len(made.operands):
+    """Name of the element of a tuple at `index`."""
+    instruction = _source(computation, name, ("copy", "opt-barrier"))
+    if instruction is None or instruction.opcode != "tuple" or index >= len(instruction.operands):
         return None
-    return made.operands[index]
+    return instruction.operands[index]
 
 
 def _integer(computation: Computation, name: str | None) -> int | None:
-    """The value of an integer constant, also of a copy or a broadcast of one."""
-    made = computation.instructions.get(name)
-    while made is not None and made.opcode in ("copy", "bitcast", "convert", "reshape", "broadcast") and made.operands:
-        made = computation.instructions.get(made.operands[0])
-    if made is None or made.opcode != "constant" or not _INTEGER.match(made.literal):
+    """Value of an integer constant, or of a copy or a broadcast of one."""
+    instruction = _source(computation, name, ("copy", "bitcast", "convert", "reshape", "broadcast"))
+    if instruction is None or instruction.opcode != "constant" or not _INTEGER.match(instruction.literal):
         return None
-    return int(made.literal)
+    return int(instruction.literal)
 
 
 def _inlined(module: Module, computation: Computation, name: str) -> tuple[Computation, Instruction, dict] | None:
-    """An instruction, or the result of the fusion that it is, with the fusion's arguments."""
-    made = computation.instructions.get(name)
-    if made is None:
+    """An instruction, or for a fusion the root of its computation; with the arguments of the fusion."""
+    instruction = computation.instructions.get(name)
+    if instruction is None:
         return None
-    if made.opcode != "fusion":
-        return computation, made, {}
-    inner = module.computations[made.called[0]]
-    arguments = dict(zip((p.name for p in inner.parameters), made.operands, strict=False))
+    if instruction.opcode != "fusion":
+        return computation, instruction, {}
+    inner = module.computations[instruction.called[0]]
+    arguments = dict(zip((p.name for p in inner.parameters), instruction.operands, strict=False))
     return inner, inner.root, arguments
 
 
 def _bound(module: Module, condition: Computation | None) -> tuple[int, int, str] | None:
-    """(index of the counter, limit, direction) of a loop's condition."""
+    """(index of the counter, limit, direction) of the condition of a loop."""
     if condition is None or condition.root is None:
         return None
     inner, root, arguments = _inlined(module, condition, condition.root.name)
@@ -277,24 +281,22 @@ def _bound(module: Module, condition: Computation | None) -> tuple[int, int, str
 
 
 def _counter_index(computation: Computation, name: str) -> int | None:
-    """Which element of the loop's tuple an instruction reads."""
-    made = computation.instructions.get(name)
-    while made is not None and made.opcode in ("copy", "bitcast", "convert") and made.operands:
-        made = computation.instructions.get(made.operands[0])
-    if made is None or made.opcode != "get-tuple-element":
+    """Index of the element of the tuple of a loop that an instruction reads."""
+    instruction = _source(computation, name, ("copy", "bitcast", "convert"))
+    if instruction is None or instruction.opcode != "get-tuple-element":
         return None
-    return int(made.attribute("index"))
+    return int(instruction.attribute("index"))
 
 
 def _increment(module: Module, body: Computation | None, index: int) -> int | None:
-    """What a loop adds to its counter."""
+    """Increment of the counter of a loop."""
     if body is None or body.root is None:
         return None
     name = _element(body, body.root.name, index)
-    found = _inlined(module, body, name) if name else None
-    if found is None or found[1].opcode != "add":
+    inlined = _inlined(module, body, name) if name else None
+    if inlined is None or inlined[1].opcode != "add":
         return None
-    inner, add, arguments = found
+    inner, add, arguments = inlined
     for operand in add.operands:
         scope = body if operand in arguments else inner
         value = _integer(scope, arguments.get(operand, operand))

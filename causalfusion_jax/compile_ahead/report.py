@@ -1,4 +1,4 @@
-"""What a preflight says: time bounds, a verdict, a table, one record."""
+"""Preflight of a training step or a sampler: lower bounds on the time, verdict, table, JSON record."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from causalfusion_jax.compile_ahead.compiler import Compiled, compile_program
 from causalfusion_jax.compile_ahead.costs import KINDS, Costs
 from causalfusion_jax.compile_ahead.fit import Change, Clock, LargestBatch, find_change, find_largest_batch
 from causalfusion_jax.compile_ahead.program import model_flops
-from causalfusion_jax.config.slices import Spec
+from causalfusion_jax.config.slices import SliceJob
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one call if a single resource were the limit, and it were used fully.
+    """Lower bounds on the seconds of one call, each from one resource that is used fully.
 
     Attributes:
       compute: matrix products at the peak rate.
@@ -27,17 +27,17 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """No call is faster; one that overlaps all three perfectly is as fast."""
+        """Lower bound from all three: the time of a call that overlaps them perfectly."""
         return max(dataclasses.astuple(self))
 
     @property
     def bound(self) -> str:
-        """What the time is spent on."""
+        """The resource that limits the time."""
         return max(dataclasses.asdict(self), key=dataclasses.asdict(self).get)
 
 
 def roofline(costs: Costs, topology: Topology) -> Roofline:
-    """Bounds on the time of a call, from what each device does."""
+    """Lower bounds on the time of a call, from the work of each device."""
     chip, links = topology.accelerator, topology.link_bandwidth
     return Roofline(
         compute=costs.flops / chip.peak_flops,
@@ -48,43 +48,43 @@ def roofline(costs: Costs, topology: Topology) -> Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """All that was learned of a program on a slice.
+    """The result for a job.
 
     Attributes:
-      spec: the program.
-      compiled: what came of it.
-      largest: the largest batch that fits, where searched.
-      change: where it does not fit, what makes it fit, if anything was found.
+      job: the job.
+      compiled: the compiler's result.
+      largest: the largest batch that fits; None: not searched.
+      change: settings with which it fits, if it does not fit and such settings are known.
     """
 
-    spec: Spec
+    job: SliceJob
     compiled: Compiled
     largest: LargestBatch | None = None
     change: Change | None = None
 
 
 def preflight(
-    spec: Spec, seconds: float, search: bool = True, compiler: Callable[[Spec], Compiled] = compile_program
+    job: SliceJob, seconds: float, search: bool = True, compiler: Callable[[SliceJob], Compiled] = compile_program
 ) -> Preflight:
-    """Compiles a program; where it does not fit looks for a change; searches the largest batch.
+    """Compiles the program of a job; searches settings with which it fits, and the largest batch.
 
     Args:
-      spec: checked (`slices.check`).
-      seconds: budget for what is compiled beyond the program itself.
-      search: look for the largest batch.
-      compiler: `compile_program`, or a stand-in.
+      job: a job that passes `slices.check`.
+      seconds: time budget for compilations beyond that of the job itself.
+      search: search the largest batch.
+      compiler: `compile_program`, or a substitute.
     """
     clock = Clock(seconds)
-    compiled = compiler(spec)
-    change = None if compiled.fits else find_change(spec, compiled, compiler, clock)
-    largest = find_largest_batch(spec, compiled, compiler, clock) if search else None
-    return Preflight(spec, compiled, largest, change)
+    compiled = compiler(job)
+    change = None if compiled.fits else find_change(job, compiled, compiler, clock)
+    largest = find_largest_batch(job, compiled, compiler, clock) if search else None
+    return Preflight(job, compiled, largest, change)
 
 
 def verdict(result: Preflight) -> str:
-    """One or two sentences: whether it fits, and what else does."""
-    spec, compiled = result.spec, result.compiled
-    text = f"{spec.topology.name}: {memory_words(compiled)}."
+    """One or two sentences: whether it fits, and with which settings it does."""
+    job, compiled = result.job, result.compiled
+    text = f"{job.topology.name}: {memory_words(compiled)}."
     if compiled.fits:
         return text
     change = result.change
@@ -97,25 +97,25 @@ def verdict(result: Preflight) -> str:
 
 
 def memory_words(compiled: Compiled) -> str:
-    """Whether a program fits, and what it needs."""
+    """Whether a program fits, and its memory."""
     fits = "fits" if compiled.fits else "does not fit"
     return f"{fits}, {gib(compiled.total_bytes)} of {gib(compiled.limit_bytes)} GiB HBM a device"
 
 
-def settings_words(spec: Spec) -> str:
-    """What tells the programs of one preflight apart."""
-    if spec.job == "sample":
-        return f"sampler, {spec.batch} images"
-    remat, accum = spec.config.model.remat, spec.config.train.grad_accum_steps
-    return f"training step, {_mesh_words(spec)}, {spec.batch} images in {accum} parts, remat={remat}"
+def settings_words(job: SliceJob) -> str:
+    """The settings in which the programs of a preflight differ."""
+    if job.kind == "sample":
+        return f"sampler, {job.batch} images"
+    remat, accum = job.config.model.remat, job.config.train.grad_accum_steps
+    return f"training step, {_mesh_words(job)}, {job.batch} images in {accum} parts, remat={remat}"
 
 
-def _mesh_words(spec: Spec) -> str:
-    return " ".join(f"{name}={size}" for name, size in spec.mesh().shape.items() if size > 1) or "1 device"
+def _mesh_words(job: SliceJob) -> str:
+    return " ".join(f"{name}={size}" for name, size in job.mesh().shape.items() if size > 1) or "1 device"
 
 
 def largest_batch_words(largest: LargestBatch | None) -> str:
-    """The largest batch in a few words, over all devices and on each."""
+    """The largest batch, over all devices and on each."""
     if largest is None:
         return "-"
     if largest.exact:
@@ -128,16 +128,16 @@ def largest_batch_words(largest: LargestBatch | None) -> str:
 
 
 def record(result: Preflight) -> dict:
-    """All numbers, for one line of JSON."""
-    spec, largest, change = result.spec, result.largest, result.change
+    """All results, for one line of JSON."""
+    job, largest, change = result.job, result.largest, result.change
     return {
-        "topology": spec.topology.name,
-        "devices": spec.topology.devices,
-        "mesh": {name: int(size) for name, size in spec.mesh().shape.items()},
-        "job": spec.job,
-        "batch": spec.batch,
+        "topology": job.topology.name,
+        "devices": job.topology.devices,
+        "mesh": {name: int(size) for name, size in job.mesh().shape.items()},
+        "job": job.kind,
+        "batch": job.batch,
         "fits": result.compiled.fits,
-        **_compiled_record(spec, result.compiled),
+        **_compiled_record(job, result.compiled),
         "largest_batch": None if largest is None else dataclasses.asdict(largest),
         "change": None
         if change is None
@@ -145,27 +145,27 @@ def record(result: Preflight) -> dict:
             "flags": list(change.flags),
             "predicted_bytes": change.predicted_bytes,
             "verified": change.compiled is not None,
-            **({} if change.compiled is None else _compiled_record(change.spec, change.compiled)),
+            **({} if change.compiled is None else _compiled_record(change.job, change.compiled)),
         },
     }
 
 
-def _compiled_record(spec: Spec, compiled: Compiled) -> dict:
-    per_image = model_flops(spec)
+def _compiled_record(job: SliceJob, compiled: Compiled) -> dict:
+    per_image = model_flops(job)
     numbers = {
         "compile_seconds": round(compiled.seconds, 1),
         "hbm_bytes": compiled.total_bytes,
         "hbm_limit_bytes": compiled.limit_bytes,
         "model_flops_per_image": per_image,
-        "model_flops": per_image * spec.batch,
+        "model_flops": per_image * job.batch,
     }
     if not compiled.fits:
         return numbers
-    costs, times = compiled.costs, roofline(compiled.costs, spec.topology)
+    costs, times = compiled.costs, roofline(compiled.costs, job.topology)
     return numbers | {
         "hbm": dataclasses.asdict(compiled.memory),
-        "hardware_flops": costs.flops * spec.topology.devices,
-        "hardware_over_model_flops": flops_ratio(spec, costs),
+        "hardware_flops": costs.flops * job.topology.devices,
+        "hardware_over_model_flops": flops_ratio(job, costs),
         "hbm_traffic_bytes": costs.hbm_bytes,
         "collectives": {
             kind: {"count": costs.count[kind], "bytes": costs.bytes[kind], "sent_bytes": round(costs.sent[kind])}
@@ -174,19 +174,19 @@ def _compiled_record(spec: Spec, compiled: Compiled) -> dict:
         },
         "roofline_seconds": dataclasses.asdict(times),
         "bound": times.bound,
-        "images_per_second_at_most": spec.batch / times.seconds,
-        "model_flops_utilization_at_most": per_image * spec.batch / times.seconds / peak_flops(spec.topology),
+        "images_per_second_at_most": job.batch / times.seconds,
+        "model_flops_utilization_at_most": per_image * job.batch / times.seconds / peak_flops(job.topology),
         "not_counted": sorted(costs.unknown),
     }
 
 
-def flops_ratio(spec: Spec, costs: Costs) -> float:
-    """FLOPs the devices execute over those the model's shapes ask for: above 1 by remat."""
-    return costs.flops * spec.topology.devices / (model_flops(spec) * spec.batch)
+def flops_ratio(job: SliceJob, costs: Costs) -> float:
+    """Ratio of the FLOPs that the devices execute to the model FLOPs; above 1 with remat."""
+    return costs.flops * job.topology.devices / (model_flops(job) * job.batch)
 
 
 def peak_flops(topology: Topology) -> float:
-    """FLOP/s of a whole slice."""
+    """Peak FLOP/s of a slice."""
     return topology.accelerator.peak_flops * topology.devices
 
 
@@ -194,33 +194,32 @@ def peak_flops(topology: Topology) -> float:
 
 
 def table(results: list[Preflight]) -> str:
-    """Columns side by side: every slice, and after one that is too small its changed program."""
+    """A column for each slice, and after a slice that is too small one for the changed settings."""
     columns = []
     for result in results:
-        columns.append(_column(result.spec, result.compiled, result.spec.topology.name, result.largest))
+        columns.append(_column(result.job, result.compiled, result.job.topology.name, result.largest))
         if result.change is not None and result.change.compiled is not None:
-            changed = result.change
-            columns.append(_column(changed.spec, changed.compiled, "with the change", None))
+            columns.append(_column(result.change.job, result.change.compiled, "with the change", None))
     names = list(dict.fromkeys(name for column in columns for name in column))
     return aligned([[name, *(column.get(name, "-") for column in columns)] for name in names])
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells below a heading, the first of them."""
+    """Lines of text of rows of cells; the first row is the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _column(spec: Spec, compiled: Compiled, title: str, largest: LargestBatch | None) -> dict[str, str]:
-    model = spec.config.model
+def _column(job: SliceJob, compiled: Compiled, title: str, largest: LargestBatch | None) -> dict[str, str]:
+    model = job.config.model
     column = {
         "": title,
-        "mesh": _mesh_words(spec),
-        "images a call": f"{spec.batch} ({spec.batch // spec.batch_devices}/device)",
+        "mesh": _mesh_words(job),
+        "images a call": f"{job.batch} ({job.batch // job.batch_devices}/device)",
     }
-    if spec.job == "train":
-        column["remat, parts of a batch"] = f"{model.remat}, {spec.config.train.grad_accum_steps}"
+    if job.kind == "train":
+        column["remat, parts of a batch"] = f"{model.remat}, {job.config.train.grad_accum_steps}"
     column |= {
         "compile": f"{compiled.seconds:.1f} s",
         "fits": "yes" if compiled.fits else "NO",
@@ -229,18 +228,18 @@ def _column(spec: Spec, compiled: Compiled, title: str, largest: LargestBatch | 
     if compiled.fits:
         for field in dataclasses.fields(compiled.memory):
             column[f"  {field.name}"] = f"{gib(getattr(compiled.memory, field.name))} GiB"
-    column["model FLOPs an image"] = _unit(model_flops(spec), "FLOP")
-    column["model FLOPs a call"] = _unit(model_flops(spec) * spec.batch, "FLOP")
+    column["model FLOPs an image"] = _unit(model_flops(job), "FLOP")
+    column["model FLOPs a call"] = _unit(model_flops(job) * job.batch, "FLOP")
     if compiled.fits:
-        column |= _cost_rows(spec, compiled.costs)
+        column |= _cost_rows(job, compiled.costs)
     if largest is not None:
         column["largest batch"] = largest_batch_words(largest)
     return column
 
 
-def _cost_rows(spec: Spec, costs: Costs) -> dict[str, str]:
-    times = roofline(costs, spec.topology)
-    rows = {"hardware / model FLOPs": f"{flops_ratio(spec, costs):.3f}" + (" *" if costs.unknown else "")}
+def _cost_rows(job: SliceJob, costs: Costs) -> dict[str, str]:
+    times = roofline(costs, job.topology)
+    rows = {"hardware / model FLOPs": f"{flops_ratio(job, costs):.3f}" + (" *" if costs.unknown else "")}
     rows |= {
         f"{kind}s": f"{costs.count[kind]} x, {_unit(costs.bytes[kind], 'B')}, sends {_unit(costs.sent[kind], 'B')}"
         for kind in KINDS
@@ -251,8 +250,8 @@ def _cost_rows(spec: Spec, costs: Costs) -> dict[str, str]:
         "  compute": time_words(times.compute),
         "  memory": f"{time_words(times.memory)} ({_unit(costs.hbm_bytes, 'B')})",
         "  network": f"{time_words(times.network)} ({_unit(costs.sent_bytes, 'B')})",
-        "images/s at most": f"{spec.batch / times.seconds:,.1f}",
-        "MFU at most": f"{model_flops(spec) * spec.batch / times.seconds / peak_flops(spec.topology):.1%}",
+        "images/s at most": f"{job.batch / times.seconds:,.1f}",
+        "MFU at most": f"{model_flops(job) * job.batch / times.seconds / peak_flops(job.topology):.1%}",
     }
     if costs.unknown:
         rows["* not counted"] = ", ".join(sorted(costs.unknown))
@@ -265,7 +264,7 @@ def gib(size: float) -> str:
 
 
 def time_words(seconds: float) -> str:
-    """A duration."""
+    """A duration in ms or s."""
     return f"{seconds * 1e3:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 

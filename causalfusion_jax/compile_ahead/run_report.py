@@ -1,20 +1,20 @@
-"""What a preflight says of the programs of a whole run: a table, a verdict, one record."""
+"""Preflight of all programs of a run: verdict, table, JSON record."""
 
 import dataclasses
 from collections.abc import Callable
 
 from causalfusion_jax.compile_ahead.compiler import Compiled, CompilerError, compile_lowered
 from causalfusion_jax.compile_ahead.report import aligned, gib, roofline, time_words
-from causalfusion_jax.config.slices import Listing, Program, Spec
+from causalfusion_jax.config.slices import Listing, Program, SliceJob
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of compiling a program.
+    """The result for a program.
 
     Attributes:
-      program: it, and what lies in HBM beside it.
-      compiled: what the compiler says; None where it fails for another reason than memory.
+      program: the program, and what is in HBM while it runs.
+      compiled: the compiler's result; None if it failed for another reason than memory.
       error: that reason.
     """
 
@@ -24,79 +24,79 @@ class Outcome:
 
     @property
     def total_bytes(self) -> int:
-        """HBM of each device that the program and what lies beside it need together."""
+        """HBM of each device that the program and the resident arrays need together."""
         return self.program.resident_bytes + (self.compiled.total_bytes if self.compiled else 0)
 
     @property
     def fits(self) -> bool:
-        """Whether it compiles, and fits beside what is there already."""
+        """Whether it compiles, and fits beside the resident arrays."""
         return self.compiled is not None and self.compiled.fits and self.total_bytes <= self.compiled.limit_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class RunPreflight:
-    """The programs of a job on a slice.
+    """The results for the programs of a run on a slice.
 
     Attributes:
-      spec: settings and slice.
+      job: settings and slice.
       listing: the programs.
-      outcomes: what came of each.
+      outcomes: the result for each.
     """
 
-    spec: Spec
+    job: SliceJob
     listing: Listing
     outcomes: tuple[Outcome, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether all do."""
+        """Whether all programs fit."""
         return all(outcome.fits for outcome in self.outcomes)
 
 
 def preflight_run(
-    spec: Spec, listing: Listing, say: Callable[[str], None], compiler: Callable[..., Compiled] = compile_lowered
+    job: SliceJob, listing: Listing, say: Callable[[str], None], compiler: Callable[..., Compiled] = compile_lowered
 ) -> RunPreflight:
-    """Compiles all programs of a job, one after the other.
+    """Compiles all programs of a run, one after the other.
 
     Args:
-      spec: settings and slice.
+      job: settings and slice.
       listing: the programs.
-      say: called with a line for each.
-      compiler: `compile_lowered`, or a stand-in.
+      say: called with a line of text for each.
+      compiler: `compile_lowered`, or a substitute.
     """
     outcomes = []
     for program in listing.programs:
         try:
-            outcome = Outcome(program, compiler(program.lower, spec.topology))
+            outcome = Outcome(program, compiler(program.lower, job.topology))
         except CompilerError as error:
             outcome = Outcome(program, None, one_line(str(error)))
         took = f", {outcome.compiled.seconds:.1f} s" if outcome.compiled else ""
-        say(f"compiled for {spec.topology.name}: {program.name}: {outcome_words(outcome)}{took}")
+        say(f"compiled for {job.topology.name}: {program.name}: {outcome_words(outcome)}{took}")
         outcomes.append(outcome)
-    return RunPreflight(spec, listing, tuple(outcomes))
+    return RunPreflight(job, listing, tuple(outcomes))
 
 
 def one_line(message: str, limit: int = 300) -> str:
-    """An error in one line, cut off where it is long."""
+    """An error message as one line of at most `limit` characters."""
     line = " ".join(message.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def outcome_words(outcome: Outcome) -> str:
-    """Whether a program compiles and fits, with what lies beside it."""
+    """Whether a program compiles and fits beside the resident arrays."""
     if outcome.compiled is None:
         return f"does not compile: {outcome.error}"
-    own, beside = outcome.compiled.total_bytes, outcome.program.resident
+    own, resident = outcome.compiled.total_bytes, outcome.program.resident
     words = "fits" if outcome.fits else "does not fit"
     words += f", {gib(outcome.total_bytes)} of {gib(outcome.compiled.limit_bytes)} GiB HBM a device"
-    if not beside:
+    if not resident:
         return words
-    return f"{words}: its own {gib(own)}, {', '.join(f'{name} {gib(size)}' for name, size in beside.items())}"
+    return f"{words}: its own {gib(own)}, {', '.join(f'{name} {gib(size)}' for name, size in resident.items())}"
 
 
 def verdict(result: RunPreflight) -> str:
-    """A line for each program that fails, or one that all fit; then what settings rule out, and what was assumed."""
-    name, failed = result.spec.topology.name, [outcome for outcome in result.outcomes if not outcome.fits]
+    """A line for each program that fails, or one if all fit; then excluded programs, and assumptions."""
+    name, failed = result.job.topology.name, [outcome for outcome in result.outcomes if not outcome.fits]
     lines = [f"{name}: {outcome.program.name} {outcome_words(outcome)}" for outcome in failed]
     if not failed:
         most = max(result.outcomes, key=lambda outcome: outcome.total_bytes)
@@ -110,13 +110,13 @@ def verdict(result: RunPreflight) -> str:
 
 def table(result: RunPreflight) -> str:
     """A row for each program."""
-    rows = [[result.spec.topology.name, "fits", "HBM own", "resident", "together", "of GiB", "at least", "bound by"]]
+    rows = [[result.job.topology.name, "fits", "HBM own", "resident", "together", "of GiB", "at least", "bound by"]]
     for outcome in result.outcomes:
-        rows.append([outcome.program.name, *_row(result.spec, outcome)])
+        rows.append([outcome.program.name, *_row(result.job, outcome)])
     return aligned(rows)
 
 
-def _row(spec: Spec, outcome: Outcome) -> list[str]:
+def _row(job: SliceJob, outcome: Outcome) -> list[str]:
     compiled, resident = outcome.compiled, gib(outcome.program.resident_bytes)
     if compiled is None:
         return ["NO", "-", resident, "-", "-", "does not compile", ""]
@@ -129,26 +129,26 @@ def _row(spec: Spec, outcome: Outcome) -> list[str]:
     ]
     if not compiled.fits:
         return [*cells, "-", ""]
-    times = roofline(compiled.costs, spec.topology)
+    times = roofline(compiled.costs, job.topology)
     return [*cells, time_words(times.seconds), times.bound + (" *" if compiled.costs.unknown else "")]
 
 
-def record(result: RunPreflight, job: str) -> dict:
-    """All numbers, for one line of JSON."""
-    spec = result.spec
+def record(result: RunPreflight, command: str) -> dict:
+    """All results, for one line of JSON; `command` is the value of --job."""
+    job = result.job
     return {
-        "topology": spec.topology.name,
-        "devices": spec.topology.devices,
-        "mesh": {name: int(size) for name, size in spec.mesh().shape.items()},
-        "job": job,
+        "topology": job.topology.name,
+        "devices": job.topology.devices,
+        "mesh": {name: int(size) for name, size in job.mesh().shape.items()},
+        "job": command,
         "fits": result.fits,
-        "programs": [_program_record(spec, outcome) for outcome in result.outcomes],
+        "programs": [_program_record(job, outcome) for outcome in result.outcomes],
         "impossible": dict(result.listing.impossible),
         "assumed": list(result.listing.notes),
     }
 
 
-def _program_record(spec: Spec, outcome: Outcome) -> dict:
+def _program_record(job: SliceJob, outcome: Outcome) -> dict:
     compiled = outcome.compiled
     values = {"name": outcome.program.name, "fits": outcome.fits, "resident_bytes": dict(outcome.program.resident)}
     if compiled is None:
@@ -161,7 +161,7 @@ def _program_record(spec: Spec, outcome: Outcome) -> dict:
     }
     if not compiled.fits:
         return values
-    times = roofline(compiled.costs, spec.topology)
+    times = roofline(compiled.costs, job.topology)
     return values | {
         "hbm": dataclasses.asdict(compiled.memory),
         "roofline_seconds": dataclasses.asdict(times),

@@ -1,4 +1,4 @@
-"""A job on a TPU slice that is only described (`jax.experimental.topologies`), and the programs it runs there."""
+"""Jobs on TPU slices that are only described (`jax.experimental.topologies`), and the programs of a job."""
 
 import dataclasses
 import functools
@@ -20,59 +20,59 @@ JOBS = ("train", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-    """A program on a slice.
+class SliceJob:
+    """A training step or a sampler on a slice.
 
     Attributes:
       config: all settings.
       topology: the slice.
-      job: `train`, the training step; or `sample`, the sampler, with `config.sampling`, the
-        parameters whole on every device and the images split over all of them.
-      num: images of a batch that is sampled.
+      kind: `train`, the training step; or `sample`, the sampler of `config.sampling`, with all
+        parameters on every device and the images split over the devices.
+      num: batch size of the sampler.
     """
 
     config: ExperimentConfig
     topology: Topology
-    job: str = "train"
+    kind: str = "train"
     num: int = 0
 
     @property
     def batch(self) -> int:
         """Images in one call of the program, over all devices."""
-        return self.config.train.batch_size if self.job == "train" else self.num
+        return self.config.train.batch_size if self.kind == "train" else self.num
 
-    def with_batch(self, batch: int) -> "Spec":
-        """The same for another number of images."""
-        if self.job == "sample":
+    def with_batch(self, batch: int) -> "SliceJob":
+        """The same job with another batch size."""
+        if self.kind == "sample":
             return dataclasses.replace(self, num=batch)
         return self.with_settings("train", batch_size=batch)
 
-    def with_settings(self, section: str, **changes) -> "Spec":
-        """The same with some settings of a section changed."""
+    def with_settings(self, section: str, **changes) -> "SliceJob":
+        """The same job with some settings of a section changed."""
         changed = dataclasses.replace(getattr(self.config, section), **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **{section: changed}))
 
     @property
     def batch_devices(self) -> int:
-        """Devices that the images are split over."""
-        if self.job == "sample":
+        """Number of devices that the images are split over."""
+        if self.kind == "sample":
             return self.topology.devices
         mesh = self.mesh()
         return mesh.shape["data"] * mesh.shape["fsdp"]
 
     @property
     def quantum(self) -> int:
-        """What a batch must be a multiple of."""
-        return self.batch_devices * (self.config.train.grad_accum_steps if self.job == "train" else 1)
+        """The batch size must be a multiple of this."""
+        return self.batch_devices * (self.config.train.grad_accum_steps if self.kind == "train" else 1)
 
     def mesh(self) -> Mesh:
-        """The mesh on the slice. Raises InputError where it does not fit."""
+        """The mesh on the slice. Raises InputError if it does not fit."""
         return sharding.make_mesh(self.config.mesh, devices(self.topology))
 
 
 @functools.cache
 def devices(topology: Topology) -> tuple:
-    """The devices of a slice that is not there. Raises InputError where there can be none."""
+    """The devices of a described slice. Raises InputError if there is no such slice."""
     require(
         importlib.util.find_spec("libtpu") is not None,
         "--topology",
@@ -105,18 +105,18 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0])
 
 
-def check(spec: Spec) -> None:
-    """Raises InputError where batch or model do not split over the slice; nothing is compiled."""
-    field = "config.train.batch_size" if spec.job == "train" else "--num"
-    if spec.batch % spec.quantum:
-        below = spec.batch // spec.quantum * spec.quantum
-        fits = " or ".join(str(n) for n in (below, below + spec.quantum) if n)
-        what = f"{spec.batch_devices} devices of the batch on {spec.topology.name}"
-        accum = spec.config.train.grad_accum_steps if spec.job == "train" else 1
+def check(job: SliceJob) -> None:
+    """Raises InputError if the batch or the model cannot be split over the slice; compiles nothing."""
+    field = "config.train.batch_size" if job.kind == "train" else "--num"
+    if job.batch % job.quantum:
+        below = job.batch // job.quantum * job.quantum
+        fits = " or ".join(str(n) for n in (below, below + job.quantum) if n)
+        what = f"{job.batch_devices} devices of the batch on {job.topology.name}"
+        accum = job.config.train.grad_accum_steps if job.kind == "train" else 1
         what += f" times grad_accum_steps={accum}" if accum > 1 else ""
-        raise InputError(field, spec.batch, f"must be a multiple of {spec.quantum}, the {what}: give {fits}")
-    if spec.job == "train":
-        experiment.check_mesh(spec.config, spec.mesh())
+        raise InputError(field, job.batch, f"must be a multiple of {job.quantum}, the {what}: give {fits}")
+    if job.kind == "train":
+        experiment.check_mesh(job.config, job.mesh())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,10 @@ class Program:
     """A device program of a run.
 
     Attributes:
-      name: what it does.
+      name: for reports.
       lower: traces it, in another process; see `compiler.compile_lowered`.
-      resident: bytes of HBM on each device, by name, of what lies there meanwhile and is not its argument.
+      resident: HBM in bytes on each device, by name, of arrays that are there while it runs and are
+        not among its arguments.
     """
 
     name: str
@@ -135,18 +136,18 @@ class Program:
 
     @property
     def resident_bytes(self) -> int:
-        """All of it."""
+        """Sum of `resident`."""
         return sum(self.resident.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The programs of a job.
+    """The programs of a run.
 
     Attributes:
       programs: in the order in which they first run.
-      impossible: programs that these settings rule out, and why. No part of training is among them.
-      notes: what was assumed of weights that are not there.
+      impossible: programs that these settings exclude, and the reason; none of training.
+      notes: assumptions about weights that are missing.
     """
 
     programs: tuple[Program, ...]

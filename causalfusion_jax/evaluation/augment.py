@@ -1,19 +1,19 @@
-"""What fine-tuning does to images and labels; every function takes one example, for `jax.vmap`."""
+"""Augmentation of images and labels for fine-tuning; every function takes one example, for `jax.vmap`."""
 
 import jax
 import jax.numpy as jnp
 
 ASPECT = (3 / 4, 4 / 3)
-"""Side ratios of random crops."""
+"""Range of the aspect ratio of random crops."""
 
 
 def shifted(image: jax.Array, key: jax.Array, most: int) -> jax.Array:
-    """The image moved by up to `most` whole pixels on either axis, its edges repeated.
+    """The image shifted by up to `most` whole pixels on either axis, with repeated edges.
 
     Args:
       image: [..., height, width, channels].
       key: PRNG key.
-      most: pixels (latents).
+      most: largest shift in pixels (or latents).
     """
     if most == 0:
         return image
@@ -26,23 +26,23 @@ def shifted(image: jax.Array, key: jax.Array, most: int) -> jax.Array:
 def cropped(image: jax.Array, key: jax.Array, least_area: float) -> jax.Array:
     """A random crop, scaled back to the image's size by linear interpolation.
 
-    The area is uniform in least_area..1 of the image's, the side ratio log-uniform in ASPECT,
-    the place uniform; a side that would be longer than the image is the image's.
+    The area is uniform in least_area..1 of the area of the image, the aspect ratio log-uniform in
+    ASPECT, the position uniform; a side is at most that of the image.
 
     Args:
       image: [..., height, width, channels].
       key: PRNG key.
-      least_area: 1 is no crop.
+      least_area: lower bound of the area; 1: no crop.
     """
     if least_area == 1.0:
         return image
     height, width = image.shape[-3:-1]
-    area_key, aspect_key, place_key = jax.random.split(key, 3)
+    area_key, aspect_key, position_key = jax.random.split(key, 3)
     area = jax.random.uniform(area_key, (), minval=least_area, maxval=1.0)
     aspect = jnp.exp(jax.random.uniform(aspect_key, (), minval=jnp.log(ASPECT[0]), maxval=jnp.log(ASPECT[1])))
     sides = jnp.minimum(jnp.stack([jnp.sqrt(area / aspect), jnp.sqrt(area * aspect)]), 1.0)
     size = jnp.array([height, width], jnp.float32)
-    begin = jax.random.uniform(place_key, (2,)) * (1.0 - sides) * size
+    begin = jax.random.uniform(position_key, (2,)) * (1.0 - sides) * size
     axes = (image.ndim - 3, image.ndim - 2)
     return jax.image.scale_and_translate(image, image.shape, axes, 1.0 / sides, -begin / sides, "linear")
 
@@ -53,7 +53,7 @@ def cut_box(key: jax.Array, height: int, width: int, weight: jax.Array) -> jax.A
     Args:
       key: PRNG key of its centre.
       height, width: of the image.
-      weight: [], how much of the image stays.
+      weight: [], the fraction of the image that is kept.
 
     Returns:
       bool [height, width, 1].
@@ -62,7 +62,7 @@ def cut_box(key: jax.Array, height: int, width: int, weight: jax.Array) -> jax.A
     sides = jnp.sqrt(1.0 - weight) * jnp.array([height, width])
     low, high = jnp.round(centre - sides / 2), jnp.round(centre + sides / 2)
     rows, columns = (
-        (place >= low[i]) & (place < high[i]) for i, place in enumerate((jnp.arange(height), jnp.arange(width)))
+        (index >= low[i]) & (index < high[i]) for i, index in enumerate((jnp.arange(height), jnp.arange(width)))
     )
     return (rows[:, None] & columns[None, :])[..., None]
 
@@ -73,20 +73,21 @@ def mixed(
     target: jax.Array,
     other_target: jax.Array,
     key: jax.Array,
+    *,
     mixup: float,
     cutmix: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Two examples as one, by mixup or CutMix.
+    """Mixes two examples by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019).
 
     Args:
       image, other: [..., height, width, channels].
       target, other_target: probabilities [classes].
       key: PRNG key.
-      mixup, cutmix: parameters of the Beta distribution of the first one's weight; 0 is none; of
-        both, either half of the time.
+      mixup, cutmix: parameter of the Beta distribution of the weight of `image`; 0: not used. If both
+        are used, each is with probability 1/2.
 
     Returns:
-      The image, and its target, of which each has the share that it has of the image.
+      The mixed image, and its target: the two targets weighted by their fractions of the image.
     """
     if not mixup and not cutmix:
         return image, target

@@ -1,4 +1,4 @@
-"""Fine-tuning: all weights of a network learn to classify what it was trained to generate."""
+"""Fine-tuning: all weights of a generative network are trained to classify images."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.training.draws import example_keys
 from causalfusion_jax.training.optimizer import make_optimizer
 from causalfusion_jax.training.state import lower_step, place_abstract, update_ema
-from causalfusion_jax.training.stopping import Stopped, StopSignal, TrainingDiverged
+from causalfusion_jax.training.stopping import StopSignal, TrainingDiverged
 
 BATCH_SIZE = "config.finetune.batch_size"
 CLASSIFIER_AXES = {"kernel": ("embed", "classes"), "bias": ("classes",), "scale": ("embed",), "shift": ("embed",)}
@@ -49,9 +49,9 @@ class FinetuneStep:
     """Static settings of a step.
 
     Attributes:
-      reading: how images are read.
-      settings: how the weights learn.
-      num_classes: classes to tell apart.
+      reading: how the network reads images.
+      settings: optimizer, augmentation, and the rest of the fine-tuning settings.
+      num_classes: number of classes.
       epoch_steps: steps in an epoch.
     """
 
@@ -62,7 +62,7 @@ class FinetuneStep:
 
     @property
     def total_steps(self) -> int:
-        """Length of fine-tuning."""
+        """Steps of the whole fine-tuning."""
         return self.settings.epochs * self.epoch_steps
 
 
@@ -71,9 +71,9 @@ class FinetuneState(NamedTuple):
 
     Attributes:
       step: int32 [], steps taken.
-      params: `network`, the Transformer's, and `classifier`.
+      params: parameters of the Transformer, `network`, and of the `classifier`.
       ema: their moving average, or None.
-      opt_state: the optimizer's.
+      opt_state: state of the optimizer.
     """
 
     step: jax.Array
@@ -86,10 +86,10 @@ class FinetuneState(NamedTuple):
 
 
 def layer_scales(params: Params, layers: int, decay: float) -> Params:
-    """What the learning rate of every parameter is multiplied by (Clark et al. 2020, section 3.1).
+    """Factors of the learning rate by parameter (Clark et al. 2020, section 3.1).
 
     1 for the classifier, decay for the last layer, decay^layers for the first, decay^(layers + 1)
-    for the embeddings. Layers are stacked: theirs is [layers, 1, ...].
+    for the embeddings. The layers are stacked, so their factors are [layers, 1, ...].
     """
 
     def scale(path, leaf):
@@ -98,14 +98,14 @@ def layer_scales(params: Params, layers: int, decay: float) -> Params:
             return np.float32(1.0)
         if inner[0] != "blocks":
             return np.float32(decay ** (layers + 1))
-        by_layer = np.power(decay, layers - np.arange(layers, dtype=np.float64))
-        return by_layer.reshape(-1, *[1] * (len(leaf.shape) - 1)).astype(np.float32)
+        factors = np.power(decay, layers - np.arange(layers, dtype=np.float64))
+        return factors.reshape(-1, *[1] * (len(leaf.shape) - 1)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def make_finetune_optimizer(config: FinetuneStep) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine, its steps made smaller from layer to layer towards the input."""
+    """AdamW with warm-up and cosine schedule, and smaller updates the closer a layer is to the input."""
     s = config.settings
     adamw = make_optimizer(
         OptimizerConfig(
@@ -121,15 +121,15 @@ def make_finetune_optimizer(config: FinetuneStep) -> optax.GradientTransformatio
         config.total_steps,
     )
 
-    def by_layer(updates, params):
+    def scale_by_layer(updates, params):
         scales = layer_scales(params, config.reading.model.layers, s.layer_decay)
         return jax.tree.map(jnp.multiply, updates, scales)
 
-    return optax.chain(adamw, optax.stateless(by_layer))
+    return optax.chain(adamw, optax.stateless(scale_by_layer))
 
 
 def init_finetune(config: FinetuneStep, network: Params) -> FinetuneState:
-    """A classifier that knows nothing on top of a network."""
+    """Puts an untrained classifier on top of a network."""
     hidden = config.reading.model.hidden
     classifier = {
         "kernel": jnp.zeros((hidden, config.num_classes)),
@@ -150,7 +150,7 @@ def abstract_finetune(config: FinetuneStep, mesh: Mesh) -> FinetuneState:
 
 
 def logits_of(config: FinetuneStep, params: Params, images, keys, branch_scale=None) -> jax.Array:
-    """float32 [batch, classes]: a linear classifier on the normalized mean of the last layer's tokens."""
+    """Logits of a linear classifier on the normalized mean of the last layer's tokens, float32 [batch, classes]."""
     h, _ = hidden_states(config.reading, params["network"], images, keys, branch_scale)
     classifier = params["classifier"]
     x = normalize(mean_of_tokens(h), classifier["scale"], classifier["shift"])
@@ -161,13 +161,13 @@ _predict = jax.jit(logits_of, static_argnums=0)
 
 
 def finetune_loss(config: FinetuneStep, params: Params, batch, keys) -> jax.Array:
-    """Cross-entropy of augmented images and smoothed, mixed labels; [].
+    """Cross-entropy loss of augmented images with smoothed and mixed labels, float32 [].
 
     Args:
       config: static settings.
       params: `network` and `classifier`.
       batch: `image` float32 [batch, (frames,) height, width, channels], `label` int [batch].
-      keys: one key an example, [batch].
+      keys: a PRNG key for each example, [batch].
     """
     s = config.settings
     parts = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
@@ -176,7 +176,7 @@ def finetune_loss(config: FinetuneStep, params: Params, batch, keys) -> jax.Arra
     images = jax.vmap(functools.partial(cropped, least_area=s.crop_area))(images, crop_key)
     target = jax.vmap(lambda label: smooth_one_hot(label, config.num_classes, s.label_smoothing))(batch["label"])
     if s.mixup or s.cutmix:
-        # The batch is in random order: the next one is any other.
+        # The batch is in random order, so the next example is a random one.
         others, other_targets = (jnp.roll(a, -1, axis=0) for a in (images, target))
         mix = functools.partial(mixed, mixup=s.mixup, cutmix=s.cutmix)
         images, target = jax.vmap(mix)(images, others, target, other_targets, mix_key)
@@ -204,28 +204,28 @@ def finetune_step(config: FinetuneStep, state: FinetuneState, batch, key: jax.Ar
 
 
 def compile_finetune_step(config: FinetuneStep, mesh: Mesh, shapes, key: jax.Array):
-    """Compiles `finetune_step` for a mesh; (state, batch, key) -> (state, loss), which donates the state.
+    """Compiles `finetune_step`: a function (state, batch, key) -> (state, loss) that donates the state.
 
-    Takes what `lower_finetune_step` takes.
+    The arguments are those of `lower_finetune_step`.
     """
     return lower_finetune_step(config, mesh, shapes, key).compile()
 
 
 def lower_finetune_step(config: FinetuneStep, mesh: Mesh, shapes, key: jax.Array) -> jax.stages.Lowered:
-    """`finetune_step` traced for a mesh, to be compiled.
+    """Traces `finetune_step` for a mesh.
 
     Args:
       config: static settings.
-      mesh: where it runs.
+      mesh: the devices.
       shapes: (shape, dtype) of each array of a global batch, by name.
-      key: PRNG key (its shape and type).
+      key: a PRNG key, or its shape and type.
     """
     step = functools.partial(finetune_step, config)
     return lower_step(step, abstract_finetune(config, mesh), mesh, shapes, key)
 
 
 def lower_begin(config: FinetuneStep, mesh: Mesh) -> jax.stages.Lowered:
-    """The program that puts a classifier on top of a network, to be compiled for a mesh."""
+    """Traces `init_finetune` for a mesh."""
     return _state_maker(config, mesh).lower(abstract_params(config.reading.model, mesh))
 
 
@@ -235,7 +235,7 @@ def _state_maker(config: FinetuneStep, mesh: Mesh):
 
 
 def lower_predict(config: FinetuneStep, mesh: Mesh, batch_size: int, shape: tuple[int, ...]) -> jax.stages.Lowered:
-    """The fine-tuned network on images of a shape, traced for a mesh as `over_images` runs it."""
+    """Traces the fine-tuned network on images of a shape for a mesh, as `over_images` runs it."""
     params = abstract_finetune(config, mesh).params
     with jax.set_mesh(mesh):
         return _predict.lower(config, params, *abstract_images(mesh, batch_size, shape))
@@ -246,28 +246,27 @@ def _all_finite(params: Params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
-# --- The whole --------------------------------------------------------------------
+# --- A whole fine-tuning ----------------------------------------------------------
 
 
 def check_batch(settings: FinetuneConfig, mesh: Mesh) -> None:
-    """Raises InputError where a batch does not split over the devices."""
+    """Raises InputError if a batch cannot be split over the devices."""
     size, devices = settings.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
     require(size % devices == 0, BATCH_SIZE, size, f"must be a multiple of {devices}, the devices of the batch")
 
 
 class Finetuning:
-    """Fine-tunes one network on one data set, and tests it.
+    """Fine-tunes a network on a data set, and tests it.
 
     Args:
-      reading, settings: how images are read and learned from.
+      reading, settings: see `FinetuneStep`.
       data, source: the training images.
-      num_classes: classes to tell apart.
       mesh: the devices.
-      folder: of checkpoints and metrics.jsonl; the same call goes on from there.
-      progress: called with a line of text now and then.
+      folder: folder of the checkpoints and metrics.jsonl; the same call resumes from there.
+      progress: called with a line of text after each epoch.
 
     Raises:
-      InputError: the batch does not split over the devices, or is larger than the data.
+      InputError: the batch cannot be split over the devices, or is larger than the data.
     """
 
     def __init__(
@@ -287,20 +286,20 @@ class Finetuning:
         self.settings, self.data, self.source, self.mesh = settings, data, source, mesh
         self.folder, self.progress = folder, progress
         self.share = sharding.BatchShare(mesh, size)
-        make_keys = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=sharding.replicated(mesh))
-        self.key = make_keys()
+        make_key = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=sharding.replicated(mesh))
+        self.key = make_key()
 
     def _begin(self, network: Callable[[], Params], checkpoints: Checkpoints) -> tuple[FinetuneState, int, list]:
-        """The newest intact checkpoint, its data position and the losses of its epoch; or a new classifier."""
+        """State, position in the data and losses of the epoch, of the newest intact checkpoint or a new classifier."""
         step = checkpoints.good_step()
-        distributed.on_primary(lambda: self._forget_epochs_after(step or 0), None)
+        distributed.on_primary(lambda: self._remove_epochs_after(step or 0))
         abstract = abstract_finetune(self.step, self.mesh)
         if step is not None:
             state, position = checkpoints.restore(step, abstract)
             return state, position, (checkpoints.partial(step) or {}).get("losses", [])
         return _state_maker(self.step, self.mesh)(network()), 0, []
 
-    def _forget_epochs_after(self, step: int) -> None:
+    def _remove_epochs_after(self, step: int) -> None:
         """Removes the metrics of epochs that are trained again."""
         path = self.folder / "metrics.jsonl"
         if path.is_file():
@@ -313,14 +312,14 @@ class Finetuning:
         """Fine-tunes to the end.
 
         Args:
-          network: gives the Transformer's parameters, on the mesh.
+          network: reads the parameters of the Transformer, placed on the mesh.
 
         Returns:
-          `network` and `classifier`, averaged where there is an average.
+          Parameters of `network` and `classifier`: their moving average if there is one.
 
         Raises:
-          InputError: another job is at work in the folder.
-          Stopped: by a signal; what was learned is saved.
+          InputError: another job runs in the folder.
+          Stopped: by a signal; the state is saved.
           TrainingDiverged: the loss is not finite; the last checkpoint is intact.
         """
         with distributed.held_folder(self.folder, "--out") as lock:
@@ -368,14 +367,11 @@ class Finetuning:
                 checkpoints.save(step, state, iterator.position, {"losses": losses})
             if stopping and step < total:
                 checkpoints.wait()
-                raise Stopped(
-                    f"{stop.name}: saved step {step} of {total} in {self.folder};"
-                    " run the same command again to continue"
-                )
+                raise stop.stopped(step, total, self.folder)
         return state
 
     def _check_finite(self, epoch: int, losses: list[float], state: FinetuneState) -> None:
-        """Raises TrainingDiverged, so that nothing is saved over the last checkpoint."""
+        """Raises TrainingDiverged before anything is saved in place of the last checkpoint."""
         if not np.isfinite(losses).all() or not jax.device_get(_all_finite(state.params)):
             worst = next((loss for loss in losses if not math.isfinite(loss)), losses[-1])
             raise TrainingDiverged(
@@ -384,14 +380,14 @@ class Finetuning:
             )
 
     def _report(self, epoch: int, loss: float, seconds: float) -> None:
-        """Keeps and shows an epoch."""
+        """Logs an epoch."""
         if distributed.is_primary():
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"epoch": epoch, "loss": loss, "seconds": seconds}, allow_nan=False) + "\n")
         self.progress(f"epoch {epoch}/{self.settings.epochs}: loss {loss:.4f}, {seconds:.1f} s")
 
     def test(self, params: Params, held_out: Source, probe: ProbeConfig) -> dict[str, float]:
-        """Accuracies on all of `held_out`; `probe` says how many images are read at a time, and the seed."""
+        """Accuracies on all images of `held_out`; `probe` sets the batch size and the seed."""
         predict = functools.partial(_predict, self.step, params)
         images = images_in_order(held_out, self.data, probe.read_batch_size)
         return top_accuracies(*over_images(predict, self.mesh, images, probe.read_batch_size, probe.seed))

@@ -167,12 +167,12 @@ def _beside(found: dict[str, dict[str, Any]], described: dict[str, Any]) -> dict
 def _maps(study, of) -> dict[str, Any]:
     """Tables of `top1`, and the best place of the first."""
     maps = {name: study.map(params(), name) for name, params in of.items()}
-    best, ways = maps["trained"], list(study.ways())
-    layer, way = divmod(int(best.argmax()), best.shape[1])
+    best, columns = maps["trained"], list(study.columns())
+    layer, column = divmod(int(best.argmax()), best.shape[1])
     return {
         "layers": list(range(1, len(best) + 1)),
-        "tokens": ways,
-        "best": {"top1": float(best.max()), "layer": layer + 1, "tokens": ways[way]},
+        "tokens": columns,
+        "best": {"top1": float(best.max()), "layer": layer + 1, "tokens": columns[column]},
         **{name: values.tolist() for name, values in maps.items()},
     }
 

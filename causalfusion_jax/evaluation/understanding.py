@@ -1,4 +1,4 @@
-"""What a network that was trained to generate images understands of them."""
+"""Probes of the representations of a generative network: which network, which images, which classifiers."""
 
 import dataclasses
 import functools
@@ -30,31 +30,26 @@ from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.transformer import init_params
 
 SAME_WEIGHTS = ("attention", "dtype", "remat", "scan_unroll")
-"""Of the model's settings, those that do not change what its weights are."""
+"""Settings of the model that do not change the meaning of its weights."""
 
 
-def combined(model_of: ExperimentConfig, probing: ExperimentConfig) -> ExperimentConfig:
-    """The settings of a network, with those of `probing` for how to probe it and on which devices.
+def combined(trained: ExperimentConfig, probing: ExperimentConfig) -> ExperimentConfig:
+    """The settings of a trained network, with the probe and the devices of `probing`.
 
     Args:
-      model_of: what the weights were trained as.
-      probing: of its model, only how it computes counts (SAME_WEIGHTS).
+      trained: settings of the network.
+      probing: settings of the probe. Of its model, SAME_WEIGHTS are used only.
 
     Raises:
-      InputError: the data are not of the network's shape.
+      InputError: the images are not of the shape that the network takes.
     """
-    ours, theirs = probing.data, model_of.data
     for name in ("shape", "latents"):
-        require(
-            getattr(ours, name) == getattr(theirs, name),
-            "config.data",
-            getattr(ours, name),
-            f"must be as the network's data are, {name} {getattr(theirs, name)}",
-        )
+        given, expected = getattr(probing.data, name), getattr(trained.data, name)
+        require(given == expected, "config.data", given, f"must be as the network's data are, {name} {expected}")
     model = {name: getattr(probing.model, name) for name in SAME_WEIGHTS}
     return dataclasses.replace(
-        model_of,
-        model=dataclasses.replace(model_of.model, **model),
+        trained,
+        model=dataclasses.replace(trained.model, **model),
         probe=probing.probe,
         finetune=probing.finetune,
         mesh=probing.mesh,
@@ -62,12 +57,12 @@ def combined(model_of: ExperimentConfig, probing: ExperimentConfig) -> Experimen
 
 
 class Study:
-    """Probes of networks of one kind on one data set.
+    """Probes of networks of one architecture on one data set.
 
     Args:
-      config: what the network is, and how to probe it (`combined`).
-      data: the images to learn from, whose classes may be others than the network's.
-      progress: called with a line of text now and then.
+      config: settings of the network and of the probe (`combined`).
+      data: the images to train classifiers on; their classes may differ from those of the network.
+      progress: called with a line of text as the probe proceeds.
 
     Raises:
       InputError: the settings do not fit each other, the data or the devices.
@@ -84,35 +79,45 @@ class Study:
         self.held_out = make_held_out_source(data, self.probe.held_out_path, self.probe.held_out_split)
 
     def untrained(self) -> Params:
-        """The weights that the run began with."""
+        """The initial weights of the run."""
         init_key, _ = jax.random.split(jax.random.key(self.config.train.seed))
         return jax.jit(init_params, static_argnums=0)(self.config.transformer, init_key)
 
     def _features(self, params: Params, reading, every_layer: bool, name: str) -> list[Classified]:
-        """Features of both parts, of the layer to be read or of all layers."""
+        """Features of the training and held-out images, at the probed layer or at every layer."""
         if not every_layer:
             reading, params = first_layers(reading, params, self.layer)
         placed, s, parts = place_params(params, reading.model, self.mesh), self.probe, []
         for i, (part, source) in enumerate({"training": self.source, "held-out": self.held_out}.items()):
             indices = random_subset(len(source), s.max_images, s.seed)
             images = images_in_order(source, self.data, s.read_batch_size, indices)
+            total = len(indices)
 
-            def show(done, part=part, total=len(indices)):
+            def show(done, part=part, total=total):
                 self.progress(f"{name}: {done}/{total} {part} images read")
 
             compute = functools.partial(pooled, reading, every_layer, placed)
-            # Noise of the two parts has nothing in common.
-            parts.append(over_images(compute, self.mesh, images, s.read_batch_size, s.seed + i, 1, show))
+            # Different seeds, so that the two parts have independent noise.
+            parts.append(
+                over_images(
+                    compute,
+                    self.mesh,
+                    images,
+                    batch_size=s.read_batch_size,
+                    seed=s.seed + i,
+                    batch_axis=1,
+                    progress=show,
+                )
+            )
         (features, labels), (held_out, held_out_labels) = parts
-        classes = self.data.num_classes
         return [
-            Classified(*of_layer, classes)
-            for of_layer in ((a, labels, b, held_out_labels) for a, b in zip(features, held_out, strict=True))
+            Classified(of_training, labels, of_held_out, held_out_labels, self.data.num_classes)
+            for of_training, of_held_out in zip(features, held_out, strict=True)
         ]
 
     @property
     def described(self) -> dict[str, Any]:
-        """How images are read, for a report."""
+        """How the network reads images, for the report."""
         read = {"tokens": self.reading.tokens}
         if self.reading.tokens == "noisy":
             return read | {"noise_level": self.reading.noise_level}
@@ -129,28 +134,28 @@ class Study:
         }
 
     def finetuning(self, name: str, folder: pathlib.Path):
-        """A `finetune.Finetuning` whose checkpoints are in `folder`. Raises InputError; nothing is touched."""
-        # Imported late: the training loop takes seconds.
+        """A `finetune.Finetuning` with its checkpoints in `folder`. Raises InputError; nothing is written."""
+        # Imported here because the imports of training take seconds.
         from causalfusion_jax.evaluation.finetune import Finetuning
 
         return Finetuning(
-            self.reading,
-            self.config.finetune,
-            self.data,
-            self.source,
-            self.mesh,
-            folder,
-            lambda line: self.progress(f"{name}: {line}"),
+            reading=self.reading,
+            settings=self.config.finetune,
+            data=self.data,
+            source=self.source,
+            mesh=self.mesh,
+            folder=folder,
+            progress=lambda line: self.progress(f"{name}: {line}"),
         )
 
     def finetune(self, tuning, params: Callable[[], Params]) -> dict[str, Any]:
         """Accuracies after fine-tuning. Raises `stopping.Stopped`."""
         weights = tuning.train(lambda: place_params(params(), self.reading.model, self.mesh))
-        found = tuning.test(weights, self.held_out, self.probe)
-        return found | {"num": len(self.held_out), "trained_on": len(self.source)}
+        accuracies = tuning.test(weights, self.held_out, self.probe)
+        return accuracies | {"num": len(self.held_out), "trained_on": len(self.source)}
 
-    def ways(self) -> dict[str, ProbeConfig]:
-        """The columns of the map: clean tokens, where there are any, and noisy ones by noise level."""
+    def columns(self) -> dict[str, ProbeConfig]:
+        """Settings of each column of the map: clean tokens, if the network has them, and noisy ones by noise level."""
         clean = {"clean": dataclasses.replace(self.probe, tokens="clean")} if has_clean_tokens(self.config) else {}
         return clean | {
             f"{level:g}": dataclasses.replace(self.probe, tokens="noisy", noise_level=float(level))
@@ -158,12 +163,12 @@ class Study:
         }
 
     def map(self, params: Params, name: str) -> np.ndarray:
-        """`top1` of the linear probe, [layers, ways]."""
-        columns = []
-        for way, settings in self.ways().items():
-            every = self._features(params, make_reading(self.config, settings), True, f"{name}, {way}")
-            columns.append([])
-            for layer, features in enumerate(every, 1):
-                self.progress(f"{name}, {way}: layer {layer}/{len(every)}")
-                columns[-1].append(features.linear(self.probe)["top1"])
-        return np.array(columns).T
+        """`top1` of the linear probe, [layers, columns]."""
+        accuracies = []
+        for column, settings in self.columns().items():
+            layers = self._features(params, make_reading(self.config, settings), True, f"{name}, {column}")
+            accuracies.append([])
+            for layer, features in enumerate(layers, 1):
+                self.progress(f"{name}, {column}: layer {layer}/{len(layers)}")
+                accuracies[-1].append(features.linear(self.probe)["top1"])
+        return np.array(accuracies).T

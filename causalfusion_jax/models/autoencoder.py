@@ -1,11 +1,11 @@
-"""The autoencoder of latent diffusion: images to latents and back, one network for both releases.
+"""The autoencoder of latent diffusion, from images to latents and back; one network for both releases.
 
 The convolutional variational autoencoder of Latent Diffusion (arXiv 2112.10752). The KL-16
 autoencoder of MAR and CausalFusion and the one of Stable Diffusion are settings of it:
-`MAR_VAE` and `SD_VAE`. Arrays are NHWC, parameters float32. Nothing here trains it.
+`MAR_VAE` and `SD_VAE`. Arrays are NHWC, parameters float32. It is not trained here.
 
-Float32 products have the precision that `jax_default_matmul_precision` asks for; accelerators
-round the factors unless it is `highest`.
+Float32 products have the precision of `jax_default_matmul_precision`; accelerators round their
+factors unless it is `highest`.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """Static shape of the autoencoder. A level is a resolution; level 0 is the image's.
+    """Static settings of the autoencoder. A level is a resolution; level 0 is that of the image.
 
     Attributes:
-      channels: width that the multipliers multiply, and width of the first convolution.
-      channel_multipliers: width of every level, from level 0 down. Each further level
-        halves the resolution.
+      channels: width of the first convolution, which the multipliers multiply.
+      channel_multipliers: width of every level, from level 0 on; each further level halves the
+        resolution.
       latent_channels: channels of a latent.
-      scaling_factor: what latents are multiplied with, for a standard deviation near 1.
-      residual_blocks: residual blocks of a level of the encoder; the decoder has one more.
+      scaling_factor: factor of the latents, for a standard deviation near 1.
+      residual_blocks: residual blocks in a level of the encoder; the decoder has one more.
       encoder_attention, decoder_attention: levels with attention after every residual block.
       mid_attention: attention between the two residual blocks of the lowest resolution.
       image_channels: channels of an image.
@@ -85,26 +85,26 @@ class AutoencoderConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of every level, from level 0 down."""
+        """Channels of every level, from level 0 on."""
         return tuple(self.channels * multiplier for multiplier in self.channel_multipliers)
 
     @property
     def downsampling(self) -> int:
-        """Rows of an image that become a row of its latent."""
+        """Image rows per latent row."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
 MAR_VAE = AutoencoderConfig(
     channels=128, channel_multipliers=(1, 1, 2, 2, 4), latent_channels=16, scaling_factor=0.2325, encoder_attention=(4,)
 )
-"""KL-16, which MAR and CausalFusion use: 256x256x3 to 16x16x16."""
+"""KL-16 of MAR and CausalFusion: 256x256x3 to 16x16x16."""
 
 SD_VAE = AutoencoderConfig(channels=128, channel_multipliers=(1, 2, 4, 4), latent_channels=4, scaling_factor=0.18215)
-"""KL-f8 of Stable Diffusion, which DiT and ACDiT use: 256x256x3 to 32x32x4."""
+"""KL-f8 of Stable Diffusion, also of DiT and ACDiT: 256x256x3 to 32x32x4."""
 
 
 def _norm(config, channels, rngs):
-    # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
+    # The fast variance, E[x^2] - E[x]^2, loses precision if the mean is large.
     return nnx.GroupNorm(
         channels,
         num_groups=config.norm_groups,
@@ -116,7 +116,7 @@ def _norm(config, channels, rngs):
 
 
 def _conv(config, in_channels, out_channels, rngs, **settings):
-    """3x3 convolution that keeps the size unless told otherwise."""
+    """3x3 convolution, of stride 1 with padding by default."""
     return nnx.Conv(
         in_channels,
         out_channels,
@@ -167,7 +167,7 @@ class AttentionBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks of one resolution, each followed by attention if there is any."""
+    """Residual blocks of one resolution, each followed by attention if `attention`."""
 
     def __init__(self, config, in_channels: int, out_channels: int, blocks: int, attention: bool, rngs: nnx.Rngs):
         widths = [in_channels] + [out_channels] * blocks
@@ -206,9 +206,12 @@ class Encoder(nnx.Module):
         pairs = itertools.pairwise((c.channels, *c.widths))
         self.conv_in = _conv(c, c.image_channels, c.channels, rngs)
         self.levels = nnx.List(
-            [Level(c, *pair, c.residual_blocks, level in c.encoder_attention, rngs) for level, pair in enumerate(pairs)]
+            [
+                Level(c, *pair, blocks=c.residual_blocks, attention=level in c.encoder_attention, rngs=rngs)
+                for level, pair in enumerate(pairs)
+            ]
         )
-        # Padded below and on the right only.
+        # Padding at the bottom and right only.
         self.downsamples = nnx.List(
             [_conv(c, width, width, rngs, strides=2, padding=((0, 1), (0, 1))) for width in c.widths[:-1]]
         )
@@ -236,7 +239,7 @@ class Decoder(nnx.Module):
         self.middle = Middle(c, rngs)
         self.levels = nnx.List(
             [
-                Level(c, *pair, c.residual_blocks + 1, attends, rngs)
+                Level(c, *pair, blocks=c.residual_blocks + 1, attention=attends, rngs=rngs)
                 for pair, attends in zip(pairs, attention, strict=True)
             ]
         )
@@ -275,7 +278,7 @@ class Autoencoder(nnx.Module):
 
 @functools.cache
 def abstract_autoencoder(config: AutoencoderConfig) -> tuple[nnx.GraphDef, Params]:
-    """The autoencoder without its numbers.
+    """The autoencoder without parameter values.
 
     Returns:
       graph: to `nnx.merge(graph, params)` into an Autoencoder.
@@ -290,7 +293,7 @@ def init_autoencoder(config: AutoencoderConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters: kernels normal with variance 1 / fan-in, biases zero."""
     params = nnx.to_pure_dict(nnx.state(Autoencoder(config, nnx.Rngs(params=key))))
     leaves, tree = jax.tree.flatten(params)
-    # One draw for all kernels: a hundred small ones take a minute to compile.
+    # One random draw for all kernels, because a hundred small ones take a minute to compile.
     sizes = [leaf.size if leaf.ndim > 1 else 0 for leaf in leaves]
     draws = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
     return jax.tree.unflatten(
@@ -303,15 +306,14 @@ def init_autoencoder(config: AutoencoderConfig, key: jax.Array) -> Params:
 
 
 def _in_micro_batches(run: Callable, x: jax.Array, micro_batch: int):
-    """`run(x)`, at most `micro_batch` images at a time."""
+    """`run(x)` on at most `micro_batch` images at a time."""
     batch = len(x)
     if batch <= micro_batch:
         return run(x)
     rounds = -(-batch // micro_batch)
     size = -(-batch // rounds)
     x = jnp.pad(x, [(0, rounds * size - batch)] + [(0, 0)] * (x.ndim - 1))
-    # Image i is in round i % rounds, so that every round has images of every device
-    # that a batch is split over.
+    # Image i is in round i % rounds, so that in every round each device has images of its part of the batch.
     out = jax.lax.map(run, x.reshape(size, rounds, *x.shape[1:]).swapaxes(0, 1))
     return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(size * rounds, *y.shape[2:])[:batch], out)
 
@@ -338,18 +340,18 @@ def _moments(config, params, images, micro_batch):
 def moments(
     config: AutoencoderConfig, params: Params, images: jax.Array, micro_batch: int = 16
 ) -> tuple[jax.Array, jax.Array]:
-    """The Gaussian that each image is encoded as.
+    """Mean and variance of the Gaussian latent of each image.
 
     Args:
       config: the autoencoder's settings.
       params: its parameters.
       images: float [batch, H, W, image_channels] in [-1, 1]; H and W multiples of
         `config.downsampling`.
-      micro_batch: images to encode at a time; for a batch split over devices, a multiple
-        of their number.
+      micro_batch: images that are encoded at a time; for a batch that is split over devices a
+        multiple of their number.
 
     Returns:
-      Mean and log-variance (clipped to [-30, 20]) of the latents, not scaled, float32
+      Mean and log-variance (clipped to [-30, 20]) of the unscaled latents, float32
       [batch, H / downsampling, W / downsampling, latent_channels].
 
     Raises:
@@ -371,15 +373,15 @@ def _latents(config, mean, log_variance, key):
 def encode(
     config: AutoencoderConfig, params: Params, images: jax.Array, key: jax.Array | None = None, micro_batch: int = 16
 ) -> jax.Array:
-    """Images to latents.
+    """Encodes images to latents.
 
     Args:
       config: the autoencoder's settings.
       params: its parameters.
-      images: as of `moments`.
-      key: to draw a sample of each image's Gaussian; None takes its mean. The noise of an
-        image depends on the key and its place in the batch, not on `micro_batch`.
-      micro_batch: as of `moments`.
+      images: see `moments`.
+      key: PRNG key to draw samples of the Gaussians; None: take their means. The noise of an image
+        depends on the key and its index in the batch, not on `micro_batch`.
+      micro_batch: see `moments`.
 
     Returns:
       Latents times `config.scaling_factor`, float32
@@ -400,9 +402,9 @@ def _tiles(length: int, tile: int, factor: int) -> tuple[np.ndarray, np.ndarray]
       factor: image rows of a latent row.
 
     Returns:
-      The first latent row of each tile, int [tiles], and the weight of each of its image
-      rows, float32 [tiles, tile * factor]: a linear ramp over a quarter of a tile at each
-      end within the image. The weights of an image row sum to 1.
+      The first latent row of each tile, int [tiles], and the weights of its image rows, float32
+      [tiles, tile * factor]: a linear ramp over a quarter of a tile at each end that is inside the
+      image. The weights of an image row sum to 1.
     """
     if tile >= length:
         return np.zeros(1, np.int32), np.ones((1, length * factor), np.float32)
@@ -434,34 +436,34 @@ def _decode(config, params, latents, micro_batch, tile):
     columns, column_weights = _tiles(width, tile, factor)
     size = (batch, min(tile, height), min(tile, width), channels)
 
-    def add_tile(canvas, place):
-        row, column = place
+    def add_tile(canvas, tile_index):
+        row, column = tile_index
         image = run(jax.lax.dynamic_slice(latents, (0, rows[row], columns[column], 0), size))
         image *= row_weights[row][:, None, None] * column_weights[column][:, None]
         corner = (0, rows[row] * factor, columns[column] * factor, 0)
-        seen = jax.lax.dynamic_slice(canvas, corner, image.shape)
-        return jax.lax.dynamic_update_slice(canvas, seen + image, corner), None
+        blended = jax.lax.dynamic_slice(canvas, corner, image.shape) + image
+        return jax.lax.dynamic_update_slice(canvas, blended, corner), None
 
     rows, row_weights, columns, column_weights = map(jnp.asarray, (rows, row_weights, columns, column_weights))
-    places = jnp.indices((len(rows), len(columns))).reshape(2, -1)
+    tile_indices = jnp.indices((len(rows), len(columns))).reshape(2, -1)
     canvas = jnp.zeros((batch, height * factor, width * factor, config.image_channels))
-    return jax.lax.scan(add_tile, canvas, tuple(places))[0]
+    return jax.lax.scan(add_tile, canvas, tuple(tile_indices))[0]
 
 
 def decode(
     config: AutoencoderConfig, params: Params, latents: jax.Array, micro_batch: int = 16, tile: int | None = None
 ) -> jax.Array:
-    """Latents to images.
+    """Decodes latents to images.
 
     Args:
       config: the autoencoder's settings.
       params: its parameters.
-      latents: float [batch, h, w, latent_channels], scaled as `encode` returns them.
-      micro_batch: latents to decode at a time, as of `moments`.
-      tile: decode squares of so many latent rows and columns one after the other, and
-        blend them linearly over a quarter of a tile: large images in bounded memory. An
-        approximation, as group normalization and attention then see a tile instead of the
-        image; a tile that covers the latent changes nothing. None: the whole latent.
+      latents: float [batch, h, w, latent_channels], scaled like those of `encode`.
+      micro_batch: latents that are decoded at a time; see `moments`.
+      tile: latent rows and columns of square tiles that are decoded one after the other and blended
+        linearly over a quarter of a tile, which bounds the memory of large images. This is an
+        approximation, because group normalization and attention then act on a tile instead of the
+        image. None, or at least the size of the latent: the whole latent at once.
 
     Returns:
       Images, float32 [batch, h * downsampling, w * downsampling, image_channels] in about

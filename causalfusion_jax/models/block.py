@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from causalfusion_jax.common.sharding import constrain, is_split
-from causalfusion_jax.models.attention.attention import Visibility
+from causalfusion_jax.common.sharding import constrain
+from causalfusion_jax.models.attention.mask import AttentionMask
+from causalfusion_jax.models.cpu import on_rows
 from causalfusion_jax.models.layers import Norm, gelu
 from causalfusion_jax.models.positions import rotate
 
@@ -49,12 +50,12 @@ class Context(NamedTuple):
     """Inputs that all layers share.
 
     Attributes:
-      visibility: attention mask of the new tokens.
+      mask: attention mask of the new tokens.
       rope: cosines and sines of their positions, [batch, tokens, head_dim], or None.
       noise_embedding: from `Transformer.embed_noise`, or None.
     """
 
-    visibility: Visibility
+    mask: AttentionMask
     rope: tuple[jax.Array, jax.Array] | None
     noise_embedding: jax.Array | None
 
@@ -84,6 +85,15 @@ class Block(nnx.Module):
         self.mlp_out = linear(c.mlp_hidden, c.hidden, ("mlp", "embed"), c, rngs)
         self.modulation = modulation_layer(6, c, rngs)
 
+    def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [..., heads, head_dim] of normalized tokens [..., hidden]."""
+        q, k, v = (jnp.squeeze(part, -3) for part in jnp.split(self.qkv(x), 3, axis=-3))
+        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """The MLP on normalized tokens [..., hidden]."""
+        return self.mlp_out(gelu(self.mlp_in(x)))
+
     def __call__(self, h, context: Context, cached, num_clean: int, branch_scale: jax.Array | None = None):
         """Runs the block.
 
@@ -98,37 +108,27 @@ class Block(nnx.Module):
         Returns:
           h, and the keys and values of the new tokens.
         """
-        batch, tokens, hidden = whole = h.shape
-        # Matrix products run on [batch * tokens, ...]: XLA:CPU contracts the two leading
-        # dimensions of a weight gradient far slower than one. Sharded tokens cannot be merged.
-        flat = whole if is_split("sequence") else (batch * tokens, hidden)
         modulated = context.noise_embedding is not None
         if modulated:
             shifts, scales, gates = zip(*_triples(self.modulation(context.noise_embedding)), strict=True)
 
         def normed(norm, i):
-            x = norm(h.reshape(flat))
-            return on_noisy(x.reshape(whole), num_clean, 1.0 + scales[i], shifts[i]).reshape(flat) if modulated else x
+            x = on_rows(norm, h)
+            return on_noisy(x, num_clean, 1.0 + scales[i], shifts[i]) if modulated else x
 
         def gated(x, i):
-            x = x.reshape(whole)
             x = on_noisy(x, num_clean, gates[i]) if modulated else x
             return x if branch_scale is None else x * branch_scale[i][:, None, None].astype(x.dtype)
 
         with jax.named_scope("attention"):
-            qkv = self.qkv(normed(self.attention_norm, 0))
-            q, k, v = (jnp.squeeze(x, -3) for x in jnp.split(qkv, 3, axis=-3))
-            if self.config.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k, v = (x.reshape(batch, tokens, *x.shape[-2:]) for x in (q, k, v))
+            q, k, v = on_rows(self.queries_keys_values, normed(self.attention_norm, 0))
             q, k, v = (constrain(x, ("batch", "sequence", "heads", "head_dim")) for x in (q, k, v))
             if context.rope is not None:
                 q, k = rotate(q, context.rope), rotate(k, context.rope)
-            out = context.visibility.attend(q, k, v, cached)
-            h = h + gated(self.attention_out(out.reshape(flat)), 0)
+            out = context.mask.attend(q, k, v, cached)
+            h = h + gated(on_rows(self.attention_out, out.reshape(h.shape)), 0)
         with jax.named_scope("mlp"):
-            x = self.mlp_in(normed(self.mlp_norm, 1))
-            h = h + gated(self.mlp_out(gelu(x)), 1)
+            h = h + gated(on_rows(self.mlp, normed(self.mlp_norm, 1)), 1)
         return constrain(h, ("batch", "sequence", None)), (k, v)
 
 

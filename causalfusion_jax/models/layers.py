@@ -12,34 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from causalfusion_jax.models.cpu import mean_of_rows, sum_over_rows
+
 GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
 GELU_CUBIC = 0.044715
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    """Mean over the last axis, kept; [..., dim] to [..., 1]."""
-
-    def by_product(x):
-        # XLA:CPU reduces short rows slower than it multiplies (launch/bench/RESULTS.md).
-        dim = x.shape[-1]
-        return (x.reshape(-1, dim) @ jnp.full((dim, 1), 1.0 / dim)).reshape(*x.shape[:-1], 1)
-
-    return jax.lax.platform_dependent(x, cpu=by_product, default=lambda x: jnp.mean(x, axis=-1, keepdims=True))
-
-
-def _sum_of_rows(x: jax.Array) -> jax.Array:
-    """Sum over all axes but the last; [..., dim] to [dim]."""
-    x = x.reshape(-1, x.shape[-1])
-    return jax.lax.platform_dependent(
-        x, cpu=lambda x: (jnp.ones((1, x.shape[0])) @ x)[0], default=lambda x: jnp.sum(x, axis=0)
-    )
 
 
 def _statistics(x: jax.Array, centred: bool, eps: float) -> tuple[jax.Array, jax.Array]:
     """Normalized x and 1 / its scale over the last axis, float32."""
     x = x.astype(jnp.float32)
-    x = x - _mean(x) if centred else x
-    inverse = jax.lax.rsqrt(_mean(jnp.square(x)) + eps)
+    x = x - mean_of_rows(x) if centred else x
+    inverse = jax.lax.rsqrt(mean_of_rows(jnp.square(x)) + eps)
     return x * inverse, inverse
 
 
@@ -67,10 +50,10 @@ def _normalize_backward(centred, eps, saved, d_out):
     normalized, inverse = _statistics(x, centred, eps)
     d_out = d_out.astype(jnp.float32)
     d_normalized = d_out if scale is None else d_out * scale
-    d_x = d_normalized - normalized * _mean(d_normalized * normalized)
-    d_x = inverse * (d_x - _mean(d_normalized) if centred else d_x)
-    d_scale = None if scale is None else _sum_of_rows(d_out * normalized)
-    return d_x.astype(x.dtype), d_scale, None if bias is None else _sum_of_rows(d_out)
+    d_x = d_normalized - normalized * mean_of_rows(d_normalized * normalized)
+    d_x = inverse * (d_x - mean_of_rows(d_normalized) if centred else d_x)
+    d_scale = None if scale is None else sum_over_rows(d_out * normalized)
+    return d_x.astype(x.dtype), d_scale, None if bias is None else sum_over_rows(d_out)
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)

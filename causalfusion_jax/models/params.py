@@ -1,9 +1,9 @@
-"""Types of parameters."""
+"""The type of parameters, and compute types."""
 
 from typing import Any
 
 Params = dict[str, Any]
-"""A nested dict of arrays: everything that is learned, and nothing else."""
+"""A nested dict of the trained arrays."""
 
 DTYPES = ("float32", "bfloat16")
-"""Types that a network computes in; parameters are float32."""
+"""Compute types of a network; parameters are float32."""

@@ -1,4 +1,4 @@
-"""Parameters on disk, and converted checkpoints: parameters with settings and checksums."""
+"""Parameters on disk, and converted checkpoints, which add settings and checksums."""
 
 import dataclasses
 import hashlib
@@ -16,22 +16,22 @@ from causalfusion_jax.common.errors import InputError, require
 
 
 def write_params(folder: pathlib.Path, params: Any) -> None:
-    """Writes nested arrays into a new folder."""
+    """Writes nested arrays to a new folder."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(params))
 
 
 def read_params(folder: pathlib.Path, shapes: Any) -> Any:
-    """Reads nested arrays into this process's memory, as numpy arrays; no other process need take part.
+    """Reads nested arrays as numpy arrays; not collective.
 
     Args:
-      folder: as written by `write_params`, or by a checkpoint manager.
-      shapes: those wanted, as jax.ShapeDtypeStruct; others in the folder are left alone.
+      folder: written by `write_params` or an Orbax checkpointer.
+      shapes: the arrays to read, as jax.ShapeDtypeStruct; the folder may have others.
     """
     on_host = jax.tree.map(lambda s: ocp.RestoreArgs(restore_type=np.ndarray, dtype=s.dtype), shapes)
     args = ocp.args.PyTreeRestore(item=shapes, restore_args=on_host, partial_restore=True)
     process = jax.process_index()
-    # By default Orbax waits for all processes, also those that have nothing to read.
+    # By default Orbax waits for all processes, including those that do not read.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
     )
@@ -42,15 +42,15 @@ def read_params(folder: pathlib.Path, shapes: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """A converted checkpoint: FOLDER/converted.json beside FOLDER/params.
+    """A converted checkpoint: FOLDER/converted.json and FOLDER/params.
 
     Attributes:
-      folder: where it lies.
-      kind: what it is: causalfusion, acdit, mar_vae, ...
-      settings: the network's, as plain values.
-      source: where it came from: `file`, `sha256`, and where they are known `weights` and `step`.
-      fingerprint: one checksum for settings and parameters.
-      class_names: of a transformer's classes; () where they are not known.
+      folder: the folder.
+      kind: kind of the network: causalfusion, acdit, mar_vae, ...
+      settings: settings of the network, as plain values.
+      source: its origin: `file`, `sha256`, and if they are known `weights` and `step`.
+      fingerprint: one checksum of settings and parameters.
+      class_names: class names of a transformer; () if they are not known.
     """
 
     folder: pathlib.Path
@@ -62,16 +62,16 @@ class Converted:
 
     @property
     def description(self) -> str:
-        """Which weights they are, in one line."""
+        """Origin of the weights, in one line."""
         return f"{describe_source(self.source)} in {self.folder}".strip()
 
     def params(self, shapes: Any) -> Any:
-        """Its parameters as host arrays, nested like `shapes`; see `read_params`."""
+        """The parameters as host arrays, nested like `shapes`; see `read_params`."""
         return read_params(self.folder / "params", shapes)
 
 
 def describe_source(source: Mapping[str, Any]) -> str:
-    """`ema of step 1200 of FILE`, as far as the source of a converted checkpoint tells."""
+    """`ema of step 1200 of FILE`, or what is known of it from the source of a converted checkpoint."""
     step = source.get("step")
     parts = (source.get("weights"), None if step is None else f"step {step}", source.get("file"))
     return " of ".join(part for part in parts if part)
@@ -87,7 +87,7 @@ def write_converted(
 ) -> None:
     """Writes a converted checkpoint (see `Converted`), whole or not at all.
 
-    Raises InputError where FOLDER holds anything.
+    Raises InputError if FOLDER is not empty.
     """
     files.require_new("--out", folder)
 
@@ -106,15 +106,15 @@ def write_converted(
 
 
 def open_converted(field: str, folder: str, kinds: tuple[str, ...]) -> Converted:
-    """Opens a converted checkpoint of one of `kinds`, every file checked.
+    """Opens a converted checkpoint, and verifies all its files.
 
     Args:
       field: the option that names it, for errors.
-      folder: where it lies.
-      kinds: what it may be.
+      folder: its folder.
+      kinds: the allowed kinds.
 
     Raises:
-      InputError: it is not one, or it is damaged.
+      InputError: it is not a converted checkpoint of these kinds, or is damaged.
     """
     path = pathlib.Path(folder) / "converted.json"
     require(
@@ -123,7 +123,7 @@ def open_converted(field: str, folder: str, kinds: tuple[str, ...]) -> Converted
     try:
         content = json.loads(path.read_text())
         kind, settings, source, described = (content[key] for key in ("kind", "settings", "source", "files"))
-        # Absent from folders that were converted by older versions.
+        # Older versions did not write class names.
         class_names = tuple(content.get("class_names", ()))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(field, str(path), f"cannot be read: {error}") from None

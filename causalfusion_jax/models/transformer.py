@@ -28,7 +28,7 @@ from causalfusion_jax.common.sharding import constrain, platform
 from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.core.factorization import CONDITION_STEP, Role, training_layout
 from causalfusion_jax.core.layouts import NO_TOKEN
-from causalfusion_jax.models.attention.attention import Visibility
+from causalfusion_jax.models.attention.mask import attention_mask
 from causalfusion_jax.models.block import Block, Context, linear, modulation_layer, on_noisy, with_axes
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.layers import NORMS, Norm
@@ -326,9 +326,9 @@ class Transformer(nnx.Module):
         keys = h.shape[1] + (0 if cache is None else cached_step.shape[1])
         long = FLASH_FROM_IN_TPU_TRAINING if cache is None and platform() == "tpu" else FLASH_FROM
         flash = self.config.attention == "flash" or (self.config.attention == "auto" and keys >= long)
-        visibility = Visibility.of(role, step, cached_step, flash, document)
+        mask = attention_mask(role, step, cached_step, flash, document)
         cached_kv = () if cache is None else (cache.k, cache.v)
-        context = Context(visibility, self._rope(ids), noise_embedding)
+        context = Context(mask, self._rope(ids), noise_embedding)
         graph, params = nnx.split(self.blocks)
         h = constrain(h, ("batch", "sequence", None))
 

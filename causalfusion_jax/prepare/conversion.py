@@ -9,9 +9,15 @@ from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_auto
 from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.inception import abstract_inception
 from causalfusion_jax.models.transformer import TransformerConfig, abstract_model
-from causalfusion_jax.prepare import autoencoders, i3d, inception, names, transformers
+from causalfusion_jax.prepare import (
+    names,
+    released_autoencoders,
+    released_i3d,
+    released_inception,
+    released_transformers,
+)
 from causalfusion_jax.prepare.exported import TRANSFORMERS, Exported
-from causalfusion_jax.prepare.transformers import Geometry, Shapes
+from causalfusion_jax.prepare.released_transformers import Geometry, Shapes
 
 
 class Plan(NamedTuple):
@@ -48,7 +54,7 @@ def _autoencoder(recognise, table):
         del metadata, network
         _refuse(geometry)
         config: AutoencoderConfig = recognise(shapes)
-        ignored = autoencoders.ignored_names(shapes)
+        ignored = released_autoencoders.ignored_names(shapes)
         return Plan(dataclasses.asdict(config), table(config, shapes), abstract_autoencoder(config)[1], ignored)
 
     return plan
@@ -57,14 +63,14 @@ def _autoencoder(recognise, table):
 def _inception(shapes: Shapes, metadata, geometry: Geometry, network: Network) -> Plan:
     del shapes, metadata, network
     _refuse(geometry)
-    return Plan({}, inception.inception_table(), abstract_inception()[1], inception.ignored_names())
+    return Plan({}, released_inception.inception_table(), abstract_inception()[1], released_inception.ignored_names())
 
 
 def _i3d(shapes: Shapes, metadata, geometry: Geometry, network: Network) -> Plan:
     del metadata, network
     _refuse(geometry)
-    layout = i3d.recognise(shapes)
-    return Plan({}, i3d.i3d_table(layout), abstract_i3d()[1], i3d.ignored_names(layout))
+    release = released_i3d.recognise(shapes)
+    return Plan({}, released_i3d.i3d_table(release), abstract_i3d()[1], released_i3d.ignored_names(release))
 
 
 def _refuse(geometry: Geometry) -> None:
@@ -74,10 +80,10 @@ def _refuse(geometry: Geometry) -> None:
 
 
 KINDS = {
-    "causalfusion": _transformer(transformers.causalfusion_config, transformers.causalfusion_table),
-    "acdit": _transformer(transformers.acdit_config, transformers.acdit_table),
-    "mar_vae": _autoencoder(autoencoders.mar_vae_config, autoencoders.mar_vae_table),
-    "sd_vae": _autoencoder(autoencoders.sd_vae_config, autoencoders.sd_vae_table),
+    "causalfusion": _transformer(released_transformers.causalfusion_config, released_transformers.causalfusion_table),
+    "acdit": _transformer(released_transformers.acdit_config, released_transformers.acdit_table),
+    "mar_vae": _autoencoder(released_autoencoders.mar_vae_config, released_autoencoders.mar_vae_table),
+    "sd_vae": _autoencoder(released_autoencoders.sd_vae_config, released_autoencoders.sd_vae_table),
     "fid_inception": _inception,
     "fvd_i3d": _i3d,
 }
@@ -133,12 +139,14 @@ def export_table(kind: str, settings: Mapping[str, Any], model: TransformerConfi
       InputError: the network is not of the released architecture.
     """
     if kind in TRANSFORMERS:
-        table = transformers.causalfusion_table if kind == "causalfusion" else transformers.acdit_table
+        table = (
+            released_transformers.causalfusion_table if kind == "causalfusion" else released_transformers.acdit_table
+        )
         return table(model), abstract_model(model)[1]
     if kind == "fid_inception":
-        return inception.inception_table(), abstract_inception()[1]
+        return released_inception.inception_table(), abstract_inception()[1]
     if kind == "fvd_i3d":
-        return i3d.i3d_table(), abstract_i3d()[1]
+        return released_i3d.i3d_table(), abstract_i3d()[1]
     config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-    table = autoencoders.mar_vae_table if kind == "mar_vae" else autoencoders.sd_vae_table
+    table = released_autoencoders.mar_vae_table if kind == "mar_vae" else released_autoencoders.sd_vae_table
     return table(config), abstract_autoencoder(config)[1]

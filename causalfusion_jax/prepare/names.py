@@ -1,7 +1,7 @@
-"""Released parameter names and layouts, as tables that work in both directions.
+"""Naming tables: names and layouts of the arrays of released checkpoints.
 
-A table holds one `Entry` for each array of a released checkpoint. What an entry does, a
-permutation of axes and a reshape, is invertible, so importing and exporting are one table.
+A table has an `Entry` for each array of a released checkpoint. An entry permutes axes and reshapes,
+which is invertible, so one table serves import and export.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,12 +17,12 @@ Path = tuple[str | int, ...]
 
 
 class Entry(NamedTuple):
-    """One released array, and where it goes.
+    """A released array, and its path in our parameters.
 
     Attributes:
-      name: its released name; "" for ones, which are not released.
+      name: its released name; "" for an array of ones that is not released.
       shape: its released shape.
-      path: keys of our nested parameters down to the array.
+      path: keys of the array in our nested parameters.
       permutation: the released axes in our order; the result is reshaped to our shape.
       layer: index along our leading axis, for parameters stacked over layers; else None.
     """
@@ -38,19 +38,19 @@ Table = list[Entry]
 
 
 def array(name: str, shape: tuple[int, ...], path: Path, layer: int | None = None) -> Table:
-    """An array kept as it is, but for a reshape."""
+    """An array that is reshaped only."""
     return [Entry(name, shape, path, tuple(range(len(shape))), layer)]
 
 
 def ones(shape: tuple[int, ...], path: Path) -> Table:
-    """An array that the release does without, as it would be all ones."""
+    """An array of ones that the release leaves out."""
     return [Entry("", shape, path, tuple(range(len(shape))))]
 
 
 def linear(
     name: str, path: Path, in_features: int, out_features: int, *, bias: bool = True, layer: int | None = None
 ) -> Table:
-    """PyTorch's Linear: weight [out, in] to kernel [in, out]; both may be reshaped."""
+    """A PyTorch Linear layer: weight [out, in] to kernel [in, out]; both may be reshaped."""
     entries = [Entry(f"{name}.weight", (out_features, in_features), (*path, "kernel"), (1, 0), layer)]
     return entries + (array(f"{name}.bias", (out_features,), (*path, "bias"), layer) if bias else [])
 
@@ -58,37 +58,37 @@ def linear(
 def conv(
     name: str, path: Path, in_channels: int, out_channels: int, size: tuple[int, ...] = (3, 3), *, bias: bool = True
 ) -> Table:
-    """PyTorch's convolutions: weight [out, in, (frames,) height, width] to kernel [(frames,) ..., in, out]."""
+    """A PyTorch convolution: weight [out, in, (frames,) height, width] to kernel [(frames,) height, width, in, out]."""
     permutation = (*range(2, 2 + len(size)), 1, 0)
     weight = Entry(f"{name}.weight", (out_channels, in_channels, *size), (*path, "kernel"), permutation)
     return [weight] + (array(f"{name}.bias", (out_channels,), (*path, "bias")) if bias else [])
 
 
 def norm(name: str, path: Path, dim: int, *, bias: bool = True, layer: int | None = None) -> Table:
-    """A normalization's weight and bias to scale and bias."""
+    """A normalization: weight and bias to scale and bias."""
     entries = array(f"{name}.weight", (dim,), (*path, "scale"), layer)
     return entries + (array(f"{name}.bias", (dim,), (*path, "bias"), layer) if bias else [])
 
 
-def check_shapes(table: Table, found: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
-    """Raises InputError unless `found` (name to shape) is what the table expects.
+def check_shapes(table: Table, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+    """Raises InputError unless the arrays of a checkpoint are those of a table.
 
     Args:
-      table: what should be there.
-      found: names and shapes of a checkpoint.
-      ignored: names that may be there and are not used.
+      table: the expected arrays.
+      shapes: shape of each array of the checkpoint, by name.
+      ignored: names that the checkpoint may have and that are not used.
     """
     expected = {entry.name: entry.shape for entry in table if entry.name}
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected) - set(ignored))
+    missing = sorted(set(expected) - set(shapes))
+    extra = sorted(set(shapes) - set(expected) - set(ignored))
     if missing:
         hint = nearest(missing[0], extra) if extra else ""
         raise InputError("--checkpoint", missing[0], f"{len(missing)} parameters missing, this one first{hint}")
     if extra:
         raise InputError("--checkpoint", extra[0], f"{len(extra)} parameters of unknown use, this one first")
     for name, shape in expected.items():
-        if tuple(found[name]) != tuple(shape):
-            raise InputError("--checkpoint", name, f"has shape {list(found[name])}, must be {list(shape)}")
+        if tuple(shapes[name]) != tuple(shape):
+            raise InputError("--checkpoint", name, f"has shape {list(shapes[name])}, must be {list(shape)}")
 
 
 def _leaf(tree: Any, path: Path) -> Any:
@@ -99,11 +99,11 @@ def _leaf(tree: Any, path: Path) -> Any:
 
 
 def from_released(table: Table, arrays: Mapping[str, np.ndarray], shapes: Any) -> Any:
-    """Released arrays as our nested parameters.
+    """Converts released arrays to our nested parameters.
 
     Args:
-      table: every released array, which together fill every one of ours.
-      arrays: released arrays by name; taken one at a time, so they may be read lazily.
+      table: every released array; together they fill all our parameters.
+      arrays: released arrays by name; they are taken one at a time, so they may be read lazily.
       shapes: our parameters as jax.ShapeDtypeStruct, nested.
 
     Returns:
@@ -124,7 +124,7 @@ def from_released(table: Table, arrays: Mapping[str, np.ndarray], shapes: Any) -
 
 
 def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
-    """Our nested parameters as released arrays, by name; exact inverse of `from_released`."""
+    """Converts our nested parameters to released arrays by name; the exact inverse of `from_released`."""
     arrays, params = {}, jax.device_get(params)
     for entry in table:
         if not entry.name:

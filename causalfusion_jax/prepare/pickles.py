@@ -1,7 +1,7 @@
-"""The pickles of PyTorch's files, read as data.
+"""Reads the pickles of PyTorch files as data.
 
-An interpreter of our own knows the instructions and the few names that state dicts need, builds plain values from
-them and refuses all others. It imports nothing and calls nothing by a name that the file gives.
+The interpreter here supports only the instructions and names that state dicts need, builds plain values
+from them, and rejects all others. It never imports or calls anything by a name from the file.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _STORAGES = {
         "ComplexDouble": np.complex128,
     }.items()
 }
-# Every name that a pickle may hold.
+# Every name that a pickle may contain.
 _NAMES = {
     *_STORAGES,
     *(f"torch.{dtype}" for dtype in _STORAGES.values()),
@@ -47,26 +47,24 @@ _NAMES = {
     *(_LISTS := {f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")}),
     "torch.jit._pickle.restore_type_tag",
 }
-# Classes of a TorchScript file, whose code lies beside the pickle and is not read.
+# Classes of a TorchScript file, whose code is outside the pickle and is not read.
 _SCRIPTED = "__torch__."
-_LITERALS = set(
-    [
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "LONG4",
-        "BINFLOAT",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-    ]
-)
+_LITERALS = {
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+}
 _CONSTANTS = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -76,7 +74,7 @@ _CONSTANTS = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_SET": set,
 }
-# How many values an instruction takes off the stack; None: all since the last mark.
+# Number of values that an instruction takes from the stack; None: all since the last mark.
 _TAKES = {
     "TUPLE": None,
     "TUPLE1": 1,
@@ -94,17 +92,17 @@ _TAKES = {
     "BINPERSID": 1,
 }
 _SCALARS = (str, int, float, bool, bytes, type(None))
-# A tensor may repeat its storage (`expand`), but not without end.
+# Limits of tensors that repeat their storage (`expand`).
 _MAX_EXPANDED, _MAX_DIMS = 2**24, 64
 
 
 class Global(str):
-    """A name in a pickle; nothing is looked up behind it."""
+    """A name in a pickle, which is never looked up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A run of `size` items in the file."""
+    """`size` consecutive items in the file."""
 
     dtype: np.dtype
     key: str
@@ -113,7 +111,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
-    """A view on a storage; offset and strides count items."""
+    """A view of a storage; offset and strides are in items."""
 
     storage: Storage
     offset: int
@@ -123,46 +121,51 @@ class Tensor:
     @property
     def extent(self) -> int:
         """Items of the storage from the view's first to its last."""
-        return 1 + sum((dim - 1) * stride for dim, stride in zip(self.shape, self.strides)) if all(self.shape) else 0
+        return (
+            1 + sum((dim - 1) * stride for dim, stride in zip(self.shape, self.strides, strict=True))
+            if all(self.shape)
+            else 0
+        )
 
 
 class _Namespace(dict):
-    """What stands in for an argparse.Namespace."""
+    """Substitute for an argparse.Namespace."""
 
 
 class Script(dict):
-    """What stands in for an object of a TorchScript file: its attributes by name."""
+    """Substitute for an object of a TorchScript file: its attributes by name."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors in it and in the objects within, named as in a state dict. Raises ValueError for no tree."""
-        found, left, budget = {}, [("", self, 0)], 100_000
-        while left:
-            prefix, script, depth = left.pop()
+        """All tensors of the tree of objects, named as in a state dict. Raises ValueError if it is not a tree."""
+        tensors, stack, budget = {}, [("", self, 0)], 100_000
+        while stack:
+            prefix, script, depth = stack.pop()
             budget -= 1
-            # Objects may hold themselves, or one another many times over.
+            # Objects may contain themselves, or the same object many times.
             if depth > 64 or len(prefix) > 1000 or budget < 0:
                 raise ValueError("its objects are nested too deeply")
-            found |= {prefix + name: value for name, value in script.items() if type(value) is Tensor}
+            tensors |= {prefix + name: value for name, value in script.items() if type(value) is Tensor}
             inner = [(f"{prefix}{name}.", value, depth + 1) for name, value in script.items() if type(value) is Script]
-            left += reversed(inner)
-        return found
+            stack += reversed(inner)
+        return tensors
 
 
 class Pickle:
-    """Interprets a pickle as data; `check` judges every storage that it names."""
+    """Interprets a pickle as data. `check` is called with every storage that it names, and may raise an error."""
 
     def __init__(self, check: Callable[[Storage], None]):
         self.check, self.stack, self.marks, self.memo = check, [], [], {}
 
     def load(self, file: BinaryIO) -> Any:
-        """The value of the pickle that starts here; leaves the file right behind it."""
+        """Reads the pickle at the position of the file; returns its value."""
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "STOP":
                 return self.stack.pop()
             self._step(opcode.name, argument)
+        raise ValueError("a pickle without an end")
 
     def _step(self, instruction: str, argument: Any) -> None:
-        """Carries out one instruction."""
+        """Executes one instruction."""
         stack = self.stack
         taken = self._take(_TAKES[instruction]) if instruction in _TAKES else []
         match instruction:
@@ -200,7 +203,7 @@ class Pickle:
                 raise ValueError(f"pickle instruction {instruction} is not one that torch.save writes")
 
     def _take(self, count: int | None) -> list[Any]:
-        """Takes the topmost `count` values off the stack; None: all since the last mark."""
+        """Removes the topmost `count` values from the stack, or all since the last mark, and returns them."""
         start = self.marks.pop() if count is None else len(self.stack) - count
         if not 0 <= start <= len(self.stack):
             raise ValueError("its pickle is damaged")
@@ -209,11 +212,11 @@ class Pickle:
         return taken
 
     def _set_state(self, state: Any) -> None:
-        """Fills a namespace or scripted object. An OrderedDict's own attributes are left out."""
+        """Fills a namespace or scripted object. The attributes of an OrderedDict itself are ignored."""
         if type(state) is not dict or type(self.stack[-1]) not in (dict, _Namespace, Script):
             raise ValueError("its pickle sets the state of something other than a dict or namespace")
         if type(self.stack[-1]) in (_Namespace, Script):
-            # Moved, not copied: otherwise a short pickle could fill the memory.
+            # Moved, not copied, so that a short pickle cannot fill the memory.
             self.stack[-1].update(state)
             state.clear()
 
@@ -229,7 +232,7 @@ class Pickle:
 
 
 def _global(module: Any, name: Any) -> Global:
-    """The stand-in for `module.name`; an InputError unless it is one of the few allowed."""
+    """The substitute for `module.name`. Raises InputError unless it is one of the allowed names."""
     full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1) if type(module) is type(name) is str else "?"
     allowed = full in _NAMES or full.startswith(_SCRIPTED)
     require(allowed, "--checkpoint", full[:100], "not allowed in a checkpoint; nothing was executed")
@@ -237,7 +240,7 @@ def _global(module: Any, name: Any) -> Global:
 
 
 def _build(function: Any, arguments: Any) -> Any:
-    """What stands in for the result of an allowed function."""
+    """The substitute for the result of an allowed function."""
     match type(function) is Global and type(arguments) is tuple and function, arguments:
         case "torch._utils._rebuild_tensor_v2", (Storage(), int(), tuple(), tuple(), _, _, *flags):
             return _tensor(*arguments[:4], flags)
@@ -263,14 +266,14 @@ def _build(function: Any, arguments: Any) -> Any:
 
 
 def scalars(items: list[Any]) -> list[Any]:
-    """`items` to be hashed, which must be scalars: anything nested might exhaust the machine's stack."""
+    """Returns `items`, to be hashed. Raises ValueError unless all are scalars: nested ones could overflow the stack."""
     if any(type(item) not in _SCALARS for item in items):
         raise ValueError("its pickle has a dict key or set item that is not a string or number")
     return items
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, flags: list) -> Tensor:
-    """A view, once it is known to lie within its storage."""
+    """A view of a storage. Raises ValueError unless it is within the storage."""
     numbers = (offset, *shape, *strides)
     if not len(shape) == len(strides) <= _MAX_DIMS or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise ValueError("a tensor's shape and strides must be of one length, and whole numbers that are not negative")

@@ -1,7 +1,7 @@
-"""Released checkpoints, read without PyTorch and without executing anything they hold.
+"""Reads released checkpoint files without PyTorch, and without executing anything in them.
 
-A PyTorch file is a pickle, a program that may call anything, beside the bytes of its tensors. Here the pickle is read
-as data, by `pickles`.
+A PyTorch file has the bytes of its tensors and a pickle, a program that can call anything. Here the
+pickle is read as data, by `pickles`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from causalfusion_jax.prepare.pickles import Global, Pickle, Script, Storage, Te
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _PREFIXES = ("module.", "_orig_mod.")
-# What .safetensors calls the types.
+# Names of the types in .safetensors files.
 _CODES = {
     "float64": "F64",
     "float32": "F32",
@@ -43,17 +43,17 @@ _CODES = {
 }
 # Shape and reader of each array, and metadata.
 _Arrays = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]
-# With the name that the file has for this set of weights, or None.
+# Arrays, metadata, and the name of this set of weights in the file, or None.
 _Contents = tuple[_Arrays, dict[str, Any], str | None]
 
 
 class Checkpoint(Mapping[str, np.ndarray], contextlib.AbstractContextManager):
-    """Named arrays of a file, each one read when it is asked for; as a context manager, closes the file.
+    """Named arrays of a file, each of which is read on demand; a context manager that closes the file.
 
     Attributes:
       shapes: shape of every array, by name.
-      metadata: plain values found beside the arrays: training arguments, step counts and the like.
-      weights: what the file calls this set of weights: ema, model or state_dict; None where it has no name.
+      metadata: other plain values of the file, such as training arguments and step counts.
+      weights: name of this set of weights in the file: ema, model or state_dict; None if it has no name.
     """
 
     def __init__(self, arrays: _Arrays, metadata: dict[str, Any], weights: str | None, resources: contextlib.ExitStack):
@@ -85,10 +85,17 @@ class Checkpoint(Mapping[str, np.ndarray], contextlib.AbstractContextManager):
 
 
 def open_checkpoint(path: str | os.PathLike, weights: str = "ema") -> Checkpoint:
-    """Opens a released checkpoint: a file of torch.save, of either format, or torch.jit.save, a .safetensors or a .npz.
+    """Opens a released checkpoint: a file of torch.save (either format) or torch.jit.save, a .safetensors or a .npz.
 
-    The format is told by content. Where the file holds several sets of weights, `weights` ("ema" or "model") chooses;
-    where it holds one, under "model", "state_dict" or no name, that one is taken. Anything wrong is an InputError.
+    The format is recognised by the content.
+
+    Args:
+      path: the file.
+      weights: `ema` or `model`, to choose between several sets of weights. A single set, under "model",
+        "state_dict" or no name, is always taken.
+
+    Raises:
+      InputError: the file cannot be read as such a checkpoint.
     """
     require_one_of("--weights", weights, ("ema", "model"))
     path = os.fspath(path)
@@ -100,7 +107,7 @@ def open_checkpoint(path: str | os.PathLike, weights: str = "ema") -> Checkpoint
         except InputError:
             raise
         except Exception as error:
-            # A damaged or hostile file may make any reader underneath raise anything.
+            # A damaged or malicious file can make the readers raise any error.
             raise InputError("--checkpoint", path, f"cannot be read as a checkpoint: {_one_line(error)}") from error
         require(bool(arrays), "--checkpoint", path, "holds no named tensors")
         return Checkpoint(arrays, metadata, name, resources.pop_all())
@@ -113,11 +120,11 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a .safetensors file, whole or not at all; the same contents always give the same bytes."""
+    """Writes a .safetensors file, whole or not at all; the same content always gives the same bytes."""
     path = os.fspath(path)
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
-    # Widest types first, so that each array is aligned to its items.
+    # The widest types first, so that each array is aligned.
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     for name in names:
         dtype = str(arrays[name].dtype.newbyteorder("="))
@@ -142,12 +149,12 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray],
 
 
 def _one_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length."""
+    """The message of an error, as one line of bounded length."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _open_by_content(path: str, file: BinaryIO, weights: str, resources: contextlib.ExitStack) -> _Contents:
-    """Arrays and metadata of a file whose format its first bytes tell."""
+    """Reads a file whose format is recognised by its first bytes."""
     head = file.read(9)
     require(bool(head), "--checkpoint", path, "is empty")
     if head.startswith(b"PK\x03\x04"):
@@ -158,10 +165,10 @@ def _open_by_content(path: str, file: BinaryIO, weights: str, resources: context
         if any(name.endswith(".npy") for name in archive.namelist()):
             return _open_npz(file, archive)
         raise ValueError("a zip file with neither the data.pkl of torch.save nor .npy arrays")
-    # Before pickles: the length of a .safetensors header may begin with the byte of a pickle too.
+    # Checked before pickles: the length of a .safetensors header may start with the byte of a pickle too.
     if head[8:] == b"{":
         handle = resources.enter_context(safetensors.safe_open(path, framework="numpy"))
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         arrays = {name: (shape, functools.partial(handle.get_tensor, name)) for name, shape in shapes.items()}
         return arrays, dict(handle.metadata() or {}), None
     if head.startswith(b"\x80"):
@@ -170,7 +177,7 @@ def _open_by_content(path: str, file: BinaryIO, weights: str, resources: context
 
 
 def _open_npz(file: BinaryIO, archive: zipfile.ZipFile) -> _Contents:
-    """Arrays and metadata (its text values) of a .npz file."""
+    """Reads a .npz file; its text values are the metadata."""
     arrays, metadata = {}, {}
     versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     file.seek(0)
@@ -183,7 +190,7 @@ def _open_npz(file: BinaryIO, archive: zipfile.ZipFile) -> _Contents:
         if dtype.kind not in ("biufc" if shape else "biufcU"):
             raise InputError("--checkpoint", name, f"an array of {dtype} is not allowed, only numbers and text")
         if length != info.file_size:
-            raise ValueError(f"{info.filename} has not the size that its header tells")
+            raise ValueError(f"the size of {info.filename} differs from its header")
         if dtype.kind == "U":
             metadata[name] = str(values[name])
         else:
@@ -193,7 +200,7 @@ def _open_npz(file: BinaryIO, archive: zipfile.ZipFile) -> _Contents:
 
 
 def _open_torch_zip(file: BinaryIO, archive: zipfile.ZipFile, folder: str, weights: str) -> _Contents:
-    """Arrays and metadata of a file of torch.save, as it has been since PyTorch 1.6."""
+    """Reads a file of torch.save since PyTorch 1.6."""
     end = os.fstat(file.fileno()).st_size
 
     def record(name: str) -> zipfile.ZipInfo:
@@ -230,7 +237,7 @@ def _open_torch_zip(file: BinaryIO, archive: zipfile.ZipFile, folder: str, weigh
 
 
 def _open_torch_legacy(file: BinaryIO, weights: str) -> _Contents:
-    """Arrays and metadata of a file of torch.save before PyTorch 1.6: pickles, then the storages one by one."""
+    """Reads a file of torch.save before PyTorch 1.6: pickles, then the storages one after the other."""
     storages: dict[str, Storage] = {}
 
     def check(storage: Storage) -> None:
@@ -249,7 +256,7 @@ def _open_torch_legacy(file: BinaryIO, weights: str) -> _Contents:
         storage = storages[key]
         file.seek(end)
         if struct.unpack("<q", file.read(8)) != (storage.size,):
-            raise ValueError(f"storage {key} has not the declared size")
+            raise ValueError(f"the size of storage {key} differs from its declaration")
         starts[key] = end + 8
         end += 8 + storage.size * storage.dtype.itemsize
     if end > os.fstat(file.fileno()).st_size or set(starts) != set(storages):
@@ -258,9 +265,9 @@ def _open_torch_legacy(file: BinaryIO, weights: str) -> _Contents:
 
 
 def _read_tensor(file: BinaryIO, start: int, tensor: Tensor, order: str) -> np.ndarray:
-    """A tensor's values, of a storage whose bytes start at `start`, as a contiguous array."""
+    """The values of a tensor as a contiguous array; the bytes of its storage start at `start`."""
     dtype = tensor.storage.dtype
-    # Byte order is a matter of words; a complex number is two of them.
+    # Byte order applies to words; a complex number has two words.
     word = np.dtype(f"u{dtype.itemsize // (2 if dtype.kind == 'c' else 1)}").newbyteorder(order)
     file.seek(start + tensor.offset * dtype.itemsize)
     count = tensor.extent * dtype.itemsize // word.itemsize
@@ -268,7 +275,7 @@ def _read_tensor(file: BinaryIO, start: int, tensor: Tensor, order: str) -> np.n
     if len(words) != count:
         raise ValueError("the file is cut short")
     words = words.astype(word.newbyteorder("="), copy=False)
-    # Bytes other than 0 and 1 are no numpy booleans.
+    # Bytes other than 0 and 1 are not numpy booleans.
     words = words != 0 if dtype == np.bool else words
     strides = [stride * dtype.itemsize for stride in tensor.strides]
     view = np.ndarray(tensor.shape, dtype, words, strides=strides) if count else np.empty(tensor.shape, dtype)
@@ -276,26 +283,26 @@ def _read_tensor(file: BinaryIO, start: int, tensor: Tensor, order: str) -> np.n
 
 
 def _choose(root: Any, weights: str, read: Callable[[Tensor], np.ndarray]) -> _Contents:
-    """The chosen arrays of a PyTorch checkpoint and its metadata."""
+    """The chosen set of weights of a PyTorch checkpoint, and its metadata."""
     if type(root) is Script:
         arrays = {name: (tensor.shape, functools.partial(read, tensor)) for name, tensor in root.tensors().items()}
         return arrays, {}, None
     if type(root) is not dict:
         raise ValueError("its pickle must hold a dict")
-    sets = {name: tensors for name, value in root.items() if type(name) is str and (tensors := _tensors_of(value))}
-    found = ", ".join(sets)[:300]
+    sets = {name: entries for name, value in root.items() if type(name) is str and (entries := _tensors_of(value))}
+    available = ", ".join(sets)[:300]
     name = None
     if weights in sets:
-        name, chosen = weights, sets[weights]
+        name, tensors = weights, sets[weights]
     elif list(sets) in (["model"], ["state_dict"]) and weights not in root:
-        ((name, chosen),) = sets.items()
+        ((name, tensors),) = sets.items()
     elif {"ema", "model", "state_dict"} & set(sets):
-        raise InputError("--weights", weights, f"not in this checkpoint, which holds {found}")
+        raise InputError("--weights", weights, f"not in this checkpoint, which has {available}")
     elif sets and not _tensors_of(root):
-        raise ValueError(f"tensors are under {found}, must be under ema, model, state_dict or no name")
+        raise ValueError(f"tensors are under {available}, must be under ema, model, state_dict or no name")
     else:
-        chosen = _tensors_of(root)
-    arrays = {key: (tensor.shape, functools.partial(read, tensor)) for key, tensor in chosen.items()}
+        tensors = _tensors_of(root)
+    arrays = {key: (tensor.shape, functools.partial(read, tensor)) for key, tensor in tensors.items()}
     names, budget = [key for key in root if type(key) is str and not key.startswith("opt")], iter(range(100_000))
     metadata = {key: _plain(root[key], itertools.islice(budget, 10_000)) for key in names if key not in sets}
     return arrays, {key: value for key, value in metadata.items() if value is not ...}, name
@@ -308,8 +315,8 @@ def _tensors_of(value: Any) -> dict[str, Tensor]:
 
 
 def _plain(value: Any, budget: Iterator[int], depth: int = 8) -> Any:
-    """A value as dicts, lists and scalars, or `...` if it is more than that; a dict leaves out such entries."""
-    # Containers may hold themselves, or one another many times over.
+    """A value as dicts, lists and scalars; `...` if it has other types or is too large. Dicts omit such entries."""
+    # Containers may contain themselves, or the same container many times.
     if next(budget, None) is None or not depth:
         return ...
     if type(value) is Global:

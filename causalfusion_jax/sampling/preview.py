@@ -1,4 +1,4 @@
-"""Grids of samples during training."""
+"""Sample grids during training."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ from causalfusion_jax.sampling.generation import SamplingJob, generate_images
 
 
 class Preview:
-    """Samples the same images at every call.
+    """Samples the same images at every call, with the sampler of the commands.
 
     Args:
       config: all settings of the run.
-      mesh: its devices, which share every batch.
+      mesh: unused: the weights have it.
       source: the training data, for the prompts of a text-conditioned model.
     """
 
@@ -27,10 +27,10 @@ class Preview:
         self._job = SamplingJob(config, config.sampling, condition, config.train.seed)
 
     def __call__(self, ema, between_batches: Callable[[], None] = lambda: None) -> np.ndarray:
-        """A grid of samples, uint8 [height, width, channels]; collective.
+        """Draws a grid of samples, uint8 [height, width, channels]; collective.
 
         Args:
-          ema: the averaged weights, sharded as in training.
+          ema: the averaged weights, with their placement in training.
           between_batches: called after each batch of samples, on all processes; may raise to end the preview.
         """
         images = generate_images(self._job, ema, progress=lambda done: between_batches())

@@ -1,10 +1,12 @@
-"""What a person watches: metrics, their files, and the progress line."""
+"""Metric logging: sums over an interval of steps, files, and the progress line."""
 
+import contextlib
 import json
 import math
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,14 @@ import numpy as np
 from causalfusion_jax.common import distributed, files
 from causalfusion_jax.common.hardware import by_device_kind
 
+T = TypeVar("T")
+
 
 def peak_flops(device: jax.Device) -> float:
-    """FLOP/s that utilisation is measured against.
+    """Peak FLOP/s of a device, the reference of model FLOPs utilization.
 
-    The vendor's bfloat16 figure where it is known; else (a CPU) the rate of a float32
-    matrix product, measured now.
+    The vendor's figure for bfloat16 if the device is known; else (a CPU) the measured rate of a
+    float32 matrix product.
     """
     known = by_device_kind(device.device_kind)
     if known is not None:
@@ -49,10 +53,10 @@ def to_plain(totals) -> dict[str, Any]:
 def summarize(totals, steps: int) -> dict[str, float | None]:
     """Means over `steps` steps from their sums.
 
-    Steps with a non-finite gradient add nothing to the sums but their number, `nonfinite_steps`,
-    which becomes their part of all steps. Other scalars are averaged over the finite steps, None
-    where there is none; `name/sum` and `name/count` [bins] become `name/0`, `name/1`, ... averaged
-    over what fell in each bin (absent where nothing did), and without bins `name`.
+    Steps with a non-finite gradient add only their number to the sums, `nonfinite_steps`, which
+    becomes their fraction of all steps. Other scalars are averaged over the finite steps, None if
+    there are none; `name/sum` and `name/count` [bins] become `name/0`, `name/1`, ..., the mean of
+    each bin (absent for an empty bin), or `name` if there are no bins.
     """
     totals = jax.device_get(totals)
     finite = steps - round(float(totals.get("nonfinite_steps", 0.0)))
@@ -68,19 +72,72 @@ def summarize(totals, steps: int) -> dict[str, float | None]:
     return means
 
 
-class MetricsLog:
-    """Writes metrics to TensorBoard, the log, `metrics.jsonl` and the terminal.
+class Interval:
+    """The steps since the last line of the log: the sums of their metrics, and the time they took.
 
     Args:
-      workdir: the run's folder; `metrics.jsonl` there is only ever appended to, but for a last line
-        that a kill cut short. After a resume steps can repeat: the last line of a step counts.
-      total_steps: length of training, for the time that is left.
+      step: the interval begins after this step.
+      totals: sums of metrics that were saved before they were logged; None: there are none.
+      since: the sums begin after this step; default: `step`.
+    """
+
+    def __init__(self, step: int, totals=None, since: int | None = None):
+        self._begin, self._totals, self._since = step, totals, step if since is None else since
+        self._waited, self._flops, self._clock = 0.0, 0, time.perf_counter()
+
+    def wait(self, load: Callable[[], T]) -> T:
+        """`load()`; the time it takes counts as waiting for data."""
+        start = time.perf_counter()
+        loaded = load()
+        self._waited += time.perf_counter() - start
+        return loaded
+
+    def add(self, step: int, metrics, flops: int) -> None:
+        """Adds the metrics of a step and its model FLOPs."""
+        self._flops += flops
+        if self._totals is None or self._totals.keys() != metrics.keys():
+            # Keys differ if another version of the code saved the sums.
+            self._totals, self._since = metrics, step - 1
+        else:
+            self._totals = add(self._totals, metrics)
+
+    def summarize(self, step: int, batch_size: int, peak_flops: float) -> dict[str, float | None]:
+        """Means of the metrics and rates, up to a step; `peak_flops` is that of all devices."""
+        means = summarize(self._totals, step - self._since)
+        steps, seconds = step - self._begin, time.perf_counter() - self._clock
+        return means | {
+            "steps_per_second": steps / seconds,
+            "images_per_second": steps * batch_size / seconds,
+            "model_flops_utilization": self._flops / seconds / peak_flops,
+            "data_wait_fraction": self._waited / seconds,
+        }
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes what runs inside from the rates, and in an empty interval all that was before."""
+        start = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._clock = now if self._totals is None else self._clock + now - start
+
+    def to_plain(self) -> dict[str, Any] | None:
+        """The sums for JSON, to be saved with a checkpoint; None for an empty interval."""
+        return None if self._totals is None else {"since": self._since, "totals": to_plain(self._totals)}
+
+
+class MetricsLog:
+    """Writes metrics to TensorBoard, `metrics.jsonl` and the terminal.
+
+    Args:
+      workdir: the folder of the run. `metrics.jsonl` in it is only appended to; an incomplete last
+        line, left by a kill, is removed. After a resume steps can repeat: the last line of a step counts.
+      total_steps: length of training, for the remaining time.
     """
 
     def __init__(self, workdir: str, total_steps: int):
         self._workdir, self._total_steps = pathlib.Path(workdir), total_steps
         self._primary = distributed.is_primary()
-        # Imported late: TensorFlow, which it brings, takes seconds.
+        # Imported here because it imports TensorFlow, which takes seconds.
         from clu import metric_writers
 
         self._events = self._workdir / "tensorboard"
@@ -98,7 +155,7 @@ class MetricsLog:
             print(progress_line(step, self._total_steps, scalars), flush=True)
 
     def _record(self, step: int, scalars: dict[str, float | None]) -> None:
-        """One line of `metrics.jsonl`, null where a value is not a finite number, and the same for TensorBoard."""
+        """Writes one line of `metrics.jsonl`, null for a value that is not finite, and the same to TensorBoard."""
         finite = {name: value for name, value in scalars.items() if value is not None and math.isfinite(value)}
         with files.writing(self._events):
             self._writer.write_scalars(step, finite)
@@ -121,7 +178,7 @@ class MetricsLog:
             self._writer.write_images(step, {"samples": grid[None]})
 
     def close(self) -> None:
-        """Until everything is written."""
+        """Writes what is left, and closes the files."""
         with files.writing(self._events):
             self._writer.close()
         if self._jsonl is not None:
@@ -130,10 +187,10 @@ class MetricsLog:
 
 
 def progress_line(step: int, total_steps: int, scalars: dict[str, float | None]) -> str:
-    """One line for a terminal: where training stands, how fast, how long still."""
+    """One line for the terminal: step, loss, rates, remaining time."""
     rate = scalars["steps_per_second"]
-    left = int((total_steps - step) / rate)
-    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    seconds = int((total_steps - step) / rate)
+    eta = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     skipped = f"  skipped {scalars['nonfinite_steps']:.0%}" if scalars["nonfinite_steps"] else ""
     loss = "not finite" if scalars["loss"] is None else f"{scalars['loss']:.4f}"
     return (

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, as the papers train."""
+"""AdamW with the learning rate schedules of the papers."""
 
 import jax.numpy as jnp
 import optax
@@ -7,15 +7,15 @@ from causalfusion_jax.config.training import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by step. The first step already moves: its rate is peak / warmup."""
+    """Learning rate by step. That of the first step is not 0 but peak / warmup."""
     peak, warmup = config.learning_rate, config.warmup_steps
 
     def schedule(step):
-        done = (step - warmup) / max(total_steps - warmup, 1)
+        progress = (step - warmup) / max(total_steps - warmup, 1)
         if config.schedule == "constant":
             after = 1.0
         elif config.schedule == "cosine":
-            fall = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(done, 0.0, 1.0)))
+            fall = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
             after = config.final_ratio + (1.0 - config.final_ratio) * fall
         else:
             start = total_steps * (1.0 - config.decay_fraction)
@@ -27,11 +27,11 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW. Weight decay spares vectors (norms, biases), as the field does."""
+    """Gradient clipping, then AdamW, without weight decay of vectors (norms, biases)."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
     def is_matrix(params):
-        # Layers are stacked: a vector parameter of a block has two dimensions.
+        # By name, because layers are stacked: the vectors of blocks have two dimensions.
         return {
             name: is_matrix(value) if isinstance(value, dict) else name in ("kernel", "embedding")
             for name, value in params.items()
@@ -49,5 +49,5 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def updates_applied(opt_state: optax.OptState) -> jnp.ndarray:
-    """The step of the learning rate's schedule, int32 []: steps taken without those that were skipped."""
+    """Step of the learning rate schedule, int32 []: the number of steps that were not skipped."""
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]

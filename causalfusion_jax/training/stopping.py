@@ -1,5 +1,6 @@
-"""How training ends before its last step: by a signal, or because it diverged."""
+"""Ends of training before its last step: a signal, or divergence."""
 
+import os
 import signal
 
 import jax
@@ -12,21 +13,21 @@ class TrainingDiverged(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal ended training before its last step, or before its last evaluation; its state is saved."""
+    """A signal ended training before its last step or its last evaluation; the state is saved."""
 
 
 class Interrupted(Exception):
-    """A stop was requested in the middle of something that is repeated after the resume."""
+    """A stop was requested during work that is repeated when training resumes."""
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that training can stop at the next place where it polls.
+    """Records SIGTERM and SIGINT, so that training can stop at its next poll; a context manager.
 
-    With several processes jax's runtime watches SIGTERM, and they agree on the place.
+    With several processes jax's runtime watches SIGTERM, and all processes stop at the same poll.
 
     Attributes:
-      received: the signal's name; None where this process itself received none.
-      stopping: whether a poll said so.
+      received: name of the signal; None if this process itself received none.
+      stopping: whether a poll has answered that training is to stop.
     """
 
     def __init__(self):
@@ -41,7 +42,7 @@ class StopSignal:
 
     def _note(self, number, frame):
         self.received = signal.Signals(number).name
-        # A second one ends the process at once.
+        # A second signal ends the process at once.
         signal.signal(number, self._previous[number])
 
     def __exit__(self, *_):
@@ -50,11 +51,11 @@ class StopSignal:
 
     @property
     def name(self) -> str:
-        """The signal; of several processes any one may have received it, which is SIGTERM."""
+        """Name of the signal; SIGTERM if another process received it."""
         return self.received or "SIGTERM"
 
     def poll(self) -> bool:
-        """Whether to stop here. All processes poll at the same places, and get the same answer."""
+        """Whether to stop here. All processes poll at the same steps and get the same answer."""
         if not self.stopping:
             # The runtime picks the number of a poll that no process has reached yet.
             self._polls += 1
@@ -62,6 +63,10 @@ class StopSignal:
         return self.stopping
 
     def interrupt(self) -> None:
-        """Polls. Raises Interrupted where training is to stop."""
+        """Polls. Raises Interrupted if training is to stop."""
         if self.poll():
             raise Interrupted(self.name)
+
+    def stopped(self, step: int, total: int, folder: str | os.PathLike) -> Stopped:
+        """The exception that reports a stop after saving step `step` of `total` in a folder."""
+        return Stopped(f"{self.name}: saved step {step} of {total} in {folder}; run the same command again to continue")

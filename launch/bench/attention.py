@@ -17,13 +17,14 @@ from absl import app, flags
 from common import interleaved, machine_rates, report, seconds, shares
 
 from causalfusion_jax.core.factorization import FactorizationConfig, attends, draw_plan, training_layout
-from causalfusion_jax.models.attention.attention import Keys, attend, visibility_bias
+from causalfusion_jax.models.attention.dense import KeySegment, dense_attention, mask_bias
 from causalfusion_jax.models.attention.flash import (
+    attended_fraction,
     blockwise_attention,
+    computed_fraction,
     flash_attention,
-    tiles_computed,
-    visible_fraction,
 )
+from causalfusion_jax.models.attention.tiles import AttentionLayout
 
 _LAYOUT = flags.DEFINE_enum("layout", "scam", ["scam", "causalfusion"], "Steps of --block tokens, or random plans.")
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "Image tokens; the sequence has them clean and noisy.")
@@ -39,9 +40,9 @@ _VALUES = flags.DEFINE_bool("values", False, "Also compare the values with those
 _SKIP = flags.DEFINE_multi_enum("skip", [], ["dense", "blockwise", "pallas"], "Implementations to leave out.")
 
 
-def dense(q, k, v, q_role, q_step, k_role, k_step):
+def dense(q, k, v, layout):
     """The logits of all pairs at once."""
-    return attend(q, [Keys(k, v, visibility_bias(attends(q_role, q_step, k_role, k_step)))])
+    return dense_attention(q, [KeySegment(k, v, mask_bias(attends(*layout)))])
 
 
 def implementations():
@@ -62,17 +63,17 @@ def layout():
         keys = jax.random.split(jax.random.key(0), _BATCH.value)
         step = jax.vmap(lambda key: draw_plan(FactorizationConfig(), (1, tokens), key).step)(keys)
     role, step = training_layout(_CONDITION.value, step)
-    return role, step, role, step
+    return AttentionLayout(role, step, role, step)
 
 
-def compile_gradient(attention, q, k, v, d_out, places):
+def compile_gradient(attention, q, k, v, d_out, layout):
     """Forward and gradient of traced roles and steps, compiled."""
 
-    def run(q, k, v, d_out, places):
-        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, *places), q, k, v)
+    def run(q, k, v, d_out, layout):
+        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, layout), q, k, v)
         return out, vjp(d_out)
 
-    return jax.jit(run).lower(q, k, v, d_out, places).compile()
+    return jax.jit(run).lower(q, k, v, d_out, layout).compile()
 
 
 def errors(found: dict, args) -> dict[str, dict]:
@@ -106,15 +107,15 @@ def errors(found: dict, args) -> dict[str, dict]:
 def main(argv):
     """Runs the benchmark."""
     del argv
-    places = layout()
-    shape = (*places[0].shape, _HEADS.value, _HEAD_DIM.value)
-    args = *(jax.random.normal(jax.random.key(i), shape, _DTYPE.value) for i in range(4)), places
+    roles_and_steps = layout()
+    shape = (*roles_and_steps.q_role.shape, _HEADS.value, _HEAD_DIM.value)
+    args = *(jax.random.normal(jax.random.key(i), shape, _DTYPE.value) for i in range(4)), roles_and_steps
     compared = errors(implementations(), args) if _VALUES.value else {}
     compiled = {name: compile_gradient(attention, *args) for name, attention in implementations().items()}
     runs = {name: functools.partial(seconds, functools.partial(run, *args)) for name, run in compiled.items()}
     found = interleaved(_ROUNDS.value, **runs, **machine_rates(_DTYPE.value))
-    visible, tiles = float(visible_fraction(*places)), (_TILE.value, _TILE.value)
-    computed = {"pallas": float(tiles_computed(*places, *tiles)), "dense": 1.0}
+    visible = float(attended_fraction(roles_and_steps))
+    computed = {"pallas": float(computed_fraction(roles_and_steps, _TILE.value, _TILE.value)), "dense": 1.0}
     # Two products forward, four backward, each of head_dim multiply-adds a visible pair and head.
     flops = 12 * visible * shape[0] * shape[1] ** 2 * shape[2] * shape[3]
     report(

@@ -66,7 +66,7 @@ def costs_of(*lines, extra=""):
     return program_costs(hlo.parse(text))
 
 
-def test_loops_multiply_what_is_in_them():
+def test_the_body_of_a_loop_counts_once_for_each_iteration():
     costs = program_costs(hlo.parse(NESTED))
     # 5 turns of the outer loop by the compiler's note; in each 3 of the inner one: 1, 3, 5 < 7.
     assert costs.count == {"all-gather": 5, "all-reduce": 15}
@@ -76,12 +76,12 @@ def test_loops_multiply_what_is_in_them():
     assert not costs.unknown
 
 
-def test_a_loop_of_unknown_length_is_named_and_counts_once():
+def test_a_loop_of_unknown_trip_count_is_named_and_counts_once():
     costs = program_costs(hlo.parse(NESTED.replace('"known_trip_count":{"n":"5"}', "")))
     assert costs.count == {"all-gather": 1, "all-reduce": 3} and costs.unknown == {"loop loop": 1}
 
 
-def test_a_fused_condition_tells_the_length():
+def test_the_trip_count_of_a_fused_condition():
     fused = """\
 %compare (x: s32[], y: s32[]) -> pred[] {
   %x = s32[] parameter(0)
@@ -120,9 +120,9 @@ def test_each_kind_of_collective(line, kind, size, sent):
         ("mesh['a'=16] {'a':(2)4}", 4),
     ],
 )  # fmt: skip
-def test_groups_however_they_are_written(groups, size):
+def test_sizes_of_groups_in_every_notation(groups, size):
     line = f"  %y = f32[8] all-reduce(%x), replica_groups={groups}, use_global_device_ids=true, to_apply=%add"
-    assert group_size(hlo._instruction(line), 4) == size
+    assert group_size(hlo.parse_instruction(line), 4) == size
 
 
 def test_a_start_and_its_done_count_once():
@@ -223,7 +223,7 @@ def test_flops_of_products_written_as_convolutions(left, right, out, rest, flops
     assert costs.flops == flops
 
 
-def test_flops_inside_fusions_and_kernels_that_tell_theirs():
+def test_flops_of_fusions_and_of_kernels_by_their_estimate():
     product = """\
 %product (a: f32[4,8,16], b: f32[4,16,32]) -> f32[4,8,32] {
   %a = f32[4,8,16] parameter(0)
@@ -277,23 +277,23 @@ def test_bytes_of_slices_updates_and_on_chip_arrays():
     assert costs.hbm_bytes == 2 * 256 + 8192 + 8192
 
 
-def test_a_program_cut_off_anywhere_is_refused_and_a_whole_one_is_read():
+def test_a_truncated_program_is_refused():
     assert hlo.is_complete(NESTED) and hlo.parse(NESTED).entry.root.name == "last"
     assert hlo.is_complete(NESTED.rstrip())
     end = NESTED.rindex("}")
     places = {end, end - 1, NESTED.index("  ROOT %last"), NESTED.index("ENTRY"), *range(1, end, 97)}
     for place in places:
         assert not hlo.is_complete(NESTED[:place]), NESTED[:place][-80:]
-        with pytest.raises(ValueError, match="whole"):
+        with pytest.raises(ValueError, match="complete"):
             hlo.parse(NESTED[:place])
 
 
-def test_what_is_no_program_is_refused():
+def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("no program")
 
 
-def test_slices_of_a_nested_fusion_are_what_is_read():
+def test_slices_of_a_nested_fusion_count_as_read():
     """A stack of layers, of which a fusion inside a fusion takes one and another writes one."""
     nested = """\
 %inner (p.0: f32[28,1024], p.1: s32[]) -> f32[1,1024] {
@@ -325,6 +325,6 @@ def test_slices_of_a_nested_fusion_are_what_is_read():
     assert costs.hbm_bytes == 2 * 4096
 
 
-def test_what_the_compiler_sets_aside_is_not_moved():
+def test_allocated_buffers_are_not_moved():
     costs = costs_of('ROOT %b = f32[1024]{0} custom-call(), custom_call_target="AllocateBuffer"')
     assert costs.hbm_bytes == 0

@@ -31,17 +31,17 @@ V5E = hardware.topology("v5e:2x2")
 LAYERS, WIDTH, ROWS = 6, 512, 1024
 
 
-def small_spec(batch=16, job="train", **model):
+def small_job(batch=16, kind="train", **model):
     config = tiny_config(model=dict(hidden=256, heads=4, layers=3, dtype="bfloat16") | model, mesh=dict(preset="fsdp"))
     config["train"]["batch_size"] = batch
-    return slices.Spec(experiment.from_dict(config), V5E, job, batch if job == "sample" else 0)
+    return slices.SliceJob(experiment.from_dict(config), V5E, kind, batch if kind == "sample" else 0)
 
 
 @pytest.fixture(scope="module")
 def scanned():
     """Costs of a stack of square layers, its weights split over four chips, and of its gradient."""
     mesh = sharding.make_mesh(MeshConfig("fsdp"), slices.devices(V5E))
-    place = lambda *spec: jax.sharding.NamedSharding(mesh, PartitionSpec(*spec))
+    place = lambda *job: jax.sharding.NamedSharding(mesh, PartitionSpec(*job))
     weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16, sharding=place(None, "fsdp"))
     rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16, sharding=place("fsdp"))
 
@@ -75,7 +75,7 @@ def test_collectives_of_split_parameters(scanned):
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4"])
 def test_tensor_parallel_devices_are_neighbours_on_one_host(name):
-    """Whatever the order in which the hosts are listed."""
+    """The hosts may be listed in any order."""
     by_host = np.array(slices.devices(hardware.topology(name))).reshape(-1, 4)
     for parts in (2, 4):
         mesh = sharding.make_mesh(MeshConfig("fsdp+tp", tensor=parts), by_host[::-1].ravel())
@@ -90,27 +90,27 @@ def test_a_host_of_a_slice_has_programs_of_its_own(name, meshes):
     """Some compilers refuse a program of several devices of a slice, but not all."""
     topology = hardware.topology(name)
     own = [device for device in slices.devices(topology) if device.process_index == 0]
-    found = sharding.own_meshes(own, topology.devices)
-    assert len(found) == meshes and sum(mesh.size for mesh in found) == len(own) == 4
-    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(found[0]))
+    meshes_of_host = sharding.own_meshes(own, topology.devices)
+    assert len(meshes_of_host) == meshes and sum(mesh.size for mesh in meshes_of_host) == len(own) == 4
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(meshes_of_host[0]))
     jax.jit(lambda x: x + 1).lower(x).compile()
 
 
-def test_what_the_chip_has_is_asked_of_the_compiler():
+def test_the_memory_of_a_chip_comes_from_the_compiler():
     assert 15 * GIB < compiler.hbm_limit(V5E) < 16 * GIB
     assert compiler.hbm_limit(hardware.topology("v4:2x2x1")) > 30 * GIB, "both cores of a chip are one device"
     assert len(slices.devices(hardware.topology("v5p:2x2x2"))) == 8
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v5e:32x32"])
-def test_slices_that_cannot_be_are_refused(name):
+def test_unknown_slices_are_refused(name):
     with pytest.raises(InputError, match="topology"):
         slices.devices(hardware.topology(name))
 
 
-def test_a_program_that_is_too_big_tells_its_need():
-    spec = small_spec(batch=2**21, layers=2)
-    compiled = compiler.compile_program(spec)
+def test_a_program_that_is_too_large_reports_the_memory_it_needs():
+    job = small_job(batch=2**21, layers=2)
+    compiled = compiler.compile_program(job)
     assert not compiled.fits and compiled.total_bytes > compiled.limit_bytes and compiled.costs is None
 
 
@@ -135,25 +135,25 @@ def test_wrong_input_is_one_line_before_anything_compiles(args, words):
 
 
 def test_the_sampler_is_the_one_that_a_run_starts():
-    """Attention in a kernel, which cannot be partitioned, beside weights that training splits."""
-    spec = small_spec(job="sample", batch=8, attention="flash", layers=1)
-    text = program.lower(spec).as_text()
+    """Attention in a kernel, which cannot be partitioned, with weights that training splits."""
+    job = small_job(kind="sample", batch=8, attention="flash", layers=1)
+    text = program.lower(job).as_text()
     assert "tpu_custom_call" in text and "manual_computation" in text
     with pytest.raises(InputError, match="give 4 or 8"):
-        slices.check(dataclasses.replace(spec, num=6))
+        slices.check(dataclasses.replace(job, num=6))
 
 
 def test_a_program_that_cannot_be_partitioned_is_reported(tmp_path):
-    """Alike where tracing fails and where the compiler does."""
+    """Both errors of tracing and errors of the compiler."""
     sent = []
-    lower = functools.partial(lower_without_shard_map, small_spec())
-    compiler._work(lower, str(tmp_path), SimpleNamespace(send=sent.append))
+    lower = functools.partial(lower_without_shard_map, small_job())
+    compiler.trace_and_compile(lower, str(tmp_path), SimpleNamespace(send=sent.append))
     assert "Mosaic kernels cannot be automatically partitioned" in sent[-1]
 
 
-def lower_without_shard_map(spec):
+def lower_without_shard_map(job):
     """A kernel on an array that is split over devices, left to GSPMD."""
-    where = sharding.batch_sharding(spec.mesh())
+    where = sharding.batch_sharding(job.mesh())
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
 
     def double(x_ref, o_ref):
@@ -168,36 +168,36 @@ def lower_without_shard_map(spec):
 
 @pytest.mark.slow
 def test_training_step_of_a_small_model():
-    spec = small_spec()
-    compiled = compiler.compile_program(spec)
+    job = small_job()
+    compiled = compiler.compile_program(job)
     assert compiled.fits and not compiled.costs.unknown
     costs = compiled.costs
-    executed = costs.flops * 4 / (program.model_flops(spec) * spec.batch)
+    executed = costs.flops * 4 / (program.model_flops(job) * job.batch)
     assert 1.0 <= executed < 1.1, "the model's own count, and little beside it"
-    blocks = abstract_model(spec.config.transformer)[1]["blocks"]
+    blocks = abstract_model(job.config.transformer)[1]["blocks"]
     kernels = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(blocks) if len(leaf.shape) > 2)
     # Forward all of them are gathered once; backward again, those that were not kept.
     assert kernels <= costs.bytes["all-gather"] + costs.bytes["all-reduce"]
     assert costs.bytes["all-gather"] >= 0.9 * kernels
-    to_the_end = compiler.compile_program(spec, machine_code=True)
+    to_the_end = compiler.compile_program(job, machine_code=True)
     assert (to_the_end.memory, to_the_end.costs) == (compiled.memory, compiled.costs)
-    remat = compiler.compile_program(spec.with_settings("model", remat="full"))
+    remat = compiler.compile_program(job.with_settings("model", remat="full"))
     assert 1.2 < remat.costs.flops / costs.flops < 1.4, "a third more: the forward pass twice"
     assert remat.memory.arguments == compiled.memory.arguments
-    longer = compiler.compile_program(spec.with_settings("model", layers=6))
-    others = spec.config.transformer
+    longer = compiler.compile_program(job.with_settings("model", layers=6))
+    others = job.config.transformer
     assert longer.costs.flops / costs.flops == pytest.approx(
-        program.model_flops(spec.with_settings("model", layers=2 * others.layers)) / program.model_flops(spec), rel=0.03
+        program.model_flops(job.with_settings("model", layers=2 * others.layers)) / program.model_flops(job), rel=0.03
     )
 
 
 @pytest.mark.slow
 def test_sampler_of_a_small_model():
-    spec = small_spec(job="sample", batch=8)
-    sampling = dataclasses.replace(spec.config.sampling, ar_steps=2, solver_steps=5, cfg_scale=2.0)
-    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, sampling=sampling))
-    compiled = compiler.compile_program(spec)
-    executed = compiled.costs.flops * 4 / (program.model_flops(spec) * spec.batch)
+    job = small_job(kind="sample", batch=8)
+    sampling = dataclasses.replace(job.config.sampling, ar_steps=2, solver_steps=5, cfg_scale=2.0)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, sampling=sampling))
+    compiled = compiler.compile_program(job)
+    executed = compiled.costs.flops * 4 / (program.model_flops(job) * job.batch)
     assert 0.95 < executed < 1.5, "padding and the empty part of the cache come on top"
 
 

@@ -1,4 +1,4 @@
-"""All programs of a run: which there are, what lies beside them, and that a run starts no others."""
+"""All programs of a run, the arrays that are resident beside them, and that a run starts no other programs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from causalfusion_jax.compile_ahead import run_report
 from causalfusion_jax.compile_ahead.compiler import Compiled, CompilerError, Memory
 from causalfusion_jax.compile_ahead.costs import Costs
 from causalfusion_jax.config import experiment, slices
-from causalfusion_jax.config.slices import Spec
+from causalfusion_jax.config.slices import SliceJob
 from causalfusion_jax.evaluation import programs, understanding
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE
@@ -49,13 +49,13 @@ PROBES = [
 
 @pytest.fixture(autouse=True)
 def no_tpu(monkeypatch):
-    """Slices of the devices there are."""
+    """Slices made of the devices of this machine."""
     for module in (slices, programs):
         monkeypatch.setattr(module, "devices", lambda topology: jax.devices()[: topology.devices])
 
 
-def spec_of(**sections):
-    return Spec(experiment.from_dict(tiny_config(**sections)), V5E)
+def make_job(**sections):
+    return SliceJob(experiment.from_dict(tiny_config(**sections)), V5E)
 
 
 def names(listing):
@@ -64,8 +64,8 @@ def names(listing):
 
 def test_every_program_of_a_run_is_named():
     shared = dict(steps="decay", steps_shared_by="batch")
-    spec = spec_of(train=dict(length_buckets=2), factorization=shared, logging=dict(sample_every=4))
-    assert names(programs.run_programs(spec)) == [
+    job = make_job(train=dict(length_buckets=2), factorization=shared, logging=dict(sample_every=4))
+    assert names(programs.run_programs(job)) == [
         "initial state",
         "training step, 8 clean tokens",
         "training step, 16 clean tokens",
@@ -73,8 +73,8 @@ def test_every_program_of_a_run_is_named():
         "grid sampler",
         *PROBES,
     ]
-    spec = spec_of(data=LATENTS, evaluation=EVALUATED)
-    assert names(programs.run_programs(spec)) == [
+    job = make_job(data=LATENTS, evaluation=EVALUATED)
+    assert names(programs.run_programs(job)) == [
         "initial state",
         "training step",
         "weights for sampling",
@@ -84,18 +84,18 @@ def test_every_program_of_a_run_is_named():
         "Inception",
         *PROBES,
     ]
-    precision = spec_of(data=LATENTS, evaluation=dict(EVALUATED, metric="precision"))
+    precision = make_job(data=LATENTS, evaluation=dict(EVALUATED, metric="precision"))
     listed = {program.name: program for program in programs.run_programs(precision).programs}
     radii, coverage = (listed[f"precision and recall, {part}"].lower() for part in ("radii", "coverage"))
     assert [a.shape for a in radii.in_avals[0]] == [(1024, 2048), (10_000, 2048)]
     assert [a.shape for a in coverage.in_avals[0]] == [(64, 2048), (64,), (10_000, 2048), (10_000,)]
     video = dict(data=dict(source="moving_digits", frames=16, image_size=12))
-    assert names(programs.run_programs(spec_of(**video)))[-2:] == ["I3D, resizing", "I3D"]
+    assert names(programs.run_programs(make_job(**video)))[-2:] == ["I3D, resizing", "I3D"]
 
 
-def test_what_lies_in_memory_beside_a_program_is_not_its_argument():
-    spec = spec_of(data=LATENTS, evaluation=EVALUATED, logging=dict(sample_every=4), mesh=dict(preset="fsdp"))
-    beside = {program.name: set(program.resident) for program in programs.run_programs(spec).programs}
+def test_resident_arrays_are_not_arguments_of_the_program():
+    job = make_job(data=LATENTS, evaluation=EVALUATED, logging=dict(sample_every=4), mesh=dict(preset="fsdp"))
+    beside = {program.name: set(program.resident) for program in programs.run_programs(job).programs}
     networks, training = {"decoder weights", "encoder weights", "Inception weights"}, {"training state", "batch"}
     assert beside["initial state"] == beside["training step"] == networks
     assert beside["weights for sampling"] == networks | {"batch", "rest of the state"}
@@ -104,14 +104,14 @@ def test_what_lies_in_memory_beside_a_program_is_not_its_argument():
     assert beside["Inception, resizing"] == networks | training | {"replicated weights"}
     assert beside["Inception"] == training | {"decoder weights", "encoder weights", "replicated weights"}
     assert all(not beside[name] for name in PROBES), "these are commands of their own"
-    sizes = next(p for p in programs.run_programs(spec).programs if p.name == "Inception, resizing").resident
-    params = sum(leaf.size for leaf in jax.tree.leaves(programs.abstract_model(spec.config.transformer)[1]))
+    sizes = next(p for p in programs.run_programs(job).programs if p.name == "Inception, resizing").resident
+    params = sum(leaf.size for leaf in jax.tree.leaves(programs.abstract_model(job.config.transformer)[1]))
     assert sizes["replicated weights"] == 4 * params
     # Parameters, average and two moments, split over four devices, but for small ones.
     assert 4 * params < sizes["training state"] < 4.2 * params
 
 
-def test_weights_that_are_not_there_are_known_by_name_or_by_the_models_latents(tmp_path):
+def test_missing_weights_are_identified_by_name_or_by_the_latents_of_the_model(tmp_path):
     assert programs.autoencoder_settings("store/sd_vae", 16)[0] == SD_VAE
     settings, notes = programs.autoencoder_settings("store/kl16", 16)
     assert settings == MAR_VAE and "store/kl16 is not there: taken as mar_vae" in notes[0]
@@ -131,32 +131,32 @@ def test_weights_that_are_not_there_are_known_by_name_or_by_the_models_latents(t
     ids=["video", "no autoencoder", "pixels of latents"],
 )
 def test_an_evaluation_that_the_run_refuses_is_refused_in_its_words(sections):
-    spec = spec_of(**sections)
+    job = make_job(**sections)
     with pytest.raises(InputError) as refused:
-        programs.run_programs(spec)
+        programs.run_programs(job)
     with pytest.raises(InputError) as by_the_run:
-        Evaluator(spec.config, spec.mesh())
+        Evaluator(job.config, job.mesh())
     assert str(refused.value) == str(by_the_run.value)
 
 
-def test_probes_that_cannot_be_are_said_and_do_not_fail_a_run():
-    listing = programs.run_programs(spec_of(model=dict(class_dropout=0.0), finetune=dict(batch_size=6)))
+def test_impossible_probes_are_reported_and_do_not_fail_a_run():
+    listing = programs.run_programs(make_job(model=dict(class_dropout=0.0), finetune=dict(batch_size=6)))
     assert names(listing) == ["initial state", "training step"]
     assert "never trained without a class" in listing.impossible["probe"] and "fine-tuning" in listing.impossible
-    listing = programs.run_programs(spec_of(finetune=dict(batch_size=6)))
+    listing = programs.run_programs(make_job(finetune=dict(batch_size=6)))
     assert "multiple of 4" in listing.impossible["fine-tuning"] and names(listing)[-1] == "probe, nearest neighbours"
 
 
 def test_the_encoder_is_compiled_for_the_devices_of_a_host():
-    spec = spec_of(data=dict(LATENTS, source="image_folder"))
-    listing = programs.encode_programs(spec, encoding.EncodeConfig(batch_size=8))
+    job = make_job(data=dict(LATENTS, source="image_folder"))
+    listing = programs.encode_programs(job, encoding.EncodeConfig(batch_size=8))
     assert names(listing) == ["encoder"] and "sd_vae" in listing.notes[0]
     images = jax.tree.leaves(listing.programs[0].lower().in_avals)[-1]
     assert images.shape == (8, 64, 64, 3)
     with pytest.raises(InputError, match="batch_size"):
-        programs.encode_programs(spec, encoding.EncodeConfig(batch_size=6))
+        programs.encode_programs(job, encoding.EncodeConfig(batch_size=6))
     with pytest.raises(InputError, match="data.source"):
-        programs.encode_programs(spec_of(data=LATENTS), encoding.EncodeConfig())
+        programs.encode_programs(make_job(data=LATENTS), encoding.EncodeConfig())
 
 
 # --- The report -------------------------------------------------------------------
@@ -168,7 +168,7 @@ def compiled_of(size):
 
 
 def outcomes(compiler):
-    spec = spec_of(data=LATENTS, evaluation=EVALUATED)
+    job = make_job(data=LATENTS, evaluation=EVALUATED)
     listing = slices.Listing(
         (slices.Program("training step", None, {}), slices.Program("decoder", None, {"training state": 8 * GIB})),
         {"probe": "refused"},
@@ -176,14 +176,14 @@ def outcomes(compiler):
     )
     lines = []
     by_name = iter(listing.programs)
-    result = run_report.preflight_run(spec, listing, lines.append, lambda lower, topology: compiler(next(by_name).name))
+    result = run_report.preflight_run(job, listing, lines.append, lambda lower, topology: compiler(next(by_name).name))
     record = json.loads(json.dumps(run_report.record(result, "run")))
     assert [p["name"] for p in record["programs"]] == ["training step", "decoder"] and record["fits"] == result.fits
     assert record["impossible"] == {"probe": "refused"} and len(lines) == 2
     return result, record
 
 
-def test_a_program_that_fits_alone_and_not_beside_the_others_is_named_with_them():
+def test_a_program_that_fits_only_without_resident_arrays_is_reported_with_them():
     result, record = outcomes(lambda name: compiled_of(10 * GIB))
     assert not result.fits and [p["fits"] for p in record["programs"]] == [True, False]
     assert record["programs"][1]["hbm_with_resident_bytes"] == 18 * GIB
@@ -232,7 +232,7 @@ def test_a_run_with_everything_starts_the_programs_that_are_listed(tmp_path, mon
         (tmp_path / part).mkdir()
         np.save(tmp_path / part / "image.npy", rng.standard_normal((24, 8, 8, 4), np.float32))
         np.save(tmp_path / part / "label.npy", np.arange(24, dtype=np.int32) % 10)
-    spec = spec_of(
+    job = make_job(
         data=dict(LATENTS, source="arrays", path=str(tmp_path / "data")), mesh=dict(preset="fsdp"),
         model=dict(hidden=16, heads=2, layers=2), sampling=dict(solver_steps=2), logging=dict(every=6, sample_every=6),
         train=dict(steps=6, batch_size=4, length_buckets=2), factorization=dict(steps="decay", steps_shared_by="batch"),
@@ -248,9 +248,9 @@ def test_a_run_with_everything_starts_the_programs_that_are_listed(tmp_path, mon
     )  # fmt: skip
     (tmp_path / "training").mkdir()
     with compiled_modules(tmp_path / "training") as started:
-        train_run(spec.config, str(tmp_path / "run"))
+        train_run(job.config, str(tmp_path / "run"))
     of_training = ("initial", "training", "weights", "grid", "evaluation", "decoder", "Inception")
-    listed = listed_modules(spec, monkeypatch, two_devices, *of_training)
+    listed = listed_modules(job, monkeypatch, two_devices, *of_training)
     assert set(listed) == {
         "training step, 8 clean tokens",
         "training step, 16 clean tokens",
@@ -262,15 +262,15 @@ def test_a_run_with_everything_starts_the_programs_that_are_listed(tmp_path, mon
     assert set(map(content, started)) == set(map(content, listed.values()))
 
     trained = from_run(str(tmp_path / "run"))
-    study = understanding.Study(spec.config, spec.config.data)
+    study = understanding.Study(job.config, job.config.data)
     (tmp_path / "later").mkdir()
     with compiled_modules(tmp_path / "later") as started:
         for kind in ("linear", "knn"):
             study.classify(kind, trained.params(), "trained")
         study.map(trained.params(), "trained")
         study.finetune(study.finetuning("trained", tmp_path / "tuned"), trained.params)
-    listed = listed_modules(spec, monkeypatch, two_devices, "probe", "fine-tuning")
-    # Learning rates and neighbours are of the number of images, which a listing does not know.
+    listed = listed_modules(job, monkeypatch, two_devices, "probe", "fine-tuning")
+    # Learning rates and neighbours depend on the number of images, which a listing does not have.
     assert {name_of(module) for module in started} == {name_of(module) for module in listed.values()}
     read = {content(module) for module in started if name_of(module) in ("jit_pooled", "jit_logits_of")}
     assert {content(module) for name, module in listed.items() if "features" in name or "map" in name} <= read

@@ -1,4 +1,4 @@
-"""Fine-tuning: rates by layer, labels that are mixed, and a run that goes on where it was stopped."""
+"""Fine-tuning: learning rates by layer, augmentation, and stopping and resuming."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def one_step(**changes):
     """Parameters before and after the first step."""
     config = finetune.FinetuneStep(READING, dataclasses.replace(PLAIN, **changes), 10, 1)
     state = finetune.init_finetune(config, random_params(READING.model))
-    # The classifier starts from zero, and would let nothing through.
+    # The initial classifier is zero, which would stop the gradient.
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((32, 10)), jnp.float32)
     for weights in filter(None, (state.params, state.ema)):
         weights["classifier"]["kernel"] = kernel
@@ -51,7 +51,7 @@ def one_step(**changes):
 
 
 def test_layer_decay_is_applied_layer_by_layer():
-    """Adam's first step is the rate itself, whatever the gradient; so is the ratio of the layers' steps."""
+    """The first step of Adam has the size of the learning rate for any gradient, which gives the rate of a layer."""
     before, after = one_step(**DECAYING)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b), after.params, before)
     rate = {name: np.median(moved["classifier"][name]) for name in ("kernel", "bias", "shift")}
@@ -63,7 +63,7 @@ def test_layer_decay_is_applied_layer_by_layer():
         leaf = moved["network"][name]
         leaf = leaf["kernel"] if isinstance(leaf, dict) else leaf
         np.testing.assert_allclose(np.median(leaf), 1e-2 / 8, rtol=2e-2)
-    # What reading does not use stays, but for weight decay; there is none here.
+    # Weights that reading does not use change by weight decay only, which is 0 here.
     assert not moved["network"]["token_out"]["kernel"].any() and not moved["network"]["timestep_in"]["bias"].any()
 
 
@@ -87,7 +87,7 @@ def test_weight_decay_spares_vectors():
     np.testing.assert_array_equal(still[1]["bias"], still[0]["bias"])
 
 
-def test_average_follows():
+def test_average_follows_the_weights():
     before, after = one_step(**DECAYING)
     expected = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, before, after.params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), after.ema, expected)
@@ -114,7 +114,7 @@ def test_loss_is_cross_entropy_of_smoothed_labels():
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_labels_are_mixed_as_images_are(mixup, cutmix):
-    """Black and white images: the mean of the mixture is the share that the label must have."""
+    """Of a black and a white image the mean of the mixture is the weight of the white one, in the target too."""
     shape = (6, 8, 1)
     targets = jax.nn.one_hot(3, 10), jax.nn.one_hot(5, 10)
     keys = jax.random.split(jax.random.key(1), 400)
@@ -132,7 +132,7 @@ def test_labels_are_mixed_as_images_are(mixup, cutmix):
 
 def test_without_mixing_nothing_changes():
     image, target = jnp.ones((4, 4, 1)), jnp.ones(3)
-    same = augment.mixed(image, 0 * image, target, 0 * target, jax.random.key(0), 0.0, 0.0)
+    same = augment.mixed(image, 0 * image, target, 0 * target, jax.random.key(0), mixup=0.0, cutmix=0.0)
     assert same[0] is image and same[1] is target
     assert augment.shifted(image, jax.random.key(0), 0) is image
     assert augment.cropped(image, jax.random.key(0), 1.0) is image
@@ -147,12 +147,12 @@ def test_shifts_are_those_of_whole_pixels():
     padded = np.pad(clip, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
     possible = {padded[:, y : y + 5, x : x + 6].tobytes() for y in range(3) for x in range(3)}
     shift = jax.jit(jax.vmap(lambda key: augment.shifted(clip, key, 1)))
-    found = {np.asarray(image).tobytes() for image in shift(jax.random.split(jax.random.key(0), 80))}
-    assert found == possible
+    shifted = {np.asarray(image).tobytes() for image in shift(jax.random.split(jax.random.key(0), 80))}
+    assert shifted == possible
 
 
 def test_crops_are_parts_of_the_image():
-    """Of a ramp, a crop is a ramp: its slope and ends say where it was."""
+    """The crop of a ramp is a ramp whose slope and ends show its position."""
     rows, columns = np.mgrid[:16, :24].astype(np.float32)
     ramp = jnp.asarray(np.stack([rows, columns], axis=-1))
     crop = jax.jit(jax.vmap(lambda key: augment.cropped(ramp, key, 0.3)))
@@ -163,11 +163,11 @@ def test_crops_are_parts_of_the_image():
     assert 0.29 <= areas.min() < 0.4 and 0.8 < areas.max() <= 1.001 and slopes.max() <= 1.001
 
 
-# --- The whole --------------------------------------------------------------------
+# --- A whole fine-tuning ----------------------------------------------------------
 
 
-class Few:
-    """The first digits of a half."""
+class Digits:
+    """The first digits of a split."""
 
     def __init__(self, num, split="train"):
         self.images, self.labels = digits(split).images[:num], digits(split).labels[:num]
@@ -200,39 +200,39 @@ def run(folder, devices=1, **changes):
     )
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.devices()[:devices])
     folder.mkdir(exist_ok=True)
-    tuning = finetune.Finetuning(READING, settings, CONFIG.data, Few(70), mesh, folder)
+    tuning = finetune.Finetuning(READING, settings, CONFIG.data, Digits(70), mesh, folder)
     with no_implicit_reads():
         weights = tuning.train(lambda: place_params(random_params(READING.model), READING.model, mesh))
-        return jax.device_get(weights), tuning.test(weights, Few(50, "held_out"), ProbeConfig(read_batch_size=32))
+        return jax.device_get(weights), tuning.test(weights, Digits(50, "held_out"), ProbeConfig(read_batch_size=32))
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, compiled_once):
-    whole, found = run(tmp_path / "whole")
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch, compiled_once):
+    whole, accuracies = run(tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and set(found) == {"top1", "top5"}
-    # Told to stop after the sixth of sixteen steps, in the middle of an epoch.
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and set(accuracies) == {"top1", "top5"}
+    # Stopped after the sixth of sixteen steps, in the middle of an epoch.
     with monkeypatch.context() as patched:
         patched.setattr(distributed, "should_stop", lambda poll, received: poll == 6)
         with pytest.raises(Stopped, match="SIGTERM: saved step 6 of 16"):
             run(tmp_path / "parts")
-    # As a kill leaves it: an epoch that is trained again, and half a line.
+    # What a kill can leave: a line of an epoch that is trained again, and half a line.
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "loss": 0.0, "seconds": 1.0}\n{"epoch": 3, "lo')
     again, same = run(tmp_path / "parts")
     resumed = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["loss"]) for line in resumed] == [(line["epoch"], line["loss"]) for line in lines]
     jax.tree.map(np.testing.assert_array_equal, again, whole)
-    assert same == found
-    # Finished: nothing is learned any more.
+    assert same == accuracies
+    # Complete: nothing is trained any more.
     jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "parts")[0], whole)
 
 
 def test_a_state_that_is_not_finite_is_not_saved_over_the_only_checkpoint(tmp_path, monkeypatch, compiled_once):
-    """Told to stop in the middle of an epoch, after a step that gave NaN."""
-    compile_as_before = finetune.compile_finetune_step
+    """Stopped in the middle of an epoch, after a step that gave NaN."""
+    original_compile = finetune.compile_finetune_step
 
     def compile_step(*args):
-        step = compile_as_before(*args)
+        step = original_compile(*args)
 
         def run_step(state, batch, key):
             state, loss = step(state, batch, key)
@@ -256,7 +256,7 @@ def test_a_second_fine_tuning_in_a_folder_is_refused(tmp_path):
 
 def test_devices_share_a_step(tmp_path, compiled_once):
     alone, shared = (run(tmp_path / str(n), n)[0] for n in (1, 2))
-    # Adam divides by the gradient's size, and makes rounding of a tiny one large.
+    # Adam divides by the size of the gradient, which magnifies the rounding of small gradients.
     for name in ("kernel", "bias"):
         np.testing.assert_allclose(shared["classifier"][name], alone["classifier"][name], atol=1e-3)
     flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(run["network"])]) for run in (alone, shared)]
@@ -268,5 +268,5 @@ def test_batches_that_do_not_fit_are_refused(tmp_path):
     for size, match in ((18, "multiple of 4"), (72, "must be <= 70")):
         with pytest.raises(InputError, match=f"config.finetune.batch_size={size}: .*{match}"):
             finetune.Finetuning(
-                READING, dataclasses.replace(PLAIN, batch_size=size), CONFIG.data, Few(70), mesh, tmp_path
+                READING, dataclasses.replace(PLAIN, batch_size=size), CONFIG.data, Digits(70), mesh, tmp_path
             )

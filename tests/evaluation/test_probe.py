@@ -1,4 +1,4 @@
-"""Classifiers of features: what they must learn, and neighbours against a loop."""
+"""Classifiers of features: that they learn, and nearest neighbours against a loop."""
 
 import dataclasses
 
@@ -28,8 +28,8 @@ def clusters(num, seed, dim=12, classes=7, noise=1.0):
 def test_linear_probe_learns(optimizer):
     settings = ProbeConfig(epochs=25, batch_size=64, warmup_epochs=2.0, **optimizer)
     data = probe.Classified(*clusters(500, 0), *clusters(400, 1), 7)
-    found = data.linear(settings)
-    assert set(found) == {"top1", "top5"} and found["top5"] >= found["top1"] > 0.85
+    accuracies = data.linear(settings)
+    assert set(accuracies) == {"top1", "top5"} and accuracies["top5"] >= accuracies["top1"] > 0.85
     # Labels that have nothing to do with the features cannot be learned.
     shuffled = dataclasses.replace(data, labels=np.random.default_rng(5).permutation(data.labels))
     assert shuffled.linear(settings)["top1"] < 0.45
@@ -62,7 +62,7 @@ def test_neighbours_against_a_loop(monkeypatch):
         probe.vote(dataclasses.replace(settings, neighbours=121), known, labels, queries, 7)
 
 
-def test_neighbours_tell_clusters():
+def test_neighbours_classify_clusters():
     data = probe.Classified(*clusters(500, 0), *clusters(400, 1), 7)
     assert data.knn(ProbeConfig())["top1"] > 0.85
 

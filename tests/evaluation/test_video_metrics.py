@@ -22,8 +22,8 @@ from causalfusion_jax.evaluation.video_metrics import (
 )
 from causalfusion_jax.models.i3d import abstract_i3d
 from causalfusion_jax.models.store import write_converted
-from causalfusion_jax.prepare.i3d import i3d_table
 from causalfusion_jax.prepare.names import from_released
+from causalfusion_jax.prepare.released_i3d import i3d_table
 
 PROTOCOL = VideoProtocol(frames=9)
 

@@ -24,7 +24,7 @@ from causalfusion_jax.models.autoencoder import (
     moments,
 )
 from causalfusion_jax.prepare import names
-from causalfusion_jax.prepare.autoencoders import (
+from causalfusion_jax.prepare.released_autoencoders import (
     ignored_names,
     mar_vae_config,
     mar_vae_table,

@@ -14,7 +14,7 @@ from causalfusion_jax.models import i3d
 from causalfusion_jax.models.inception import resize_bilinear
 from causalfusion_jax.models.inception_layers import Conv, ConvUnit, Pool
 from causalfusion_jax.prepare import names
-from causalfusion_jax.prepare.i3d import LAYOUTS, i3d_table, ignored_names, recognise
+from causalfusion_jax.prepare.released_i3d import RELEASES, i3d_table, ignored_names, recognise
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_every_layout_gives_the_same_network(weights, params):
         assert set(back) == set(released) - set(ignored_names(layout))
         for name, array in back.items():
             np.testing.assert_array_equal(array, released[name], err_msg=name)
-    assert set(LAYOUTS) == {"pytorch-i3d", "kinetics_i3d_pytorch", "tensorflow"}
+    assert set(RELEASES) == {"pytorch-i3d", "kinetics_i3d_pytorch", "tensorflow"}
 
 
 def test_convert_reads_a_torchscript_file_and_writes_back(weights, tmp_path):

@@ -10,7 +10,7 @@ from helpers import GOLDENS, inception_weights
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.models.inception import abstract_inception, inception_features, init_inception, resize_tf1
 from causalfusion_jax.prepare import names
-from causalfusion_jax.prepare.inception import ignored_names, inception_table
+from causalfusion_jax.prepare.released_inception import ignored_names, inception_table
 
 GOLDEN = GOLDENS / "inception_fid.npz"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from causalfusion_jax.core.factorization import EMPTY_STEP
-from causalfusion_jax.models.attention.attention import Keys, attend, visibility_bias
+from causalfusion_jax.models.attention.dense import KeySegment, dense_attention, mask_bias
 from causalfusion_jax.models.kv_cache import KVCache
 from causalfusion_jax.models.layers import gelu, normalize
 from causalfusion_jax.models.patches import patchify, unpatchify
@@ -60,8 +60,10 @@ def test_own_backward_passes(ours, plain, args):
 def test_attention_over_places_is_attention_over_all():
     q, k, v = normal(0, 2, 5, 3, 8), normal(1, 2, 7, 3, 8), normal(2, 2, 7, 3, 8)
     visible = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[..., 0].set(True)
-    bias = visibility_bias(visible)
-    split = attend(q, [Keys(k[:, :3], v[:, :3], bias[..., :3]), Keys(k[:, 3:], v[:, 3:], bias[..., 3:])])
+    bias = mask_bias(visible)
+    split = dense_attention(
+        q, [KeySegment(k[:, :3], v[:, :3], bias[..., :3]), KeySegment(k[:, 3:], v[:, 3:], bias[..., 3:])]
+    )
     logits = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8)
     weights = np.where(visible[:, None], np.exp(logits), 0.0)
     expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
@@ -71,10 +73,12 @@ def test_attention_over_places_is_attention_over_all():
 def test_copies_of_queries_share_their_keys():
     q, k, v = normal(0, 6, 5, 3, 8), normal(1, 2, 7, 3, 8), normal(2, 2, 7, 3, 8)
     own = normal(3, 6, 5, 3, 8), normal(4, 6, 5, 3, 8)
-    bias = visibility_bias(jax.random.bernoulli(jax.random.key(5), 0.6, (6, 5, 7)))
-    own_bias = visibility_bias(jnp.ones((6, 5, 5), bool))
-    shared = attend(q, [Keys(k, v, bias), Keys(*own, own_bias)])
-    repeated = attend(q, [Keys(*(jnp.tile(a, (3, 1, 1, 1)) for a in (k, v)), bias), Keys(*own, own_bias)])
+    bias = mask_bias(jax.random.bernoulli(jax.random.key(5), 0.6, (6, 5, 7)))
+    own_bias = mask_bias(jnp.ones((6, 5, 5), bool))
+    shared = dense_attention(q, [KeySegment(k, v, bias), KeySegment(*own, own_bias)])
+    repeated = dense_attention(
+        q, [KeySegment(*(jnp.tile(a, (3, 1, 1, 1)) for a in (k, v)), bias), KeySegment(*own, own_bias)]
+    )
     np.testing.assert_allclose(shared, repeated, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: verified, damage and interruptions passed over, an old step kept until the new one is complete."""
+"""Checkpoints: verification, damaged and interrupted steps, and which steps are kept."""
 
 import contextlib
 import errno
@@ -48,7 +48,7 @@ def three(tmp_path_factory):
 
 @pytest.fixture
 def copied(three, tmp_path):
-    """A copy of it, to be changed."""
+    """A copy of `three` that a test may change."""
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -68,8 +68,8 @@ def test_round_trip(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ema, state.ema)
 
 
-def test_arrays_that_the_host_does_not_share_are_saved_while_implicit_transfers_are_forbidden(tmp_path):
-    """The host has no view of an array in another layout, as of one on an accelerator."""
+def test_arrays_without_a_host_view_are_saved_while_implicit_transfers_are_disallowed(tmp_path):
+    """Like an array on an accelerator, an array in another layout has no view on the host."""
     where = Format(Layout(major_to_minor=(1, 0)), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     array = jax.device_put(np.arange(12.0, dtype=np.float32).reshape(3, 4), where)
     with jax.transfer_guard("disallow"):
@@ -156,12 +156,12 @@ def test_checkpoints_without_the_folder_of_manifests_are_refused(copied):
 
 
 class Killed(BaseException):
-    """Where a process is killed."""
+    """Ends the background thread, like a kill."""
 
 
 def killed_at(monkeypatch, method, condition=lambda *args: True):
-    """Ends the background thread where it would call a method, as a kill would."""
-    real, finish = getattr(Checkpoints, method), Checkpoints._finish
+    """Ends the background thread when it calls a method and `condition` holds for the arguments."""
+    real, finish = getattr(Checkpoints, method), Checkpoints.finish
 
     def end(*args):
         if condition(*args):
@@ -173,22 +173,22 @@ def killed_at(monkeypatch, method, condition=lambda *args: True):
             finish(self, step)
 
     monkeypatch.setattr(Checkpoints, method, end)
-    monkeypatch.setattr(Checkpoints, "_finish", finish_until_killed)
+    monkeypatch.setattr(Checkpoints, "finish", finish_until_killed)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-@pytest.mark.parametrize("moment", ["_write_manifest", "_delete_outdated", "_delete_files"])
+@pytest.mark.parametrize("moment", ["write_manifest", "delete_outdated", "delete_files"])
 def test_a_kill_after_the_commit_leaves_an_intact_step(tmp_path, monkeypatch, keep, moment, capsys):
     saved(tmp_path, (4, 8), keep=keep).close()
     with monkeypatch.context() as patched:
-        # The save of a step begins with the deletion of what is left of it.
-        killed_at(patched, moment, lambda self, *step: step != (12,) or moment == "_write_manifest")
+        # A save of step 12 first deletes what is left of that step.
+        killed_at(patched, moment, lambda self, *step: step != (12,) or moment == "write_manifest")
         saved(tmp_path, (12,), keep=keep)
     checkpoints = reopened(tmp_path, keep=keep)
-    expected = 8 if moment == "_write_manifest" else 12
+    expected = 8 if moment == "write_manifest" else 12
     assert checkpoints.good_step() == expected
     assert "damaged" not in capsys.readouterr().err and not (tmp_path / "damaged_checkpoints").exists()
-    # Later saves need the place, and clear what is left away.
+    # Later saves delete what is left.
     checkpoints.save(12 if expected == 8 else 16, SMALL, position=0)
     checkpoints.wait()
     newest = 12 if expected == 8 else 16
@@ -198,7 +198,7 @@ def test_a_kill_after_the_commit_leaves_an_intact_step(tmp_path, monkeypatch, ke
 
 def test_the_first_step_interrupted_starts_from_the_beginning(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        killed_at(patched, "_write_manifest")
+        killed_at(patched, "write_manifest")
         saved(tmp_path, (4,))
     checkpoints = reopened(tmp_path)
     assert checkpoints.good_step() is None
@@ -219,7 +219,7 @@ def test_unfinished_folders_are_removed_on_a_restart(copied):
     assert reopened(copied).good_step() == 12 and not unfinished.exists()
 
 
-def test_what_fails_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
+def test_errors_in_the_background_are_raised_by_the_next_call(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -234,7 +234,7 @@ def test_what_fails_in_the_background_is_raised_by_the_next_call(tmp_path, monke
     assert reopened(tmp_path).good_step() is None
 
 
-# --- What is kept -----------------------------------------------------------------
+# --- Kept steps -------------------------------------------------------------------
 
 
 def test_keeps_the_newest_and_every_kth(tmp_path):
@@ -249,12 +249,12 @@ def test_old_steps_are_kept_until_all_processes_wrote_their_manifest(copied, mon
     manifest = json.loads(manifest_path(copied, 12).read_text())
     Manifests(copied).write_part(12, 0, 2, manifest["files"])
     checkpoints = reopened(copied, keep=1)
-    assert not checkpoints._await_parts(12)
-    checkpoints._delete_outdated()
+    assert not checkpoints.await_parts(12)
+    checkpoints.delete_outdated()
     assert checkpoints.steps() == [12, 8] and checkpoints.good_step() == 8
     Manifests(copied).write_part(12, 1, 2, {})
-    assert checkpoints._await_parts(12)
-    checkpoints._delete_outdated()
+    assert checkpoints.await_parts(12)
+    checkpoints.delete_outdated()
     assert checkpoints.steps() == [12]
 
 
@@ -266,7 +266,7 @@ def test_manifest_describes_every_file(three):
     assert manifest["processes"] == 1 and set(manifest["files"]) == set(files.names(three / "checkpoints" / "4"))
 
 
-def test_each_process_lists_what_it_wrote_and_any_number_verifies_all(tmp_path, monkeypatch):
+def test_each_process_lists_the_files_it_wrote_and_any_number_of_processes_verifies_all(tmp_path, monkeypatch):
     names = ["_CHECKPOINT_METADATA", "state/d/merged", "state/array_metadatas/process_3"]
     names += [f"state/ocdbt.process_{process}/d/0" for process in range(4)]
     folder = tmp_path / "checkpoints" / "5"
@@ -283,7 +283,7 @@ def test_each_process_lists_what_it_wrote_and_any_number_verifies_all(tmp_path, 
             patched.setattr(jax, "process_index", lambda process=process: process)
             patched.setattr(jax, "process_count", lambda: 4)
             assert not checkpoints.complete_steps()
-            checkpoints._write_manifest(5)
+            checkpoints.write_manifest(5)
     assert sorted(read) == sorted(folder / name for name in names), "every file is read once, by its writer"
     parts = [json.loads((tmp_path / "manifests" / "5" / f"{p}.json").read_text())["files"] for p in range(4)]
     assert [len(part) for part in parts] == [4, 1, 1, 1]
@@ -300,7 +300,7 @@ def test_processes_share_the_verification(copied, monkeypatch):
     for process in range(3):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(jax, "process_count", lambda: 3)
-        shares.append(checkpoints._share(expected))
+        shares.append(checkpoints.files_to_verify(expected))
     assert sum(map(len, shares)) == len(expected) and {n for share in shares for n in share} == set(expected)
 
 

@@ -16,7 +16,7 @@ from causalfusion_jax.common import hardware, sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.pictures import to_uint8
 from causalfusion_jax.config import experiment
-from causalfusion_jax.config.slices import Spec
+from causalfusion_jax.config.slices import SliceJob
 from causalfusion_jax.core.conditions import Condition
 from causalfusion_jax.data.digit_pairs import digit_pairs
 from causalfusion_jax.data.pipeline import DataConfig
@@ -41,7 +41,7 @@ CONFIG = experiment.from_dict(tiny_config(**TINY))
 
 @pytest.fixture
 def two_devices(monkeypatch):
-    """Only two devices to share a batch, which is enough and compiles faster."""
+    """Two devices, which are enough for a split batch and compile faster."""
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(
         sharding,
@@ -51,7 +51,7 @@ def two_devices(monkeypatch):
 
 
 def train(workdir, monkeypatch, steps, values):
-    """Trains to `steps`, evaluations giving `values` one after the other. Returns those that were not taken.
+    """Trains to `steps`; the evaluations give `values` one after the other. Returns the values that are left.
 
     Implicit host reads fail, as on an accelerator.
     """
@@ -68,14 +68,12 @@ def kept(workdir):
     return checkpoints.steps(), checkpoints.best()
 
 
-def test_the_best_is_kept_beside_the_latest_across_restarts(
-    tmp_path, tmp_path_factory, monkeypatch, two_devices, capsys
-):
+def test_the_best_and_the_latest_are_kept_across_restarts(tmp_path, tmp_path_factory, monkeypatch, two_devices, capsys):
     with compiled_modules(tmp_path_factory.mktemp("modules")) as started:
         assert train(tmp_path, monkeypatch, 12, [3.0, 1.0, 2.0]) == []
-    # Whatever multiplies matrices is a program that preflight compiles ahead, to the last instruction.
-    spec = Spec(CONFIG, hardware.topology("v5e:2x2"))
-    listed = listed_modules(spec, monkeypatch, jax.devices()[:2], "training", "evaluation")
+    # Every program with a matrix product is one that preflight compiles, instruction by instruction.
+    job = SliceJob(CONFIG, hardware.topology("v5e:2x2"))
+    listed = listed_modules(job, monkeypatch, jax.devices()[:2], "training", "evaluation")
     assert set(listed) == {"training step", "evaluation sampler"}
     assert content(listed["training step"]) in map(content, started)
     assert set(map(content, started)) <= set(map(content, listed.values()))
@@ -96,10 +94,10 @@ def test_the_best_is_kept_beside_the_latest_across_restarts(
     assert steps == [24, 20] and (best["step"], best["value"]) == (20, 0.5)
 
 
-def save(checkpoints, step, value=None, of=dict(metric="fd")):
+def save(checkpoints, step, value=None, **settings):
     checkpoints.save(step, {"x": np.arange(3)}, position=0)
     if value is not None:
-        checkpoints.record_evaluation(step, value, of)
+        checkpoints.record_evaluation(step, value, {"metric": "fd"} | settings)
 
 
 def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
@@ -119,27 +117,27 @@ def test_going_back_to_an_older_checkpoint_finds_its_best(tmp_path):
     again = Checkpoints(tmp_path, keep=2)
     again.go_back(6)
     assert again.best()["step"] == 4 and not again.is_evaluated(7, dict(metric="fd"))
-    # What is best starts anew where values cannot be compared.
-    save(again, 8, 9.0, dict(metric="fd", num_images=2))
+    # Values under different settings are not compared.
+    save(again, 8, 9.0, num_images=2)
     again.close()
     assert again.best()["step"] == 8
 
 
 @pytest.mark.parametrize("metric", ["fd", "accuracy"])
 def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, metric):
-    checkpoints, of = Checkpoints(tmp_path), dict(metric=metric)
-    assert not checkpoints.is_best(1, np.nan, of)
-    checkpoints.record_evaluation(1, np.nan, of)
+    checkpoints, settings = Checkpoints(tmp_path), dict(metric=metric)
+    assert not checkpoints.is_best(1, np.nan, settings)
+    checkpoints.record_evaluation(1, np.nan, settings)
     for step, value in {2: 0.5, 3: np.nan}.items():
-        assert checkpoints.is_best(step, value, of) == (step == 2)
-        save(checkpoints, step, value, of)
+        assert checkpoints.is_best(step, value, settings) == (step == 2)
+        save(checkpoints, step, value, metric=metric)
     checkpoints.close()
     assert checkpoints.best()["step"] == 2
     assert is_better(metric, 0.5, np.nan) and not is_better(metric, np.nan, 0.5)
 
 
 def test_the_best_of_an_older_version_is_found_and_kept(tmp_path):
-    """It was saved inside of the checkpoint."""
+    """Older versions saved it in the checkpoint."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (4, 8):
         save(checkpoints, step, 1.0 * step)
@@ -155,7 +153,7 @@ def test_the_best_of_an_older_version_is_found_and_kept(tmp_path):
     assert again.steps() == [12, 4]
 
 
-def test_evaluator_scores_what_is_sampled(two_devices):
+def test_the_evaluator_scores_the_samples(two_devices):
     mesh = sharding.make_mesh(CONFIG.mesh)
     params = random_params(CONFIG.transformer)
     labels = balanced_labels(18, 10)
@@ -190,7 +188,7 @@ def test_models_of_text_are_evaluated_by_captions_and_no_class(monkeypatch):
     prompts = []
 
     def draw(labels, text):
-        assert labels.tolist() == [100] * 40, "a class that no text came with in training"
+        assert labels.tolist() == [100] * 40, "the class of training images without a class"
         prompts.extend(decode([int(token) for token in slots if token > END]) for slots in text)
         return np.stack([to_uint8(of_caption[prompt]) for prompt in prompts])
 
@@ -199,7 +197,7 @@ def test_models_of_text_are_evaluated_by_captions_and_no_class(monkeypatch):
     assert len(set(prompts)) > 20
 
 
-def test_models_that_saw_no_class_are_sampled_without(monkeypatch):
+def test_models_trained_without_classes_are_sampled_without(monkeypatch):
     values = tiny_config(model=dict(class_dropout=1.0), evaluation=dict(eval_every=1, num_images=30))
     seen = []
 
@@ -218,7 +216,7 @@ def test_every_declared_pixel_metric_is_measured_and_has_a_direction(data):
     longer = (2 * data.frames,) if data.frames > 1 else ()
     samples = np.zeros((4, *longer, *data.shape[-3:]), np.uint8)
     assert set(score(data, samples, np.zeros(4, int))) == set(pixel_metrics(data)) <= set(SCORES)
-    # Of no class in particular, what compares samples with their classes is left out.
+    # Without classes, metrics that compare samples with their classes are left out.
     of_classes = {"accuracy", "accuracy_beyond", "left", "right"}
     assert of_classes <= set(HIGHER_IS_BETTER)
     without = set(pixel_metrics(data)) - of_classes
@@ -242,7 +240,7 @@ def test_every_declared_pixel_metric_is_measured_and_has_a_direction(data):
         (dict(evaluation=dict(eval_every=1, vae="no")), "vae"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_evaluated_is_refused_first(sections, field):
+def test_evaluations_that_cannot_run_are_refused_first(sections, field):
     config = experiment.from_dict(tiny_config(**sections))
     with pytest.raises(InputError) as error:
         periodic.Evaluator(config, sharding.make_mesh(config.mesh))

@@ -1,4 +1,4 @@
-"""The training loop around its step: saves, evaluations and grids, signals, and what a resumed run makes up for."""
+"""The training loop around its step: saves, evaluations, sample grids, signals, and resuming."""
 
 import dataclasses
 import errno
@@ -21,7 +21,7 @@ from causalfusion_jax.common import files, sharding
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.config import experiment
-from causalfusion_jax.training import loop, metric_log as metrics_lib
+from causalfusion_jax.training import loop, metric_log
 from causalfusion_jax.training.state import abstract_state, compile_train_step
 from causalfusion_jax.training.stopping import Stopped
 
@@ -49,10 +49,10 @@ def compiled(step, mesh):
 
 
 class Course:
-    """Trains with an evaluator and a sampler of three batches each, which send a signal when told to.
+    """Trains with an evaluator and a preview of three batches each, and sends signals at chosen events.
 
     Attributes:
-      events: what was begun, in order, as "save 4".
+      events: what has begun, in order, such as "save 4".
       signals: events in which SIGTERM arrives.
     """
 
@@ -60,26 +60,27 @@ class Course:
         self.events, self.signals = [], set()
         mesh = sharding.make_mesh(CONFIG.mesh, jax.devices()[:1])
         monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
-        monkeypatch.setattr(metrics_lib, "peak_flops", lambda device: 1.0)
+        monkeypatch.setattr(metric_log, "peak_flops", lambda device: 1.0)
         monkeypatch.setattr(loop, "compile_train_step", lambda step, mesh, shapes, key: compiled(step, mesh))
         course, save = self, Checkpoints.save
 
-        def noted(self, step, *args):
+        def recorded(self, step, *args):
             course.begin(f"save {step}")
             save(self, step, *args)
 
-        monkeypatch.setattr(Checkpoints, "save", noted)
-        for method, name in (("_evaluate", "evaluation"), ("_sample", "grid")):
-            monkeypatch.setattr(loop._Run, method, self.announced(name, getattr(loop._Run, method)))
+        monkeypatch.setattr(Checkpoints, "save", recorded)
+        for method, name in (("evaluate", "evaluation"), ("draw_grid", "grid")):
+            recorded_method = self.recorded(name, getattr(loop.TrainingRun, method))
+            monkeypatch.setattr(loop.TrainingRun, method, recorded_method)
 
     settings = {"metric": "fd"}
 
-    def announced(self, name, method):
-        def run(of, step, state):
+    def recorded(self, name, method):
+        def record(run, step, state):
             self.begin(f"{name} {step}")
-            method(of, step, state)
+            method(run, step, state)
 
-        return run
+        return record
 
     def begin(self, event):
         self.events.append(event)
@@ -90,7 +91,7 @@ class Course:
     def __call__(self, ema, between_batches):
         for _ in range(3):
             between_batches()
-        # Later ones are worse.
+        # Later scores are worse.
         return {"fd": float(jnp.sum(jnp.abs(ema["token_in"]["kernel"])))}
 
     @staticmethod
@@ -111,7 +112,7 @@ def course(monkeypatch):
 
 
 def outcome(workdir):
-    """All that a run leaves that must not depend on when it was stopped."""
+    """What a run writes that must not depend on when it was stopped."""
     merged = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -121,15 +122,14 @@ def outcome(workdir):
     grids = {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
     checkpoints = Checkpoints(workdir, read_only=True)
     mesh = sharding.make_mesh(CONFIG.mesh)
-    reading = Checkpoints(workdir, keep=100)
-    state = reading.restore(checkpoints.good_step(), abstract_state(CONFIG.step, mesh))[0]
+    state = Checkpoints(workdir, keep=100).restore(checkpoints.good_step(), abstract_state(CONFIG.step, mesh))[0]
     values = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     return merged, grids, checkpoints.steps(), checkpoints.best(), values
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The workdir of a run that nothing stopped, and what it leaves."""
+    """The workdir of an uninterrupted run, and its outcome."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         course = Course(monkeypatch)
@@ -147,17 +147,17 @@ def slow(*values):
     [
         # Not saved at this step otherwise.
         ("grid 2", ["grid 2", "save 2"], ["grid 2", "save 3", "save 4", "evaluation 4", "grid 4", *EVERYTHING[5:]]),
-        # At the step of an evaluation: seen at the next poll, which is in the evaluation.
+        # At the step of an evaluation: noticed at the next poll, which is in the evaluation.
         slow("save 4", EVERYTHING[:4], EVERYTHING[3:]),
         ("evaluation 4", EVERYTHING[:4], EVERYTHING[3:]),
-        # The evaluation was recorded, and is not made again.
+        # The evaluation was recorded, and is not repeated.
         slow("grid 4", EVERYTHING[:5], EVERYTHING[4:]),
         slow("save 3", EVERYTHING[:2] + ["save 4"], EVERYTHING[3:]),
         slow("evaluation 8", EVERYTHING[:9], EVERYTHING[8:]),
         ("grid 8", EVERYTHING[:10], EVERYTHING[9:]),
     ],
 )  # fmt: skip
-def test_a_signal_is_honoured_at_once_and_the_resumed_run_ends_as_if_nothing_had_been(
+def test_a_run_stopped_by_a_signal_and_resumed_ends_like_an_uninterrupted_one(
     course, uninterrupted, tmp_path, event, before, after
 ):
     course.signals = {event}
@@ -174,7 +174,7 @@ def test_a_signal_is_honoured_at_once_and_the_resumed_run_ends_as_if_nothing_had
 
 
 def test_a_state_that_diverged_is_not_saved(course, tmp_path, monkeypatch):
-    """Resumed from it, the run would end again at once, whatever the learning rate."""
+    """Resumed from such a state, the run would end at once, whatever the learning rate."""
 
     def diverging(step, mesh, shapes, key):
         def run(state, batch, key):
@@ -234,14 +234,14 @@ def test_settings_that_may_change_are_reported_and_recorded(course, uninterrupte
 
 def test_means_are_over_the_finite_steps():
     totals = {"loss": 6.0, "nonfinite_steps": 1.0, "mse/sum": np.array([2.0, 0.0]), "mse/count": np.array([4.0, 0.0])}
-    assert metrics_lib.summarize(totals, 4) == {"loss": 2.0, "nonfinite_steps": 0.25, "mse/0": 0.5}
-    assert metrics_lib.summarize({"loss": 0.0, "nonfinite_steps": 2.0}, 2) == {"loss": None, "nonfinite_steps": 1.0}
+    assert metric_log.summarize(totals, 4) == {"loss": 2.0, "nonfinite_steps": 0.25, "mse/0": 0.5}
+    assert metric_log.summarize({"loss": 0.0, "nonfinite_steps": 2.0}, 2) == {"loss": None, "nonfinite_steps": 1.0}
 
 
-def test_the_metrics_file_is_valid_json_whatever_happens(tmp_path, capsys):
+def test_the_metrics_file_is_always_valid_json(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    log = metrics_lib.MetricsLog(str(tmp_path), 10)
+    log = metric_log.MetricsLog(str(tmp_path), 10)
     speed = dict(steps_per_second=1.0, images_per_second=1.0, model_flops_utilization=0.5)
     log.write(2, {"loss": None, "nonfinite_steps": 1.0, "grad_norm": np.inf, **speed})
     log.write_scores(2, {"fd": float("nan")}, False)
@@ -255,7 +255,7 @@ def test_the_metrics_file_is_valid_json_whatever_happens(tmp_path, capsys):
 
 def test_partial_sums_are_saved_exactly():
     totals = {"loss": jnp.float32(0.1), "mse/sum": jnp.float32([0.2, 1e-30])}
-    plain = json.loads(json.dumps(metrics_lib.to_plain(totals)))
+    plain = json.loads(json.dumps(metric_log.to_plain(totals)))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(b, np.float32), a), totals, plain)
 
 
@@ -281,5 +281,5 @@ def test_everything_is_closed_also_where_the_log_cannot_be():
 
     run = types.SimpleNamespace(**{name: Opened(name) for name in ("iterator", "log", "checkpoints")})
     with pytest.raises(OSError, match="No space left"):
-        loop._Run.close(run)
+        loop.TrainingRun.close(run)
     assert closed == ["iterator", "log", "checkpoints"]

@@ -26,26 +26,26 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_the_results_of_one(tmp_path):
     """Batches, sampling from split weights, decoding, and merged statistics, on meshes across processes."""
     write_vae(tmp_path / "vae")
     all_done(start_processes(2, "multihost_checks", f"--folder={tmp_path}"))
-    found = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
+    results = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
     batch = np.arange(12, dtype=np.float32).reshape(4, 3)
     rows = {"fsdp": ([0, 1], [2, 3]), "tensor": ([0, 1, 2, 3],) * 2, "sequence": ([0, 1, 2, 3],) * 2}
-    for process, values in enumerate(found):
+    for process, values in enumerate(results):
         for name in multihost_checks.MESHES:
             assert values[f"{name}.rows"].tolist() == rows[name][process]
             np.testing.assert_array_equal(values[f"{name}.batch"], batch)
     decode = make_autoencoder(str(tmp_path / "vae"), multihost_checks.CONFIG).decode
     alone = multihost_checks.sampled(random_params(multihost_checks.CONFIG.transformer), decode)
-    assert sorted(np.concatenate([values["numbers"] for values in found])) == [0, 1, 2, 3, 4]
-    for values in found:
+    assert sorted(np.concatenate([values["numbers"] for values in results])) == [0, 1, 2, 3, 4]
+    for values in results:
         assert len(values["numbers"]) < 5
         assert np.abs(values["images"].astype(int) - alone["images"]).max() <= 1
         np.testing.assert_array_equal(values["own"], values["images"][values["numbers"]])
     whole = multihost_checks.collected_by(range(7))
-    for values in found:
+    for values in results:
         np.testing.assert_allclose(values["mean"], whole.statistics["2048"].mean, rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(values["cov_row"], whole.statistics["2048"].cov[0], rtol=1e-10, atol=1e-14)
         np.testing.assert_allclose(values["score"], whole.score.result(), rtol=1e-12)

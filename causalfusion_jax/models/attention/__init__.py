@@ -1,1 +1,1 @@
-"""Attention under the mask of the generalized causal rule: dense, in tiles, as a TPU kernel."""
+"""Softmax attention by the attention rule: dense, in tiles, and on a CPU head by head."""

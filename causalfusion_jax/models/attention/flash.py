@@ -1,13 +1,13 @@
-"""Attention by the one rule without an array of [queries, keys], and without hidden tiles.
+"""Attention by the attention rule in tiles: no array of [queries, keys], and no work for fully masked tiles.
 
-Queries and keys are cut into tiles, and the softmax is taken tile by tile, as
-FlashAttention (arXiv 2205.14135) does; tiles in which the rule hides every pair are left
-out. On a TPU this is a Pallas kernel; everywhere else `blockwise_attention` does the same
-in plain JAX. Both keep of the softmax only one number a query, the logarithm of its
-denominator, and recompute the rest for the gradient.
+Queries and keys are cut into tiles, and the softmax is taken tile by tile as in FlashAttention
+(arXiv 2205.14135); tiles in which the rule masks every pair are skipped. On a TPU this is a
+Pallas kernel; on other platforms `blockwise_attention` does the same in plain JAX. Both keep of
+the softmax one number for each query, the logarithm of its denominator, and recompute the rest
+for the gradient.
 
-A query that sees no key, and every padding token, gets zeros. Roles and steps may be
-traced and differ between samples.
+A query that attends to no key, and every padding token, gets zeros. Roles and steps may be
+traced and may differ between samples.
 """
 
 import functools
@@ -18,45 +18,49 @@ import jax
 import jax.numpy as jnp
 
 from causalfusion_jax.core.factorization import attends, tile_may_attend
-from causalfusion_jax.models.attention.kernel import TILE, default_tile, pallas_backward, pallas_forward
-from causalfusion_jax.models.attention.tiles import HIDDEN_LOGIT, LEAST_MAXIMUM, Layout, pad
+from causalfusion_jax.models.attention.kernel import (
+    TILE,
+    BackwardInputs,
+    ForwardInputs,
+    default_tile,
+    pallas_backward,
+    pallas_forward,
+)
+from causalfusion_jax.models.attention.tiles import LEAST_MAXIMUM, MASKED_LOGIT, AttentionLayout, pad
 
-# --- How much is computed ------------------------------------------------------------
+# --- Statistics of a layout ----------------------------------------------------------
 
 
-def tiles_computed(q_role, q_step, k_role, k_step, q_tile: int | None = None, k_tile: int | None = None) -> jax.Array:
-    """Share of the tiles that is computed, float32 []; a dense attention computes 1.
+def computed_fraction(layout: AttentionLayout, q_tile: int | None = None, k_tile: int | None = None) -> jax.Array:
+    """Fraction of the tiles that is computed, float32 []; 1 for dense attention.
 
     Args:
-      q_role, q_step: int [batch, queries].
-      k_role, k_step: int [batch, keys].
-      q_tile, k_tile: tokens in a tile; default: the Pallas kernel's.
+      layout: roles and steps.
+      q_tile, k_tile: tokens in a tile; default: those of the Pallas kernel.
     """
-    q_tile, k_tile = q_tile or default_tile(q_role.shape[-1]), k_tile or default_tile(k_role.shape[-1])
-    layout = Layout(*map(jnp.asarray, (q_role, q_step, k_role, k_step))).padded(q_tile, k_tile)
-    return tile_may_attend(*layout, q_tile, k_tile).mean()
+    q_tile = q_tile or default_tile(layout.q_role.shape[-1])
+    k_tile = k_tile or default_tile(layout.k_role.shape[-1])
+    padded = layout.as_arrays().padded(q_tile, k_tile)
+    return tile_may_attend(*padded, q_tile, k_tile).mean()
 
 
-def visible_fraction(q_role, q_step, k_role, k_step) -> jax.Array:
-    """Share of the pairs of query and key that the rule makes visible, float32 [].
+def attended_fraction(layout: AttentionLayout) -> jax.Array:
+    """Fraction of the pairs of query and key that the rule does not mask, float32 []; padding tokens have none."""
+    padded = layout.as_arrays().padded(1, 1)
 
-    Padding tokens see nothing and are not seen.
-    """
-    layout = Layout(*map(jnp.asarray, (q_role, q_step, k_role, k_step))).padded(1, 1)
-
-    def of_query(query):
+    def attended_by(query):
         role, step = query
-        return attends(role[:, None], step[:, None], layout.k_role, layout.k_step).mean(dtype=jnp.float32)
+        return attends(role[:, None], step[:, None], padded.k_role, padded.k_step).mean(dtype=jnp.float32)
 
-    # Some queries at a time: there is no array of [queries, keys] here either.
-    return jax.lax.map(of_query, (layout.q_role.T, layout.q_step.T), batch_size=256).mean()
+    # A part of the queries at a time: there is no array of [queries, keys] here either.
+    return jax.lax.map(attended_by, (padded.q_role.T, padded.q_step.T), batch_size=256).mean()
 
 
 # --- Plain JAX --------------------------------------------------------------------
 
 
 def _balanced_tile(tokens: int) -> int:
-    """The least tile that makes as few tiles as TILE does."""
+    """Smallest tile that cuts the tokens into no more tiles than TILE does."""
     return -(-tokens // -(-tokens // TILE))
 
 
@@ -67,15 +71,19 @@ def _cut(x, tile: int):
 
 
 def _join(x, like):
-    """Undoes `_cut`."""
+    """Inverse of `_cut`: an array of the shape and type of `like`."""
     x = x.transpose(1, 0, 3, 2, 4)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : like.shape[1]].astype(like.dtype)
 
 
-def _cut_layout(layout: Layout, q_tile: int, k_tile: int):
-    """Roles and steps of each tile, [tiles, batch, tile], and which key tiles each query tile visits.
+def _cut_layout(layout: AttentionLayout, q_tile: int, k_tile: int):
+    """Cuts roles and steps into tiles, and lists the key tiles that each query tile visits.
 
-    One list serves the whole batch: a tile is visited where any sample needs it.
+    The whole batch shares one list: a tile is visited where any sample needs it.
+
+    Returns:
+      Role and step of the queries, each [tiles, batch, q_tile]; of the keys, likewise; and of each
+      query tile the key tiles in the order of visits, int [q_tiles, k_tiles], with their number, int [q_tiles].
     """
     layout = layout.padded(q_tile, k_tile)
     may = tile_may_attend(*layout, q_tile, k_tile).any(axis=0)
@@ -85,31 +93,32 @@ def _cut_layout(layout: Layout, q_tile: int, k_tile: int):
     def cut(x, tile):
         return x.reshape(batch, -1, tile).swapaxes(0, 1)
 
-    q_places = cut(layout.q_role, q_tile), cut(layout.q_step, q_tile)
-    k_places = cut(layout.k_role, k_tile), cut(layout.k_step, k_tile)
-    return q_places, k_places, (order, count)
+    q_tokens = cut(layout.q_role, q_tile), cut(layout.q_step, q_tile)
+    k_tokens = cut(layout.k_role, k_tile), cut(layout.k_step, k_tile)
+    return q_tokens, k_tokens, (order, count)
 
 
-def _tile_logits(q, k, q_place, k_place):
+def _tile_logits(q, k, q_tokens, k_tokens):
     """float32 [batch, heads, q_tile, k_tile]."""
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-    return jnp.where(attends(*q_place, *k_place)[:, None], logits, HIDDEN_LOGIT)
+    return jnp.where(attends(*q_tokens, *k_tokens)[:, None], logits, MASKED_LOGIT)
 
 
-def _blockwise_forward(q, k, v, layout: Layout, q_tile: int | None, k_tile: int | None):
-    """As `pallas_forward`."""
+def _blockwise_forward(inputs: ForwardInputs, q_tile: int | None, k_tile: int | None):
+    """`pallas_forward` in plain JAX."""
+    q, k, v, layout = inputs
     batch, queries, heads, head_dim = q.shape
     q_tile, k_tile = q_tile or _balanced_tile(queries), k_tile or _balanced_tile(k.shape[1])
-    q_places, k_places, visits = _cut_layout(layout, q_tile, k_tile)
-    keys = _cut(k, k_tile), _cut(v, k_tile), k_places
+    q_tokens, k_tokens, visits = _cut_layout(layout, q_tile, k_tile)
+    keys = _cut(k, k_tile), _cut(v, k_tile), k_tokens
 
-    def of_queries(tile):
-        q_i, place, (order, count) = tile
+    def attend_tile(tile):
+        q_i, q_tokens_i, (order, count) = tile
 
         def visit(j, carry):
             maximum, total, acc = carry
-            k_j, v_j, k_place = jax.tree.map(lambda a: a[order[j]], keys)
-            logits = _tile_logits(q_i, k_j, place, k_place)
+            k_j, v_j, k_tokens_j = jax.tree.map(lambda a: a[order[j]], keys)
+            logits = _tile_logits(q_i, k_j, q_tokens_i, k_tokens_j)
             new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
             weights = jnp.exp(logits - new_maximum[..., None])
             shrink = jnp.exp(maximum - new_maximum)
@@ -123,29 +132,30 @@ def _blockwise_forward(q, k, v, layout: Layout, q_tile: int | None, k_tile: int 
         total = jnp.where(empty, 1.0, total)
         return acc / total[..., None], jnp.where(empty, 0.0, maximum + jnp.log(total))
 
-    out, lse = jax.lax.map(of_queries, (_cut(q, q_tile), q_places, visits))
+    out, lse = jax.lax.map(attend_tile, (_cut(q, q_tile), q_tokens, visits))
     return _join(out, q), jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1)[..., :queries]
 
 
-def _blockwise_backward(q, k, v, layout: Layout, lse, dot, d_out, q_tile: int | None, k_tile: int | None):
-    """As `pallas_backward`."""
+def _blockwise_backward(inputs: BackwardInputs, q_tile: int | None, k_tile: int | None):
+    """`pallas_backward` in plain JAX."""
+    (q, k, v, layout), lse, dot, d_out = inputs
     batch, queries, heads, _ = q.shape
     q_tile, k_tile = q_tile or _balanced_tile(queries), k_tile or _balanced_tile(k.shape[1])
-    q_places, k_places, visits = _cut_layout(layout, q_tile, k_tile)
-    keys = _cut(k, k_tile), _cut(v, k_tile), k_places
+    q_tokens, k_tokens, visits = _cut_layout(layout, q_tile, k_tile)
+    keys = _cut(k, k_tile), _cut(v, k_tile), k_tokens
 
     def cut_sums(x):
         """[batch, heads, queries] to [tiles, batch, heads, q_tile]."""
         return jnp.moveaxis(pad(x, q_tile, 2).reshape(batch, heads, -1, q_tile), 2, 0)
 
-    def of_queries(gradients, tile):
-        q_i, d_out_i, lse_i, dot_i, place, (order, count) = tile
+    def differentiate_tile(gradients, tile):
+        q_i, d_out_i, lse_i, dot_i, q_tokens_i, (order, count) = tile
 
         def visit(j, carry):
             dq_i, dk, dv = carry
-            k_j, v_j, k_place = jax.tree.map(lambda a: a[order[j]], keys)
+            k_j, v_j, k_tokens_j = jax.tree.map(lambda a: a[order[j]], keys)
             product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-            weights = jnp.exp(_tile_logits(q_i, k_j, place, k_place) - lse_i[..., None])
+            weights = jnp.exp(_tile_logits(q_i, k_j, q_tokens_i, k_tokens_j) - lse_i[..., None])
             d_weights = product("bhqd,bhkd->bhqk", d_out_i, v_j)
             d_logits = (weights * (d_weights - dot_i[..., None])).astype(q.dtype)
             dv = dv.at[order[j]].add(product("bhqk,bhqd->bhkd", weights.astype(q.dtype), d_out_i))
@@ -157,11 +167,11 @@ def _blockwise_backward(q, k, v, layout: Layout, lse, dot, d_out, q_tile: int | 
 
     xs = (_cut(q, q_tile), _cut(d_out, q_tile), cut_sums(lse), cut_sums(dot))
     zeros = jnp.zeros(keys[0].shape, jnp.float32)
-    (dk, dv), dq = jax.lax.scan(of_queries, (zeros, zeros), (*xs, q_places, visits))
+    (dk, dv), dq = jax.lax.scan(differentiate_tile, (zeros, zeros), (*xs, q_tokens, visits))
     return _join(dq, q), _join(dk, k), _join(dv, v)
 
 
-# --- Entry ------------------------------------------------------------------------
+# --- Choice of an implementation ------------------------------------------------------
 
 
 class _Choice(NamedTuple):
@@ -172,14 +182,14 @@ class _Choice(NamedTuple):
     k_tile: int | None
 
 
-def _run(choice: _Choice, pallas: Callable, blockwise: Callable, *args):
-    """Calls the chosen implementation; `auto` is settled when the computation is lowered."""
+def _run(choice: _Choice, pallas: Callable, blockwise: Callable, inputs: ForwardInputs | BackwardInputs):
+    """Calls the chosen implementation; `auto` is decided when the computation is lowered."""
     tiles = {"q_tile": choice.q_tile, "k_tile": choice.k_tile}
     kernel = functools.partial(pallas, interpret=choice.implementation == "interpret", **tiles)
     plain = functools.partial(blockwise, **tiles)
     if choice.implementation == "auto":
-        return jax.lax.platform_dependent(*args, tpu=kernel, default=plain)
-    return plain(*args) if choice.implementation == "blockwise" else kernel(*args)
+        return jax.lax.platform_dependent(inputs, tpu=kernel, default=plain)
+    return plain(inputs) if choice.implementation == "blockwise" else kernel(inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -189,21 +199,24 @@ def _attention(choice, q, k, v, layout):
 
 
 def _attention_forward(choice, q, k, v, layout):
-    out, lse = _run(choice, pallas_forward, _blockwise_forward, q, k, v, layout)
-    return out, (q, k, v, layout, out, lse)
+    inputs = ForwardInputs(q, k, v, layout)
+    out, lse = _run(choice, pallas_forward, _blockwise_forward, inputs)
+    return out, (inputs, out, lse)
 
 
 def _attention_backward(choice, saved, d_out):
-    q, k, v, layout, out, lse = saved
-    # What the softmax's normalization takes off the gradient of each of a query's logits.
+    inputs, out, lse = saved
+    # The normalization of the softmax subtracts this from the gradient of each logit of a query.
     dot = jnp.einsum("bqhd,bqhd->bhq", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    return *_run(choice, pallas_backward, _blockwise_backward, q, k, v, layout, lse, dot, d_out), None
+    gradients = _run(choice, pallas_backward, _blockwise_backward, BackwardInputs(inputs, lse, dot, d_out))
+    return *gradients, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _attend(implementation, q, k, v, q_role, q_step, k_role, k_step, q_tile, k_tile):
+def _attend(choice: _Choice, q, k, v, layout: AttentionLayout):
+    """See `flash_attention`."""
     batch, queries, copies = k.shape[0], q.shape[1], q.shape[0] // k.shape[0]
 
     def fold(x):
@@ -212,9 +225,9 @@ def _attend(implementation, q, k, v, q_role, q_step, k_role, k_step, q_tile, k_t
             return x
         return x.reshape(copies, batch, *x.shape[1:]).swapaxes(0, 1).reshape(batch, -1, *x.shape[2:])
 
-    layout = Layout(*(jnp.asarray(a, jnp.int32) for a in (q_role, q_step, k_role, k_step)))
+    layout = layout.as_arrays()
     layout = layout._replace(q_role=fold(layout.q_role), q_step=fold(layout.q_step))
-    out = _attention(_Choice(implementation, q_tile, k_tile), fold(q * q.shape[-1] ** -0.5), k, v, layout)
+    out = _attention(choice, fold(q * q.shape[-1] ** -0.5), k, v, layout)
     if copies == 1:
         return out
     return out.reshape(batch, copies, queries, *q.shape[2:]).swapaxes(0, 1).reshape(q.shape)
@@ -224,41 +237,37 @@ def flash_attention(
     q,
     k,
     v,
-    q_role,
-    q_step,
-    k_role,
-    k_step,
+    layout: AttentionLayout,
     *,
     q_tile: int | None = None,
     k_tile: int | None = None,
     interpret: bool | None = None,
 ) -> jax.Array:
-    """Softmax attention by `factorization.attends`, differentiable in q, k and v.
+    """Softmax attention with the mask `factorization.attends`, differentiable in q, k and v.
 
-    The queries' batch may be several copies of the keys', one after the other, which then
-    share the keys. Products take the inputs' type and accumulate in float32.
+    The batch of the queries may be several copies of the batch of the keys, one after the other,
+    which then share the keys. Products take the type of the inputs and accumulate in float32.
 
     Args:
       q: [copies * batch, queries, heads, head_dim].
       k, v: [batch, keys, heads, head_dim].
-      q_role, q_step: int32 [copies * batch, queries].
-      k_role, k_step: int32 [batch, keys].
+      layout: roles and steps of the queries [copies * batch, queries] and the keys [batch, keys].
       q_tile, k_tile: tokens in a tile; on a TPU multiples of 128.
       interpret: None: the Pallas kernel where the computation is lowered for a TPU, else
-        `blockwise_attention`; False: the kernel; True: the kernel, interpreted, anywhere.
+        `blockwise_attention`; False: the kernel; True: the kernel, interpreted, on any platform.
 
     Returns:
       [copies * batch, queries, heads, head_dim], of q's type.
     """
     implementation = {None: "auto", False: "pallas", True: "interpret"}[interpret]
-    return _attend(implementation, q, k, v, q_role, q_step, k_role, k_step, q_tile, k_tile)
+    return _attend(_Choice(implementation, q_tile, k_tile), q, k, v, layout)
 
 
 def blockwise_attention(
-    q, k, v, q_role, q_step, k_role, k_step, *, q_tile: int | None = None, k_tile: int | None = None
+    q, k, v, layout: AttentionLayout, *, q_tile: int | None = None, k_tile: int | None = None
 ) -> jax.Array:
-    """`flash_attention` in plain JAX, for every backend.
+    """`flash_attention` in plain JAX, for every platform.
 
-    A tile is skipped where it is invisible in all samples of the batch.
+    A tile is skipped where it is fully masked in all samples of the batch.
     """
-    return _attend("blockwise", q, k, v, q_role, q_step, k_role, k_step, q_tile, k_tile)
+    return _attend(_Choice("blockwise", q_tile, k_tile), q, k, v, layout)

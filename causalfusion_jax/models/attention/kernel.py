@@ -1,11 +1,13 @@
-"""Pallas TPU kernels of tiled attention: output, and gradients by recomputation.
+"""Pallas TPU kernels of attention in tiles: the output, and gradients by recomputation.
 
-The grid of each kernel is [batch, heads, tiles, slots]: a tile of queries (or, for the
-gradients of keys and values, of keys) meets in turn the tiles of the other side that a
-TilePlan lists. What the plan skips is neither computed nor fetched.
+The grid of each kernel is [batch, heads, tiles, slots]: each slot of a tile of queries (or, for
+the gradients of keys and values, of keys) visits one of the tiles of the other side that a
+TilePlan lists. A tile that the plan skips is neither computed nor fetched.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,10 @@ from causalfusion_jax.common import sharding
 from causalfusion_jax.core.factorization import CONDITION_STEP, Role
 from causalfusion_jax.models.attention.tiles import (
     FULL,
-    HIDDEN_LOGIT,
     LEAST_MAXIMUM,
+    MASKED_LOGIT,
     MIXED,
-    Layout,
+    AttentionLayout,
     TilePlan,
     pad,
     tile_plans,
@@ -34,8 +36,39 @@ TILE = 512
 """Largest tile of a long sequence: float32 tiles and their temporaries fit in 16 MiB of VMEM."""
 
 
+class ForwardInputs(NamedTuple):
+    """Inputs of the forward pass.
+
+    Attributes:
+      q: scaled queries, [batch, queries, heads, head_dim].
+      k, v: [batch, keys, heads, head_dim].
+      layout: roles and steps.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    layout: AttentionLayout
+
+
+class BackwardInputs(NamedTuple):
+    """Inputs of the backward pass.
+
+    Attributes:
+      forward: inputs of the forward pass.
+      lse: log-sum-exp of the logits of each query, float32 [batch, heads, queries].
+      dot: inner product of the output of each query and its gradient, float32 [batch, heads, queries].
+      d_out: gradient of the output.
+    """
+
+    forward: ForwardInputs
+    lse: jax.Array
+    dot: jax.Array
+    d_out: jax.Array
+
+
 def default_tile(tokens: int) -> int:
-    """Tile of the Pallas kernel: one for a short sequence, else TILE tokens."""
+    """Tokens in a tile of the kernels: all of a short sequence, else TILE."""
     padded = pl.cdiv(tokens, LANES) * LANES
     return padded if padded <= TILE + LANES else TILE
 
@@ -44,39 +77,40 @@ def default_tile(tokens: int) -> int:
 
 
 def _query_codes(role, step):
-    """int32 [batch, 2, n]: a limit for other keys, and the noisy step that is seen.
+    """Two numbers a query, int32 [batch, 2, n]: an upper bound for keys that are not noisy, and the step of noisy keys.
 
-    With `_key_codes` this is `attends` as two comparisons, see `_visible`: a tile of pairs
-    costs three vector operations, and selections between booleans, which the rule has, do
-    not compile for a TPU. Steps move down by one to leave the greatest integer to keys
-    that nobody sees.
+    With `_key_codes` this expresses `attends` as two comparisons, see `mask_from_codes`: a tile
+    of pairs costs three vector operations, and selections between booleans, which the rule has, do
+    not compile for a TPU. Steps are shifted down by one, so that the greatest integer is left for
+    keys that no query attends to.
     """
     noisy = role == Role.NOISY
-    limit, own = step - jnp.where(noisy, 2, 1), jnp.where(noisy, step, CONDITION_STEP - 1)
-    return jnp.stack([limit, own], axis=-2).astype(jnp.int32)
+    bound, noisy_step = step - jnp.where(noisy, 2, 1), jnp.where(noisy, step, CONDITION_STEP - 1)
+    return jnp.stack([bound, noisy_step], axis=-2).astype(jnp.int32)
 
 
 def _key_codes(role, step):
-    """int32 [batch, 2, n]: the step of a key that is not noisy, and that of a noisy one."""
+    """Two numbers a key, int32 [batch, 2, n]: its step if it is not noisy, and its step if it is."""
     noisy = role == Role.NOISY
     other = jnp.where(noisy | (role == Role.PAD), np.iinfo(np.int32).max, step - 1)
     return jnp.stack([other, jnp.where(noisy, step, CONDITION_STEP - 2)], axis=-2).astype(jnp.int32)
 
 
-def _codes(layout: Layout):
+def rule_codes(layout: AttentionLayout) -> tuple[jax.Array, jax.Array]:
+    """Codes of the queries and of the keys, int32 [batch, 2, n], for `mask_from_codes`."""
     return _query_codes(layout.q_role, layout.q_step), _key_codes(layout.k_role, layout.k_step)
 
 
 def _columns(rows):
-    """[2, n] to two of [n, 1]."""
+    """[2, n] to two columns [n, 1]."""
     columns = rows.T
     return columns[:, 0:1], columns[:, 1:2]
 
 
-def _visible(q_codes, k_codes):
-    """bool [q, k] from the codes [2, q] and [2, k]: `attends`, where no query is padding."""
-    limit, own = _columns(q_codes)
-    return (k_codes[0:1] <= limit) | (k_codes[1:2] == own)
+def mask_from_codes(q_codes, k_codes):
+    """The mask of `attends`, bool [q, k], from the codes [2, q] and [2, k]; no query may be padding."""
+    bound, noisy_step = _columns(q_codes)
+    return (k_codes[0:1] <= bound) | (k_codes[1:2] == noisy_step)
 
 
 # --- Pallas kernels ---------------------------------------------------------------
@@ -88,7 +122,7 @@ def _product(a, b, a_axis: int, b_axis: int):
 
 
 def _each_kind(kind_ref, update: Callable):
-    """Runs `update(mixed)` for the tile of this slot, or nothing where it is skipped."""
+    """Runs `update(mixed)` for the tile that this slot visits, unless it is skipped."""
     batch, tile, slot = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     kind = kind_ref[(batch * pl.num_programs(2) + tile) * pl.num_programs(3) + slot]
     pl.when(kind == FULL)(lambda: update(False))
@@ -105,7 +139,7 @@ def _is_last_slot():
 
 def _logits(q_ref, k_ref, q_codes_ref, k_codes_ref, mixed: bool):
     logits = _product(q_ref[...], k_ref[...], 1, 1)
-    return jnp.where(_visible(q_codes_ref[...], k_codes_ref[...]), logits, HIDDEN_LOGIT) if mixed else logits
+    return jnp.where(mask_from_codes(q_codes_ref[...], k_codes_ref[...]), logits, MASKED_LOGIT) if mixed else logits
 
 
 def _forward_kernel(
@@ -140,12 +174,24 @@ def _forward_kernel(
         lse_ref[...] = jnp.where(empty, 0.0, maximum_ref[...] + jnp.log(total)).T
 
 
-def _weights_and_gradient(q_codes_ref, k_codes_ref, q_ref, k_ref, v_ref, d_out_ref, sums_ref, mixed: bool):
+class _GradientRefs(NamedTuple):
+    """Blocks of the inputs of a backward kernel; `sums` are `lse` and `dot` of BackwardInputs."""
+
+    q_codes: jax.Array
+    k_codes: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    d_out: jax.Array
+    sums: jax.Array
+
+
+def _weights_and_gradient(refs: _GradientRefs, mixed: bool):
     """Softmax weights of a tile, and the gradient of its logits; float32 [q_tile, k_tile]."""
-    logits = _logits(q_ref, k_ref, q_codes_ref, k_codes_ref, mixed)
-    lse, dot = _columns(sums_ref[...])
+    logits = _logits(refs.q, refs.k, refs.q_codes, refs.k_codes, mixed)
+    lse, dot = _columns(refs.sums[...])
     weights = jnp.exp(logits - lse)
-    d_weights = _product(d_out_ref[...], v_ref[...], 1, 1)
+    d_weights = _product(refs.d_out[...], refs.v[...], 1, 1)
     return weights, weights * (d_weights - dot)
 
 
@@ -153,15 +199,15 @@ def _dq_kernel(index_ref, kind_ref, *refs):
     """Gradient of a tile of queries; the grid's last axis runs over its keys."""
     del index_ref
     *inputs, dq_ref, acc_ref = refs
-    k_ref = inputs[3]
+    inputs = _GradientRefs(*inputs)
 
     @pl.when(_is_first_slot())
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def update(mixed):
-        _, d_logits = _weights_and_gradient(*inputs, mixed)
-        acc_ref[...] += _product(d_logits.astype(k_ref.dtype), k_ref[...], 1, 0)
+        _, d_logits = _weights_and_gradient(inputs, mixed)
+        acc_ref[...] += _product(d_logits.astype(inputs.k.dtype), inputs.k[...], 1, 0)
 
     _each_kind(kind_ref, update)
 
@@ -174,7 +220,7 @@ def _dkv_kernel(index_ref, kind_ref, *refs):
     """Gradients of a tile of keys and values; the grid's last axis runs over its queries."""
     del index_ref
     *inputs, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs
-    q_ref, d_out_ref = inputs[2], inputs[5]
+    inputs = _GradientRefs(*inputs)
 
     @pl.when(_is_first_slot())
     def _():
@@ -182,9 +228,9 @@ def _dkv_kernel(index_ref, kind_ref, *refs):
         dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
 
     def update(mixed):
-        weights, d_logits = _weights_and_gradient(*inputs, mixed)
-        dv_acc_ref[...] += _product(weights.astype(d_out_ref.dtype), d_out_ref[...], 0, 0)
-        dk_acc_ref[...] += _product(d_logits.astype(q_ref.dtype), q_ref[...], 0, 0)
+        weights, d_logits = _weights_and_gradient(inputs, mixed)
+        dv_acc_ref[...] += _product(weights.astype(inputs.d_out.dtype), inputs.d_out[...], 0, 0)
+        dk_acc_ref[...] += _product(d_logits.astype(inputs.q.dtype), inputs.q[...], 0, 0)
 
     _each_kind(kind_ref, update)
 
@@ -195,32 +241,32 @@ def _dkv_kernel(index_ref, kind_ref, *refs):
 
 
 class _Specs:
-    """Blocks of the arrays of one grid [batch, heads, tiles, slots] over a TilePlan.
+    """Block specifications of the arrays of a grid [batch, heads, tiles, slots] over a TilePlan.
 
-    `own` blocks belong to the grid's tile, the others to the tile that its slot visits.
+    An `own` block is that of the tile itself, any other one that of the tile which the slot visits.
     """
 
     def __init__(self, plan: TilePlan, width: int):
         self.width = width
         _, self.tiles, self.slots = plan.index.shape
 
-    def _spec(self, shape, own, at):
+    def _spec(self, shape, own, block_index):
         def index_map(b, h, i, j, index, kind):
             del kind
-            return at(b, h, i if own else index[(b * self.tiles + i) * self.slots + j])
+            return block_index(b, h, i if own else index[(b * self.tiles + i) * self.slots + j])
 
         return pl.BlockSpec(shape, index_map)
 
     def tokens(self, tile: int, own: bool):
-        """Of [batch, n, heads * width]."""
+        """For [batch, n, heads * width]."""
         return self._spec((None, tile, self.width), own, lambda b, h, i: (b, i, h))
 
     def codes(self, tile: int, own: bool):
-        """Of [batch, 2, n]."""
+        """For [batch, 2, n]."""
         return self._spec((None, 2, tile), own, lambda b, h, i: (b, 0, i))
 
     def sums(self, rows: int, tile: int, own: bool):
-        """Of [batch, heads, rows, n]."""
+        """For [batch, heads, rows, n]."""
         return self._spec((None, None, rows, tile), own, lambda b, h, i: (b, h, 0, i))
 
 
@@ -237,10 +283,10 @@ def _pallas_call(
     products: int,
     pairs: int,
 ):
-    """Runs a kernel on the grid of a plan, whose lists lie in scalar memory.
+    """Runs a kernel on the grid of a plan, whose lists are in scalar memory.
 
-    For the compiler's estimate: it takes `products` matrix products of `pairs` of query and
-    key in each sample and head, were no tile skipped.
+    `products` and `pairs` are for the cost estimate: the number of matrix products, and of pairs of
+    query and key in each sample and head, if no tile were skipped.
     """
     batch, tiles, slots = plan.index.shape
     width, pairs = scratch_shapes[-1][1], batch * heads * pairs
@@ -259,7 +305,7 @@ def _pallas_call(
         cost_estimate=pl.CostEstimate(flops=2 * products * pairs * width, transcendentals=pairs, bytes_accessed=moved),
         interpret=interpret,
     )
-    # Flat, since scalar memory pads the last axis of an array to 128.
+    # Flattened, because scalar memory pads the last axis of an array to 128.
     return call(plan.index.reshape(-1), plan.kind.reshape(-1), *inputs)
 
 
@@ -270,12 +316,13 @@ def _flat(x, tile: int):
 
 
 def _unflat(x, like):
-    """Undoes `_flat`."""
+    """Inverse of `_flat`: an array of the shape of `like`."""
     heads, head_dim = like.shape[2:]
     return x.reshape(*x.shape[:2], heads, -1)[:, : like.shape[1], :, :head_dim]
 
 
-def _forward(q, k, v, layout, q_tile, k_tile, interpret):
+def _forward(inputs: ForwardInputs, q_tile: int, k_tile: int, interpret: bool):
+    q, k, v, layout = inputs
     batch, queries, heads, _ = q.shape
     layout = layout.padded(q_tile, k_tile)
     plan, _ = tile_plans(layout, q_tile, k_tile)
@@ -300,14 +347,15 @@ def _forward(q, k, v, layout, q_tile, k_tile, interpret):
             jax.ShapeDtypeStruct((batch, heads, 1, flat[0].shape[1]), jnp.float32),
         ],
         interpret=interpret,
-        inputs=[*_codes(layout), *flat],
+        inputs=[*rule_codes(layout), *flat],
         products=2,
         pairs=flat[0].shape[1] * flat[1].shape[1],
     )
     return _unflat(out, q), lse[:, :, 0, :queries]
 
 
-def _backward(q, k, v, layout, lse, dot, d_out, q_tile, k_tile, interpret):
+def _backward(inputs: BackwardInputs, q_tile: int, k_tile: int, interpret: bool):
+    (q, k, v, layout), lse, dot, d_out = inputs
     heads, layout = q.shape[2], layout.padded(q_tile, k_tile)
     q_plan, k_plan = tile_plans(layout, q_tile, k_tile)
     flat = _flat(q, q_tile), _flat(k, k_tile), _flat(v, k_tile), _flat(d_out, q_tile)
@@ -335,7 +383,7 @@ def _backward(q, k, v, layout, lse, dot, d_out, q_tile, k_tile, interpret):
             scratch_shapes=[(tile, width)] * num_outputs,
             out_shape=[out] * num_outputs,
             interpret=interpret,
-            inputs=[*_codes(layout), *flat, sums],
+            inputs=[*rule_codes(layout), *flat, sums],
             products=products,
             pairs=flat[0].shape[1] * flat[1].shape[1],
         )
@@ -344,66 +392,61 @@ def _backward(q, k, v, layout, lse, dot, d_out, q_tile, k_tile, interpret):
     return _unflat(dq, q), _unflat(dk, k), _unflat(dv, v)
 
 
-# --- Entry ------------------------------------------------------------------------
+# --- On every device ------------------------------------------------------------------
 
 
-def _on_each_device(function: Callable, outputs: tuple, *args):
-    """Runs a kernel on each device's part of the batch and the heads.
+def _on_each_device(function: Callable, outputs: tuple, inputs: ForwardInputs | BackwardInputs):
+    """Runs a kernel on each device's part of the batch and the heads, because the compiler cannot split a kernel.
 
-    The compiler cannot split a kernel itself. The mesh is that of `jax.set_mesh`; inside
-    of a `shard_map` the arrays are parts already.
+    The mesh is that of `jax.set_mesh`. Inside a `shard_map` the arrays are one device's parts already.
 
     Args:
-      function: of arrays [batch, n], [batch, heads, n] and [batch, n, heads, head_dim].
-      outputs: shapes of what it returns.
-      *args: its arguments.
+      function: from `inputs` to arrays like `outputs`; all are [batch, n], [batch, heads, n] or
+        [batch, n, heads, head_dim].
+      outputs: shapes of the results.
+      inputs: its argument.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return function(*args)
+        return function(inputs)
 
     def spec(x):
         axes = {2: ("batch", None), 3: ("batch", "heads", None), 4: ("batch", None, "heads", None)}[len(x.shape)]
         return sharding.sharding(mesh, axes, x.shape).spec
 
-    in_specs, out_specs = jax.tree.map(spec, (args, tuple(outputs)))
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+    in_specs, out_specs = jax.tree.map(spec, ((inputs,), outputs))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(inputs)
 
 
-def pallas_forward(q, k, v, layout: Layout, q_tile: int | None, k_tile: int | None, interpret: bool):
+def _with_tiles(function: Callable, inputs: ForwardInputs, q_tile: int | None, k_tile: int | None, interpret: bool):
+    """`function` with the settings of a kernel."""
+    q_tile, k_tile = q_tile or default_tile(inputs.q.shape[1]), k_tile or default_tile(inputs.k.shape[1])
+    return functools.partial(function, q_tile=q_tile, k_tile=k_tile, interpret=interpret)
+
+
+def pallas_forward(inputs: ForwardInputs, q_tile: int | None, k_tile: int | None, interpret: bool):
     """Attention of scaled queries.
 
     Args:
-      q: [batch, queries, heads, head_dim].
-      k, v: [batch, keys, heads, head_dim].
-      layout: roles and steps.
+      inputs: see `ForwardInputs`.
       q_tile, k_tile: tokens in a tile; None: `default_tile`.
-      interpret: run the kernels as plain JAX, on any backend.
+      interpret: run the kernel as plain JAX, on any platform.
 
     Returns:
       Output like q, and log-sum-exp of the logits, float32 [batch, heads, queries].
     """
-    q_tile, k_tile = q_tile or default_tile(q.shape[1]), k_tile or default_tile(k.shape[1])
-
-    def function(*args):
-        return _forward(*args, q_tile, k_tile, interpret)
-
-    lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    return _on_each_device(function, (q, lse), q, k, v, layout)
+    batch, queries, heads, _ = inputs.q.shape
+    lse = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+    run = _with_tiles(_forward, inputs, q_tile, k_tile, interpret)
+    return _on_each_device(run, (inputs.q, lse), inputs)
 
 
-def pallas_backward(q, k, v, layout: Layout, lse, dot, d_out, q_tile: int | None, k_tile: int | None, interpret: bool):
+def pallas_backward(inputs: BackwardInputs, q_tile: int | None, k_tile: int | None, interpret: bool):
     """Gradients of q, k and v.
 
     Args:
-      q, k, v, layout, q_tile, k_tile, interpret: as in `pallas_forward`.
-      lse: from `pallas_forward`.
-      dot: of each query's output and its gradient, float32 [batch, heads, queries].
-      d_out: gradient of the output.
+      inputs: see `BackwardInputs`.
+      q_tile, k_tile, interpret: see `pallas_forward`.
     """
-    q_tile, k_tile = q_tile or default_tile(q.shape[1]), k_tile or default_tile(k.shape[1])
-
-    def function(*args):
-        return _backward(*args, q_tile, k_tile, interpret)
-
-    return _on_each_device(function, (q, k, v), q, k, v, layout, lse, dot, d_out)
+    run = _with_tiles(_backward, inputs.forward, q_tile, k_tile, interpret)
+    return _on_each_device(run, inputs.forward[:3], inputs)

@@ -1,8 +1,8 @@
-"""Released autoencoders: their settings read off their shapes, and their naming tables.
+"""Released autoencoders: their naming tables, and their settings from the shapes of a checkpoint.
 
-Two families of names for one network. Latent Diffusion's are those of the KL-16 autoencoder
-of MAR and CausalFusion and of the original Stable Diffusion files; diffusers' are those of
-the republished Stable Diffusion autoencoder, whose attention was renamed once.
+One network has two families of names: those of Latent Diffusion, for the KL-16 autoencoder of MAR and
+CausalFusion and the original Stable Diffusion files; and those of diffusers, for the republished
+Stable Diffusion autoencoder, whose attention was renamed once.
 """
 
 import itertools
@@ -16,27 +16,27 @@ from causalfusion_jax.prepare import names
 Shapes = Mapping[str, tuple[int, ...]]
 
 CONTAINERS = ("model", "state_dict")
-"""Keys of a checkpoint file below which the parameters may lie."""
+"""Keys of a checkpoint file that may contain the parameters."""
 
 UNUSED = ("loss.", "model_ema.")
-"""How names begin that a checkpoint may hold beside the autoencoder: its training's own."""
+"""Prefixes of names of a checkpoint that belong to training and not to the autoencoder."""
 
 
 class Spelling(NamedTuple):
-    """How a checkpoint names the parts of the network.
+    """Names of the parts of the network in a checkpoint.
 
     Attributes:
-      down, up: residual blocks, by level and block; below it lies `attention`, by level and
-        block. `up` counts levels from the lowest resolution up if `upward`.
+      down, up: residual blocks, by level and block. `up` counts levels from the lowest resolution
+        if `upward`.
       down_attention, up_attention: attention after such a block.
       downsample, upsample: the convolution that changes the resolution, by level.
       middle: first residual block, attention, second residual block.
       norm_out: last normalization of the encoder and of the decoder.
-      shortcut: a residual block's 1x1 convolution.
-      attention: its normalization, query, key, value and output.
-      pointwise: attention's matrices are 1x1 convolutions, [out, in, 1, 1].
+      shortcut: 1x1 convolution of a residual block.
+      attention: normalization, query, key, value and output of attention.
+      pointwise: the matrices of attention are 1x1 convolutions, [out, in, 1, 1].
       upward: see `up`.
-      prefix: what every name begins with.
+      prefix: prefix of all names.
     """
 
     down: str
@@ -86,7 +86,7 @@ OLD_DIFFUSERS = DIFFUSERS._replace(attention=("group_norm", "query", "key", "val
 
 
 def _spelling(shapes: Shapes, known: tuple[Spelling, ...]) -> Spelling:
-    """The spelling of a checkpoint, one of `known` but for prefix and shape of attention's matrices."""
+    """The spelling of a checkpoint: one of `known`, with its prefix and the shape of its attention matrices."""
     first = "encoder.conv_in.weight"
     prefixes = [name.removesuffix(first) for name in shapes if name.endswith(first)]
     if len(prefixes) != 1:
@@ -101,14 +101,14 @@ def _spelling(shapes: Shapes, known: tuple[Spelling, ...]) -> Spelling:
     if not family:
         wanted = " or ".join(dict.fromkeys(f"{prefix}{s.down.format(0, 0)}.conv1.weight" for s in known))
         raise InputError("--checkpoint", wanted, "missing: not an autoencoder of this kind")
-    # Without attention there is nothing to tell the members of a family apart.
+    # Without attention the members of a family cannot be distinguished, and are the same.
     spelling = next((s for s in family if query(s) in shapes), family[0])
     rank = len(shapes.get(query(spelling), ()))
     return spelling._replace(prefix=prefix, pointwise={2: False, 4: True}.get(rank, spelling.pointwise))
 
 
 def _config(shapes: Shapes, spelling: Spelling, scaling_factor: float, norm_groups: int) -> AutoencoderConfig:
-    """The settings that shapes tell."""
+    """The settings of the autoencoder, from the shapes of a checkpoint."""
     s = spelling
 
     def shape(name):
@@ -151,10 +151,10 @@ def mar_vae_config(shapes: Shapes, norm_groups: int = 32) -> AutoencoderConfig:
 
     Args:
       shapes: released name to shape.
-      norm_groups: groups of the group normalizations, which no shape tells.
+      norm_groups: groups of the group normalizations, which do not follow from the shapes.
 
     Raises:
-      InputError: not such a checkpoint; names what is missing.
+      InputError: it is not such a checkpoint; names the missing array.
     """
     return _config(shapes, _spelling(shapes, (LDM,)), MAR_VAE.scaling_factor, norm_groups)
 
@@ -166,11 +166,11 @@ def sd_vae_config(
 
     Args:
       shapes: released name to shape.
-      norm_groups: groups of the group normalizations, which no shape tells.
-      scaling_factor: what latents are multiplied with, which no shape tells.
+      norm_groups: groups of the group normalizations, which do not follow from the shapes.
+      scaling_factor: factor of the latents, which does not follow from the shapes.
 
     Raises:
-      InputError: not such a checkpoint; names what is missing.
+      InputError: it is not such a checkpoint; names the missing array.
     """
     return _config(shapes, _spelling(shapes, (DIFFUSERS, OLD_DIFFUSERS, LDM)), scaling_factor, norm_groups)
 
@@ -180,7 +180,7 @@ def mar_vae_table(config: AutoencoderConfig, shapes: Shapes | None = None) -> na
 
     Args:
       config: the autoencoder's settings.
-      shapes: names and shapes of a checkpoint whose prefix to use; None: no prefix.
+      shapes: shapes of the arrays of a checkpoint, whose prefix is used; None: no prefix.
     """
     return _table(config, LDM if shapes is None else _spelling(shapes, (LDM,)))
 
@@ -190,18 +190,16 @@ def sd_vae_table(config: AutoencoderConfig, shapes: Shapes | None = None) -> nam
 
     Args:
       config: the autoencoder's settings.
-      shapes: names and shapes of a checkpoint whose spelling to use; None: that of
-        diffusers today.
+      shapes: shapes of the arrays of a checkpoint, whose spelling is used; None: that of current diffusers.
     """
     known = (DIFFUSERS, OLD_DIFFUSERS, LDM)
     return _table(config, DIFFUSERS if shapes is None else _spelling(shapes, known))
 
 
 def ignored_names(shapes: Shapes) -> list[str]:
-    """Names that a checkpoint of an autoencoder may hold and that no table uses.
+    """Names in the checkpoint of an autoencoder that no table uses.
 
-    The training loss and moving averages, and what lies outside the prefix where the
-    autoencoder is a part of a larger model.
+    They belong to the training loss and moving averages, or to other parts of a larger model.
     """
     prefix = _spelling(shapes, (LDM, DIFFUSERS, OLD_DIFFUSERS)).prefix
     return [name for name in shapes if not name.startswith(prefix) or name.removeprefix(prefix).startswith(UNUSED)]
@@ -243,7 +241,7 @@ def _middle(s: Spelling, config: AutoencoderConfig, side: str) -> names.Table:
 
 
 def _encoder(s: Spelling, c: AutoencoderConfig) -> names.Table:
-    """Everything of the encoder."""
+    """The encoder."""
     table = names.conv("encoder.conv_in", ("encoder", "conv_in"), c.image_channels, c.channels)
     for level, (previous, width) in enumerate(itertools.pairwise((c.channels, *c.widths))):
         path = ("encoder", "levels", level)
@@ -260,20 +258,20 @@ def _encoder(s: Spelling, c: AutoencoderConfig) -> names.Table:
 
 
 def _decoder(s: Spelling, c: AutoencoderConfig) -> names.Table:
-    """Everything of the decoder."""
+    """The decoder."""
     upward = c.widths[::-1]
     table = names.conv("decoder.conv_in", ("decoder", "conv_in"), c.latent_channels, upward[0])
     table += _middle(s, c, "decoder")
-    for place, (previous, width) in enumerate(itertools.pairwise((upward[0], *upward))):
-        level = len(upward) - 1 - place
-        number, path = place if s.upward else level, ("decoder", "levels", place)
+    for index, (previous, width) in enumerate(itertools.pairwise((upward[0], *upward))):
+        level = len(upward) - 1 - index
+        number, path = index if s.upward else level, ("decoder", "levels", index)
         for block in range(c.residual_blocks + 1):
             in_channels = width if block else previous
             table += _residual(s, s.up.format(number, block), (*path, "blocks", block), in_channels, width)
             if level in c.decoder_attention:
                 table += _attention(s, s.up_attention.format(number, block), (*path, "attentions", block), width)
         if level:
-            table += names.conv(s.upsample.format(number), ("decoder", "upsamples", place), width, width)
+            table += names.conv(s.upsample.format(number), ("decoder", "upsamples", index), width, width)
     table += names.norm(f"decoder.{s.norm_out}", ("decoder", "norm_out"), upward[-1])
     return table + names.conv("decoder.conv_out", ("decoder", "conv_out"), upward[-1], c.image_channels)
 

@@ -1,7 +1,7 @@
-"""The released CausalFusion and ACDiT transformers: their names, and their settings.
+"""The released CausalFusion and ACDiT transformers: their naming tables, and their settings.
 
-A table is built from the network's configuration, a configuration is recognised from the
-names and shapes of a checkpoint (and, for ACDiT, from the training arguments in it).
+The table follows from the configuration of the network. The configuration follows from the names and
+shapes of a checkpoint, and for ACDiT from the training arguments in it.
 """
 
 import math
@@ -16,15 +16,15 @@ from causalfusion_jax.prepare.names import Table, array, linear, norm
 
 Shapes = Mapping[str, tuple[int, ...]]
 Geometry = Mapping[str, int | None]
-"""What shapes do not tell, where the user does: patch_size, image_size (side in latents),
-frames, block_size; None: not said."""
+"""Settings that do not follow from the shapes, from the user: patch_size, image_size (side in latents),
+frames, block_size; None: not given."""
 
 
 # --- Names ------------------------------------------------------------------------
 
 
 def _blocks(c: TransformerConfig) -> Table:
-    """What the blocks of both models have in common."""
+    """The blocks, which have the same names in both models."""
     bias = c.norm == "layer"
     entries = []
     for i in range(c.layers):
@@ -41,7 +41,7 @@ def _blocks(c: TransformerConfig) -> Table:
 
 
 def _embedders(c: TransformerConfig) -> Table:
-    """Timestep and label embeddings, alike in both models."""
+    """Timestep and label embeddings, which have the same names in both models."""
     return [
         *linear("t_embedder.mlp.0", ("timestep_in",), TIMESTEP_FEATURES, c.hidden),
         *linear("t_embedder.mlp.2", ("timestep_out",), c.hidden, c.hidden),
@@ -52,7 +52,7 @@ def _embedders(c: TransformerConfig) -> Table:
 def causalfusion_table(c: TransformerConfig) -> Table:
     """Every array of the released CausalFusion.
 
-    Raises InputError where the network is not of that architecture.
+    Raises InputError if the network has another architecture.
     """
     _require_architecture(
         c,
@@ -79,7 +79,7 @@ def causalfusion_table(c: TransformerConfig) -> Table:
 def acdit_table(c: TransformerConfig) -> Table:
     """Every array of the released ACDiT.
 
-    Raises InputError where the network is not of that architecture.
+    Raises InputError if the network has another architecture.
     """
     _require_architecture(c, "acdit", qk_norm=True, **ACDIT)
     modulations = []
@@ -107,7 +107,7 @@ def _require_architecture(c: TransformerConfig, kind: str, **settings) -> None:
 
 
 def _shape(shapes: Shapes, name: str, kind: str, rank: int) -> tuple[int, ...]:
-    """Shape of an array that tells a setting. Raises InputError where it is not there."""
+    """Shape of an array. Raises InputError if it is missing or has another rank."""
     require(name in shapes, "--checkpoint", name, f"not in the file: it is not a checkpoint of {kind}")
     shape = tuple(shapes[name])
     require(len(shape) == rank, "--checkpoint", name, f"has shape {list(shape)}, must have {rank} dimensions")
@@ -115,12 +115,12 @@ def _shape(shapes: Shapes, name: str, kind: str, rank: int) -> tuple[int, ...]:
 
 
 def _network(shapes: Shapes, kind: str, token_in: str, condition_tokens: int) -> dict[str, Any]:
-    """Settings of the network that both models show in the same arrays."""
+    """Settings of the network that follow from the same arrays in both models."""
     hidden, token_dim = _shape(shapes, f"{token_in}.weight", kind, 2)
     rows, _ = _shape(shapes, "y_embedder.embedding_table.weight", kind, 2)
     (head_dim,) = _shape(shapes, "blocks.0.attn.q_norm.weight", kind, 1)
     mlp_hidden, _ = _shape(shapes, "blocks.0.mlp.fc1.weight", kind, 2)
-    found = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
+    layers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
     require(
         hidden % head_dim == 0,
         "--checkpoint",
@@ -130,7 +130,7 @@ def _network(shapes: Shapes, kind: str, token_in: str, condition_tokens: int) ->
     return dict(
         hidden=hidden,
         heads=hidden // head_dim,
-        layers=max(found) + 1,
+        layers=max(layers) + 1,
         mlp_ratio=mlp_hidden / hidden,
         num_condition_tokens=condition_tokens,
         token_dim=token_dim,
@@ -139,11 +139,11 @@ def _network(shapes: Shapes, kind: str, token_in: str, condition_tokens: int) ->
 
 
 _DATASETS = {(1000, False): "imagenet2012", (101, True): "ucf101"}
-"""What released models of so many classes, of images or videos, were trained on: it names their classes."""
+"""Data sets of the released models by number of classes, and for images (False) or videos; they name the classes."""
 
 
 def _sections(network: dict[str, Any], patch_size: int, side: int, frames: int) -> dict[str, Any]:
-    """`model` and `data` sections of a config; `side` in latents."""
+    """The `model` and `data` sections of a config; `side` is in latents."""
     token_dim, num_classes = network.pop("token_dim"), network.pop("num_classes")
     require(
         patch_size >= 1 and token_dim % patch_size**2 == 0,
@@ -170,8 +170,8 @@ def causalfusion_config(shapes: Shapes, metadata: Mapping[str, Any], geometry: G
 
     Args:
       shapes: names and shapes of the checkpoint.
-      metadata: unused; the released file says nothing about the network.
-      geometry: patch_size [1, as all released models].
+      metadata: unused; the released file has no settings of the network.
+      geometry: patch_size [1, as in all released models].
 
     Raises:
       InputError: it is not a checkpoint of this kind.
@@ -191,7 +191,7 @@ def causalfusion_config(shapes: Shapes, metadata: Mapping[str, Any], geometry: G
 
 
 def _refuse_other(geometry: Geometry, known: Mapping[str, int]) -> None:
-    """Raises InputError where the user says otherwise than the checkpoint."""
+    """Raises InputError if the user gives other values than the checkpoint."""
     for name, value in known.items():
         given = geometry.get(name)
         require(given in (None, value), f"--{name}", given, f"the checkpoint has {value}; leave it out")
@@ -209,17 +209,17 @@ ACDIT_DEFAULTS = {
 def acdit_config(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry) -> dict[str, Any]:
     """Sections of the config of a released ACDiT, image or video.
 
-    Rotary positions leave no trace in the weights, so the token grid comes, in this order,
-    from the user, from the training arguments in the file, or from the released model
-    whose tokens are of the same size.
+    The token grid does not follow from the weights, because positions are rotary. It is taken from
+    the user, else from the training arguments in the file, else from the released model with tokens
+    of the same size.
 
     Args:
       shapes: names and shapes of the checkpoint.
-      metadata: what else the file holds; its `args` are the training arguments.
-      geometry: patch_size, image_size (side in latents), frames, block_size; None: not said.
+      metadata: other values of the file; `args` are the training arguments.
+      geometry: patch_size, image_size (side in latents), frames, block_size; None: not given.
 
     Raises:
-      InputError: it is not a checkpoint of this kind, or the grid cannot be told.
+      InputError: it is not a checkpoint of this kind, or the grid is unknown.
     """
     kind = "acdit"
     network = _network(shapes, kind, "x_embedder", 0)
@@ -227,9 +227,9 @@ def acdit_config(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry
     sources = [geometry, _acdit_arguments(metadata.get("args") or {}), ACDIT_DEFAULTS.get(network["token_dim"], {})]
     known = {}
     for name in ("patch_size", "image_size", "frames", "block_size"):
-        said = [source[name] for source in sources if source.get(name) is not None]
-        require(bool(said), f"--{name}", None, "the checkpoint does not tell it; give it")
-        known[name] = said[0]
+        values = [source[name] for source in sources if source.get(name) is not None]
+        require(bool(values), f"--{name}", None, "is not in the checkpoint; give it")
+        known[name] = values[0]
     sections = _sections(network, known["patch_size"], known["image_size"], known["frames"])
     video = known["frames"] > 1
     block = known["block_size"]
@@ -246,16 +246,16 @@ def acdit_config(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry
 
 
 def _acdit_arguments(args: Mapping[str, Any]) -> dict[str, int]:
-    """What the training arguments in a released file say of the token grid."""
+    """Settings of the token grid in the training arguments of a released file."""
 
     def number(name):
         value = args.get(name)
         return value if isinstance(value, int) and value > 0 else None
 
-    found = {"patch_size": number("patch_size"), "frames": number("num_frames"), "block_size": number("block_size")}
+    grid = {"patch_size": number("patch_size"), "frames": number("num_frames"), "block_size": number("block_size")}
     pixels, per_latent = number("image_size"), number("vae_patch_pixels")
-    found["image_size"] = pixels // per_latent if pixels and per_latent else None
+    grid["image_size"] = pixels // per_latent if pixels and per_latent else None
     split = args.get("nd_split")
     if split not in (None, "1_1", "2_3_3"):
         raise InputError("--checkpoint", f"args.nd_split={split}", "rotary split must be 1_1 (image) or 2_3_3 (video)")
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in grid.items() if value is not None}

@@ -1,10 +1,10 @@
-"""The I3D of FVD: names and layouts of those who released it.
+"""Released I3D networks of FVD: their names and array layouts.
 
-The same weights (TF-Hub's deepmind/i3d-kinetics-400, which published FVD values are of) go round
-as a TorchScript file (StyleGAN-V's i3d_torchscript.pt, named as kinetics_i3d_pytorch), as a
-state dict named as pytorch-i3d (VideoGPT's i3d_pretrained_400.pt), and can be written from
-TensorFlow as an .npz of its variables by name, without the ":0". pytorch-i3d's rgb_imagenet.pt has the same names and
-other weights, trained on ImageNet before.
+The weights of TF-Hub's deepmind/i3d-kinetics-400, with which FVD values are published, exist as a
+TorchScript file (StyleGAN-V's i3d_torchscript.pt, with the names of kinetics_i3d_pytorch), as a state
+dict with the names of pytorch-i3d (VideoGPT's i3d_pretrained_400.pt), and can be exported from
+TensorFlow as an .npz of its variables by name, without the ":0". pytorch-i3d's rgb_imagenet.pt has the
+same names but other weights, pretrained on ImageNet.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from causalfusion_jax.models.inception_layers import Conv, block_channels, convo
 from causalfusion_jax.prepare import names
 
 SCOPE = "RGB/inception_i3d/"
-"""Of TensorFlow's variables."""
+"""Prefix of the variables in TensorFlow."""
 
 
-class Layout(NamedTuple):
-    """How one release calls things.
+class Release(NamedTuple):
+    """Names of one release.
 
     Attributes:
-      probe: a name that only it has.
+      probe: a name that only this release has.
       norm: its name of a batch norm, "" for TensorFlow.
     """
 
@@ -31,10 +31,10 @@ class Layout(NamedTuple):
     norm: str
 
 
-LAYOUTS = {
-    "pytorch-i3d": Layout("Conv3d_1a_7x7.conv3d.weight", "bn"),
-    "kinetics_i3d_pytorch": Layout("conv3d_1a_7x7.conv3d.weight", "batch3d"),
-    "tensorflow": Layout(f"{SCOPE}Conv3d_1a_7x7/conv_3d/w", ""),
+RELEASES = {
+    "pytorch-i3d": Release("Conv3d_1a_7x7.conv3d.weight", "bn"),
+    "kinetics_i3d_pytorch": Release("conv3d_1a_7x7.conv3d.weight", "batch3d"),
+    "tensorflow": Release(f"{SCOPE}Conv3d_1a_7x7/conv_3d/w", ""),
 }
 _BRANCHES = {
     "kinetics_i3d_pytorch": {
@@ -62,53 +62,53 @@ _LOGITS = {
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Which of LAYOUTS a checkpoint is in. Raises InputError where it is none."""
-    for name, layout in LAYOUTS.items():
-        if layout.probe in shapes:
+    """Name of the release of a checkpoint, one of RELEASES. Raises InputError if it is none of them."""
+    for name, release in RELEASES.items():
+        if release.probe in shapes:
             return name
     first = next(iter(shapes), None)
-    probes = ", ".join(layout.probe for layout in LAYOUTS.values())
+    probes = ", ".join(release.probe for release in RELEASES.values())
     raise InputError("--checkpoint", first, f"not a checkpoint of fvd_i3d, which has one of {probes}")
 
 
-def i3d_table(layout: str = "pytorch-i3d") -> names.Table:
-    """Every array that the network has, as one of LAYOUTS names it."""
-    table, out = [], _LOGITS[layout]
+def i3d_table(release: str = "pytorch-i3d") -> names.Table:
+    """Every array of the network, with its names in one of RELEASES."""
+    table, out = [], _LOGITS[release]
     for path, in_channels, conv in convolutions(i3d.LAYERS):
-        table += _unit(layout, _released_name(layout, path), path, in_channels, conv)
+        table += _unit(release, _released_name(release, path), path, in_channels, conv)
     channels = block_channels(i3d.LAYERS["Mixed_5c"])
-    if layout == "tensorflow":
+    if release == "tensorflow":
         kernel = names.array(f"{out}/conv_3d/w", (1, 1, 1, channels, i3d.LOGITS), ("logits", "kernel"))
         return table + kernel + names.array(f"{out}/conv_3d/b", (i3d.LOGITS,), ("logits", "bias"))
     return table + names.conv(f"{out}.conv3d", ("logits",), channels, i3d.LOGITS, (1, 1, 1))
 
 
-def ignored_names(layout: str) -> list[str]:
+def ignored_names(release: str) -> list[str]:
     """Released arrays that the network does not use: counts of training batches."""
-    norm = LAYOUTS[layout].norm
-    every = [path for path, _, _ in convolutions(i3d.LAYERS)]
-    return [f"{_released_name(layout, path)}.{norm}.num_batches_tracked" for path in every] if norm else []
+    norm = RELEASES[release].norm
+    paths = [path for path, _, _ in convolutions(i3d.LAYERS)]
+    return [f"{_released_name(release, path)}.{norm}.num_batches_tracked" for path in paths] if norm else []
 
 
-def _released_name(layout: str, path: tuple[str, ...]) -> str:
-    """What a convolution is called."""
-    if layout == "pytorch-i3d":
+def _released_name(release: str, path: tuple[str, ...]) -> str:
+    """Released name of a convolution."""
+    if release == "pytorch-i3d":
         return ".".join(path)
     block, *branch = path
-    inner = [_BRANCHES[layout][name] for name in branch]
-    if layout == "kinetics_i3d_pytorch":
+    inner = [_BRANCHES[release][name] for name in branch]
+    if release == "kinetics_i3d_pytorch":
         return ".".join([block.lower(), *inner])
     if path == ("Mixed_5b", "b2b"):
-        # As released.
+        # This exception is in the release.
         inner = ["Branch_2/Conv3d_0a_3x3"]
     return SCOPE + "/".join([block, *inner])
 
 
-def _unit(layout: str, name: str, path: tuple[str, ...], in_channels: int, conv: Conv) -> names.Table:
+def _unit(release: str, name: str, path: tuple[str, ...], in_channels: int, conv: Conv) -> names.Table:
     """The arrays of a convolution and its batch norm."""
     c = conv.channels
-    if layout == "tensorflow":
-        # Its batch norm has no scale.
+    if release == "tensorflow":
+        # The batch norm of the release has no scale.
         return (
             names.array(f"{name}/conv_3d/w", (*conv.size, in_channels, c), (*path, "kernel"))
             + [
@@ -118,7 +118,7 @@ def _unit(layout: str, name: str, path: tuple[str, ...], in_channels: int, conv:
             ]
             + names.ones((c,), (*path, "scale"))
         )
-    norm = f"{name}.{LAYOUTS[layout].norm}"
+    norm = f"{name}.{RELEASES[release].norm}"
     table = names.conv(f"{name}.conv3d", path, in_channels, c, conv.size, bias=False) + names.norm(norm, path, c)
     table += names.array(f"{norm}.running_mean", (c,), (*path, "mean"))
     return table + names.array(f"{norm}.running_var", (c,), (*path, "var"))

@@ -1,4 +1,4 @@
-"""The FID Inception-v3 of torch-fidelity and pytorch-fid: names and layouts.
+"""The released Inception-v3 of FID (torch-fidelity, pytorch-fid): its names and array layouts.
 
 Both release the same weights, as `weights-` and `pt_inception-2015-12-05-6726825d.pth`.
 """
