@@ -28,7 +28,7 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(f" {quick_compila
 
 QUICK = (
     "test_structure", "test_charts", "test_cli", "test_files", "test_hardware", "test_lock", "test_npz",  # common, cli
-    "test_diffusion", "test_factorization", "test_layouts", "test_solvers",  # core
+    "test_conditions", "test_diffusion", "test_factorization", "test_layouts", "test_solvers",  # core
     "test_captions", "test_distribution", "test_scores", "test_probe",  # metrics, evaluation
     "test_batches", "test_captioned", "test_class_names", "test_fingerprint", "test_moving_digits",
     "test_moving_digits_scores", "test_registry", "test_requests",
