@@ -364,7 +364,8 @@ class Finetuning:
                 self._report(epoch, float(np.mean(losses)), time.perf_counter() - clock)
                 losses, clock = [], time.perf_counter()
             if save:
-                checkpoints.save(step, state, iterator.position, {"losses": losses})
+                # A copy, because the save writes it in the background.
+                checkpoints.save(step, state, iterator.position, {"losses": list(losses)})
             if stopping and step < total:
                 checkpoints.wait()
                 raise stop.stopped(step, total, self.folder)
