@@ -15,7 +15,7 @@ from causalfusion_jax.data.image_files import ImageFormat
 from causalfusion_jax.data.video_files import CLIP_SUFFIXES, read_frames
 from causalfusion_jax.sampling.images import read_image_file
 from causalfusion_jax.sampling.rolling import RollingConfig, Window
-from causalfusion_jax.sampling.trained import Autoencoder
+from causalfusion_jax.sampling.trained import LatentCodec
 
 
 class Clips(NamedTuple):
@@ -60,7 +60,7 @@ def read_clips(
     path: str,
     keep_frames: int | None = None,
     frame_stride: int | None = None,
-    vae: Autoencoder | None = None,
+    vae: LatentCodec | None = None,
 ) -> Clips:
     """The first frames of clips, as `--condition` of `sample` names them.
 
@@ -140,7 +140,7 @@ def read_clip(field: str, path: pathlib.Path, size: int, channels: int, max_fram
     return np.stack([to_uint8(fit(frame)) for frame in frames])[None]
 
 
-def _encode(frames: np.ndarray, vae: Autoencoder | None) -> np.ndarray:
+def _encode(frames: np.ndarray, vae: LatentCodec | None) -> np.ndarray:
     """Pixels uint8 to [-1, 1], and to latents if there is an autoencoder; latents unchanged."""
     if frames.dtype != np.uint8:
         return frames.astype(np.float32)

@@ -157,7 +157,7 @@ def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, fie
     )
 
 
-class Autoencoder(NamedTuple):
+class LatentCodec(NamedTuple):
     """An autoencoder of a model's latents.
 
     Attributes:
@@ -175,7 +175,7 @@ class Autoencoder(NamedTuple):
     decode: Callable[[jax.Array], jax.Array]
 
 
-def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae") -> Autoencoder:
+def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae") -> LatentCodec:
     """The autoencoder of a model's latents.
 
     Args:
@@ -201,7 +201,7 @@ def make_autoencoder(folder: str, config: ExperimentConfig, field: str = "--vae"
             return decode_shared(sharding.mesh, settings, placed_params(sharding), latents)
         return decode_each(settings, placed_params(sharding), latents)
 
-    return Autoencoder(
+    return LatentCodec(
         converted.fingerprint,
         settings.downsampling,
         lambda pixels: encode(settings, placed_params(SingleDeviceSharding(jax.local_devices()[0])), pixels),
