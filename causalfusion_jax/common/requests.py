@@ -39,12 +39,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 
 def require_same(
-    field: str,
-    location: object,
-    stored: Any,
-    wanted: Mapping[str, Any],
-    problem: str,
-    remedy: str = NEW_FOLDER,
+    field: str, location: object, stored: Any, wanted: Mapping[str, Any], problem: str, remedy: str = NEW_FOLDER
 ) -> None:
     """Raises InputError(field, location) unless the stored request is the wanted one.
 
