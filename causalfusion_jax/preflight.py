@@ -58,9 +58,7 @@ _NUM = flags.DEFINE_integer(
     "num", None, "Images in a batch that is sampled [8 for each device], or that a host encodes [64]."
 )
 _SEARCH = flags.DEFINE_bool("search", True, "Search for the largest batch that fits.")
-_MACHINE_CODE = flags.DEFINE_bool(
-    "machine_code", False, "Generate machine code too, which takes minutes."
-)
+_MACHINE_CODE = flags.DEFINE_bool("machine_code", False, "Generate machine code too, which takes minutes.")
 _SECONDS = flags.DEFINE_float("seconds", 100.0, "Time after which no further compilation starts, for each topology.")
 
 
