@@ -107,3 +107,12 @@ def test_sampler_settings_that_depend_on_others_are_reset():
     assert run.updated({"ar_steps": 4}) == dataclasses.replace(run, ar_steps=4, step_sizes=())
     with pytest.raises(InputError, match="step_sizes=.*leave out ar_steps"):
         run.updated({"ar_steps": 4, "step_sizes": (8, 8)})
+
+
+def test_sampler_settings_are_written_as_stored_runs_have_them():
+    """Evaluations of earlier versions store these settings as text; another text resets the best checkpoint."""
+    assert repr(SamplerConfig(ar_steps=4)) == (
+        "SamplerConfig(ar_steps=4, step_sizes=(), order='', order_block=0, solver='ddpm', solver_steps=50, "
+        "spacing='auto', variance='large', eta=0.0, cfg_scale=1.0, cfg_schedule='constant', cfg_interval=(0.0, inf), "
+        "temperature=1.0, clip_x_0=0.0)"
+    )

@@ -23,31 +23,20 @@ OF_A_SOLVER = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerConfig(SolverConfig):
-    """How images are generated.
+class SequenceConfig:
+    """The sequence axis of sampling: AR steps and token order.
 
     Attributes:
       ar_steps: number S of AR steps of (nearly) equal size, 1..L: 1 is diffusion, L token by token.
       step_sizes: tokens in each AR step, instead of `ar_steps`; must sum to the tokens generated.
       order: token order: raster, block_raster, dilated, random or square_blocks; empty: as in training.
       order_block: block or stride of that order, as in FactorizationConfig.
-      cfg_scale: classifier-free guidance w in eps = eps_u + w (eps_c - eps_u); 1 is none.
-      cfg_schedule: `constant`; `linear`: from 1 at t = T up to cfg_scale at t = 0;
-        `ar_linear`: from 1 up to cfg_scale with the part of the image generated.
-      cfg_interval: timesteps low,high between which there is guidance: low <= t < high.
-      temperature: scale of the noise that a stochastic solver adds.
-      clip_x_0: bound on the predicted |x_0|, for data in pixels; 0 is none.
     """
 
     ar_steps: int = 1
     step_sizes: tuple[int, ...] = ()
     order: str = ""
     order_block: int = 0
-    cfg_scale: float = 1.0
-    cfg_schedule: str = "constant"
-    cfg_interval: tuple[float, float] = (0.0, float("inf"))
-    temperature: float = 1.0
-    clip_x_0: float = 0.0
 
     def __post_init__(self):
         require_number("ar_steps", self.ar_steps, 1)
@@ -57,6 +46,54 @@ class SamplerConfig(SolverConfig):
             require_one_of("order", self.order, factorization.ORDERS)
         else:
             require(self.order_block == 0, "order_block", self.order_block, "needs order to be set")
+
+    def sizes(self, num_tokens: int) -> tuple[int, ...]:
+        """Tokens in each AR step when `num_tokens` are generated. Raises InputError."""
+        if self.step_sizes:
+            require(
+                sum(self.step_sizes) == num_tokens,
+                "step_sizes",
+                self.step_sizes,
+                f"must sum to the {num_tokens} tokens generated",
+            )
+            return tuple(self.step_sizes)
+        require(
+            self.ar_steps <= num_tokens,
+            "ar_steps",
+            self.ar_steps,
+            f"must be >= 1 and <= {num_tokens}, the tokens generated",
+        )
+        return tuple(np.bincount(factorization.equal_steps(num_tokens, self.ar_steps)).tolist())
+
+    def order_config(self, trained: FactorizationConfig) -> FactorizationConfig:
+        """The token order to sample in: the sampler's own, or `trained` if it names none."""
+        if not self.order:
+            return trained
+        return FactorizationConfig(order=self.order, order_block=self.order_block)
+
+
+# The fields of the second base come first: runs store the settings of their evaluations in this order.
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig(SolverConfig, SequenceConfig):
+    """How images are generated: the sequence axis, the noise axis and guidance.
+
+    Attributes:
+      cfg_scale: classifier-free guidance w in eps = eps_u + w (eps_c - eps_u); 1 is none.
+      cfg_schedule: `constant`; `linear`: from 1 at t = T up to cfg_scale at t = 0;
+        `ar_linear`: from 1 up to cfg_scale with the part of the image generated.
+      cfg_interval: timesteps low,high between which there is guidance: low <= t < high.
+      temperature: scale of the noise that a stochastic solver adds.
+      clip_x_0: bound on the predicted |x_0|, for data in pixels; 0 is none.
+    """
+
+    cfg_scale: float = 1.0
+    cfg_schedule: str = "constant"
+    cfg_interval: tuple[float, float] = (0.0, float("inf"))
+    temperature: float = 1.0
+    clip_x_0: float = 0.0
+
+    def __post_init__(self):
+        SequenceConfig.__post_init__(self)
         require_number("cfg_scale", self.cfg_scale, 0.0)
         require_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
         interval = self.cfg_interval
@@ -68,7 +105,7 @@ class SamplerConfig(SolverConfig):
         )
         require_number("temperature", self.temperature, 0.0)
         require_number("clip_x_0", self.clip_x_0, 0.0)
-        super().__post_init__()
+        SolverConfig.__post_init__(self)
         require(
             self.temperature == 1.0 or self.is_stochastic,
             "temperature",
@@ -100,48 +137,12 @@ class SamplerConfig(SolverConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in reset}
         return dataclasses.replace(self, **(defaults | dict(given)))
 
-    @property
-    def record(self) -> str:
-        """All settings as text, by which a run recognises evaluations that can be compared.
-
-        Solver settings stand before guidance, as in the records of earlier versions.
-        """
-        solver = [field.name for field in dataclasses.fields(SolverConfig)]
-        names = [field.name for field in dataclasses.fields(self) if field.name not in solver]
-        before = names.index("cfg_scale")
-        values = (f"{name}={getattr(self, name)!r}" for name in (*names[:before], *solver, *names[before:]))
-        return f"SamplerConfig({', '.join(values)})"
-
-    def sizes(self, num_tokens: int) -> tuple[int, ...]:
-        """Tokens in each AR step when `num_tokens` are generated. Raises InputError."""
-        if self.step_sizes:
-            require(
-                sum(self.step_sizes) == num_tokens,
-                "step_sizes",
-                self.step_sizes,
-                f"must sum to the {num_tokens} tokens generated",
-            )
-            return tuple(self.step_sizes)
-        require(
-            self.ar_steps <= num_tokens,
-            "ar_steps",
-            self.ar_steps,
-            f"must be >= 1 and <= {num_tokens}, the tokens generated",
-        )
-        return tuple(np.bincount(factorization.equal_steps(num_tokens, self.ar_steps)).tolist())
-
     def check(self, model: TransformerConfig, diffusion: DiffusionConfig) -> None:
         """Raises InputError if this sampler does not fit the model."""
         self.sizes(model.num_tokens)
         solver_table(self, diffusion)
         if self.order:
             FactorizationConfig(order=self.order, order_block=self.order_block).check_grid(model.grid)
-
-    def order_config(self, trained: FactorizationConfig) -> FactorizationConfig:
-        """The token order to sample in: the sampler's own, or `trained` if it names none."""
-        if not self.order:
-            return trained
-        return FactorizationConfig(order=self.order, order_block=self.order_block)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ class Evaluator:
         """The settings that comparable values share, as plain values."""
         evaluation, sampling = self._config.evaluation, self._config.sampling
         names = ("metric", "num_images", "inception", "reference", "vae")
-        return {name: getattr(evaluation, name) for name in names} | {"sampling": sampling.record}
+        return {name: getattr(evaluation, name) for name in names} | {"sampling": repr(sampling)}
 
     def __call__(self, ema, between_batches: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Scores of the averaged weights; collective.
