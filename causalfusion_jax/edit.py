@@ -131,12 +131,8 @@ def _mask(free):
         mask = editing.named_mask(_MASK.value, height, width)
     elif path.is_file():
         pixels, _ = read_image_file("--mask", path, 1)
-        require(
-            pixels.shape == (1, height, width, 1) and pixels.dtype == np.uint8,
-            "--mask",
-            _MASK.value,
-            f"must be a picture of {width}x{height} pixels; it is {pixels.shape[2]}x{pixels.shape[1]}",
-        )
+        allowed = f"must be a picture of {width}x{height} pixels; it is {pixels.shape[2]}x{pixels.shape[1]}"
+        require(pixels.shape == (1, height, width, 1) and pixels.dtype == np.uint8, "--mask", _MASK.value, allowed)
         mask = pixels[0, ..., 0] >= 128
     elif "," in _MASK.value:
         box = config_flags.numbers("mask", _MASK.value, int)

@@ -317,12 +317,8 @@ def _check_flags() -> None:
     for name, flag in {"fvd_frames": _FVD_FRAMES, "fvd_resize": _FVD_RESIZE}.items():
         require(not flag.present or _I3D.value is not None, f"--{name}", flag.value, "needs --i3d")
     stores_images = _NUM_IMAGES.present and _I3D.value is not None
-    require(
-        not stores_images,
-        "--num_reference_images",
-        _NUM_IMAGES.value,
-        "has no meaning with --i3d, which keeps no videos",
-    )
+    allowed = "has no meaning with --i3d, which keeps no videos"
+    require(not stores_images, "--num_reference_images", _NUM_IMAGES.value, allowed)
     if _MAKE_REFERENCE.value:
         return
     for name, flag in {"out": _OUT, "config": _CONFIG}.items():
@@ -336,12 +332,8 @@ def _check_needed_flags() -> None:
     from causalfusion_jax.data.scores import metrics
 
     needed = {"workdir": _WORKDIR, "inception": _INCEPTION, "i3d": _I3D}
-    require(
-        any(flag.value is not None for flag in needed.values()),
-        "--workdir",
-        None,
-        "is required, or --inception (videos: --i3d) with --reference; see --help",
-    )
+    allowed = "is required, or --inception (videos: --i3d) with --reference; see --help"
+    require(any(flag.value is not None for flag in needed.values()), "--workdir", None, allowed)
     for name in _METRICS.value or ():
         flag = metrics()[name].network or "workdir"
         require(needed[flag].value is not None, f"--{flag}", None, f"is needed for {name}")

@@ -70,12 +70,8 @@ def _specs():
     config = experiment.from_dict(_CONFIG.value.to_dict())
     require(_SECONDS.value >= 0, "--seconds", _SECONDS.value, "must be >= 0")
     require(_NUM.value is None or _NUM.value >= 1, "--num", _NUM.value, "must be >= 1")
-    require(
-        _NUM.value is None or _JOB.value in ("sample", "encode"),
-        "--num",
-        _NUM.value,
-        "belongs to --job=sample and --job=encode",
-    )
+    allowed = "belongs to --job=sample and --job=encode"
+    require(_NUM.value is None or _JOB.value in ("sample", "encode"), "--num", _NUM.value, allowed)
     job = "sample" if _JOB.value == "sample" else "train"
     specs = []
     for topology in [hardware.topology(name) for name in _TOPOLOGY.value]:

@@ -67,12 +67,8 @@ class Checkpoints:
         self._finishing: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved: int | None = None
-        require(
-            self._manifests.folder.is_dir() or not self.steps(),
-            "workdir",
-            str(self._root),
-            "its manifests/ is missing, so no checkpoint can be verified; it belongs beside checkpoints/",
-        )
+        allowed = "its manifests/ is missing, so no checkpoint can be verified; it belongs beside checkpoints/"
+        require(self._manifests.folder.is_dir() or not self.steps(), "workdir", str(self._root), allowed)
         self._checkpointer = None
         if not read_only:
             self._steps_dir.mkdir(parents=True, exist_ok=True)

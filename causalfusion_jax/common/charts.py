@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from causalfusion_jax.common import files
+from causalfusion_jax.common.pictures import save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +71,10 @@ def heat_map(
 
 
 def save_chart(path: pathlib.Path, figure: "Figure") -> None:
-    """Writes a figure as a PNG, whole or not at all; the same figure gives the same bytes."""
-    with files.replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120, metadata={"Software": None})
+    """Writes a figure as an RGB PNG, whole or not at all; the same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(120)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_png(path, np.asarray(canvas.buffer_rgba())[..., :3])

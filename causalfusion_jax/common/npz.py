@@ -43,12 +43,8 @@ class NpzReader:
     @contextlib.contextmanager
     def _open(self, name: str):
         """The file of an array, positioned at its first value, with shape and type of the array."""
-        require(
-            name in self.names,
-            self.field,
-            str(self.path),
-            f"not an .npz with {name}; it has {', '.join(self.names) or 'nothing'}",
-        )
+        allowed = f"not an .npz with {name}; it has {', '.join(self.names) or 'nothing'}"
+        require(name in self.names, self.field, str(self.path), allowed)
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
                 version = np.lib.format.read_magic(file)

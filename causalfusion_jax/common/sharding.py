@@ -67,12 +67,8 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             require(size >= -1, name, size, "must be >= 1, -1 for the devices that are left, or 0 for the preset's")
-        require(
-            list(self.sizes.values()).count(-1) <= 1,
-            "data",
-            self.sizes["data"],
-            "only one mesh axis may be -1, the devices that are left",
-        )
+        allowed = "only one mesh axis may be -1, the devices that are left"
+        require(list(self.sizes.values()).count(-1) <= 1, "data", self.sizes["data"], allowed)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -168,12 +164,8 @@ def check_divides(mesh: Mesh, mesh_axis: str, **sizes: int) -> None:
     parts = mesh.shape[mesh_axis]
     for name, size in sizes.items():
         fits = [n for n in range(1, parts + 1) if size % n == 0]
-        require(
-            size % parts == 0,
-            f"config.mesh.{mesh_axis}",
-            parts,
-            f"must divide {name}={size}; below it, {', '.join(map(str, fits))} do",
-        )
+        allowed = f"must divide {name}={size}; below it, {', '.join(map(str, fits))} do"
+        require(size % parts == 0, f"config.mesh.{mesh_axis}", parts, allowed)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -71,38 +71,22 @@ class ExperimentConfig:
         if self.text.is_on:
             self._check_joint()
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
-        require(
-            self.optimizer.schedule == "constant" or warmup < steps,
-            "optimizer.warmup_steps",
-            warmup,
-            f"must be < train.steps={steps} for schedule {self.optimizer.schedule}",
-        )
+        allowed = f"must be < train.steps={steps} for schedule {self.optimizer.schedule}"
+        require(self.optimizer.schedule == "constant" or warmup < steps, "optimizer.warmup_steps", warmup, allowed)
 
     def _check_joint(self) -> None:
         """Raises InputError for settings that exclude training on texts and images."""
-        require(
-            self.train.length_buckets == 1,
-            "train.length_buckets",
-            self.train.length_buckets,
-            "must be 1 for a model of text, which attends to all clean tokens",
-        )
+        allowed = "must be 1 for a model of text, which attends to all clean tokens"
+        require(self.train.length_buckets == 1, "train.length_buckets", self.train.length_buckets, allowed)
         one_step = self.factorization.steps == "fixed" and self.factorization.num_steps == 1
-        require(
-            self.joint.image_tokens != "noisy" or one_step,
-            "joint.image_tokens",
-            self.joint.image_tokens,
-            "needs images of one AR step: factorization.steps=fixed, factorization.num_steps=1",
-        )
+        allowed = "needs images of one AR step: factorization.steps=fixed, factorization.num_steps=1"
+        require(self.joint.image_tokens != "noisy" or one_step, "joint.image_tokens", self.joint.image_tokens, allowed)
 
     def check_sampler(self, sampler: SamplerConfig) -> None:
         """Raises InputError if the model cannot be sampled with these settings."""
         sampler.check(self.transformer, self.diffusion)
-        require(
-            sampler.cfg_scale == 1.0 or self.model.class_dropout > 0,
-            "cfg_scale",
-            sampler.cfg_scale,
-            "must be 1: model.class_dropout=0 trains no unconditional model to guide away from",
-        )
+        allowed = "must be 1: model.class_dropout=0 trains no unconditional model to guide away from"
+        require(sampler.cfg_scale == 1.0 or self.model.class_dropout > 0, "cfg_scale", sampler.cfg_scale, allowed)
         if self.text.is_on:
             require(
                 sampler.cfg_scale == 1.0 or self.joint.drops_text,
@@ -183,12 +167,8 @@ def _under(section: str, make: Callable[[], Any]) -> Any:
 def check_mesh(config: ExperimentConfig, mesh: Mesh) -> None:
     """Raises InputError if the batch or the model does not split evenly over the mesh."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
-    require(
-        config.train.batch_size % parts == 0,
-        "config.train.batch_size",
-        config.train.batch_size,
-        f"must be a multiple of {parts}, the devices that share a batch times grad_accum_steps",
-    )
+    allowed = f"must be a multiple of {parts}, the devices that share a batch times grad_accum_steps"
+    require(config.train.batch_size % parts == 0, "config.train.batch_size", config.train.batch_size, allowed)
     model = config.transformer
     tokens = model.num_condition_tokens + model.text_tokens + config.step.objective.num_clean + model.num_tokens
     check_model_mesh(model, mesh, tokens_in_training=tokens)

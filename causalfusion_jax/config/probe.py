@@ -142,9 +142,5 @@ class FinetuneConfig:
 
 def _require_warmup(config: ProbeConfig | FinetuneConfig) -> None:
     """Raises InputError if the warm-up is not shorter than training."""
-    require(
-        0.0 <= config.warmup_epochs < config.epochs,
-        "warmup_epochs",
-        config.warmup_epochs,
-        f"must be >= 0 and < epochs={config.epochs}",
-    )
+    allowed = f"must be >= 0 and < epochs={config.epochs}"
+    require(0.0 <= config.warmup_epochs < config.epochs, "warmup_epochs", config.warmup_epochs, allowed)

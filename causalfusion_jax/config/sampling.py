@@ -50,19 +50,11 @@ class SequenceConfig:
     def sizes(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens in each AR step when `num_tokens` are generated. Raises InputError."""
         if self.step_sizes:
-            require(
-                sum(self.step_sizes) == num_tokens,
-                "step_sizes",
-                self.step_sizes,
-                f"must sum to the {num_tokens} tokens generated",
-            )
+            allowed = f"must sum to the {num_tokens} tokens generated"
+            require(sum(self.step_sizes) == num_tokens, "step_sizes", self.step_sizes, allowed)
             return tuple(self.step_sizes)
-        require(
-            self.ar_steps <= num_tokens,
-            "ar_steps",
-            self.ar_steps,
-            f"must be >= 1 and <= {num_tokens}, the tokens generated",
-        )
+        allowed = f"must be >= 1 and <= {num_tokens}, the tokens generated"
+        require(self.ar_steps <= num_tokens, "ar_steps", self.ar_steps, allowed)
         return tuple(np.bincount(factorization.equal_steps(num_tokens, self.ar_steps)).tolist())
 
     def order_config(self, trained: FactorizationConfig) -> FactorizationConfig:
@@ -97,21 +89,13 @@ class SamplerConfig(SolverConfig, SequenceConfig):
         require_number("cfg_scale", self.cfg_scale, 0.0)
         require_one_of("cfg_schedule", self.cfg_schedule, CFG_SCHEDULES)
         interval = self.cfg_interval
-        require(
-            len(interval) == 2 and 0 <= interval[0] <= interval[1],
-            "cfg_interval",
-            interval,
-            "must be low,high with 0 <= low <= high",
-        )
+        allowed = "must be low,high with 0 <= low <= high"
+        require(len(interval) == 2 and 0 <= interval[0] <= interval[1], "cfg_interval", interval, allowed)
         require_number("temperature", self.temperature, 0.0)
         require_number("clip_x_0", self.clip_x_0, 0.0)
         SolverConfig.__post_init__(self)
-        require(
-            self.temperature == 1.0 or self.is_stochastic,
-            "temperature",
-            self.temperature,
-            f"must be 1: solver {self.solver} with eta={self.eta} adds no noise to scale",
-        )
+        allowed = f"must be 1: solver {self.solver} with eta={self.eta} adds no noise to scale"
+        require(self.temperature == 1.0 or self.is_stochastic, "temperature", self.temperature, allowed)
 
     def updated(self, given: Mapping[str, Any]) -> "SamplerConfig":
         """The same settings with those `given` changed, and with defaults for settings that depend on them.
@@ -121,12 +105,8 @@ class SamplerConfig(SolverConfig, SequenceConfig):
         Raises:
           InputError: a value that is not allowed, or both `ar_steps` and `step_sizes`.
         """
-        require(
-            not {"ar_steps", "step_sizes"} <= set(given),
-            "step_sizes",
-            given.get("step_sizes"),
-            "determines the number of AR steps; leave out ar_steps",
-        )
+        allowed = "determines the number of AR steps; leave out ar_steps"
+        require(not {"ar_steps", "step_sizes"} <= set(given), "step_sizes", given.get("step_sizes"), allowed)
         reset = set()
         if "ar_steps" in given:
             reset.add("step_sizes")

@@ -73,19 +73,11 @@ class SliceJob:
 @functools.cache
 def devices(topology: Topology) -> tuple:
     """The devices of a described slice. Raises InputError if there is no such slice."""
-    require(
-        importlib.util.find_spec("libtpu") is not None,
-        "--topology",
-        topology.name,
-        "needs the TPU compiler: pip install 'causalfusion_jax[preflight]', or pip install libtpu",
-    )
+    allowed = "needs the TPU compiler: pip install 'causalfusion_jax[preflight]', or pip install libtpu"
+    require(importlib.util.find_spec("libtpu") is not None, "--topology", topology.name, allowed)
     large = {"v5e": 16, "v6e": 16}.get(topology.accelerator.name, 64)
-    require(
-        max(topology.shape) <= large and topology.devices <= 8192,
-        "--topology",
-        topology.name,
-        f"is larger than a pod of {topology.accelerator.name}; at most {large} chips along an axis",
-    )
+    allowed = f"is larger than a pod of {topology.accelerator.name}; at most {large} chips along an axis"
+    require(max(topology.shape) <= large and topology.devices <= 8192, "--topology", topology.name, allowed)
     options = {}
     if topology.accelerator.axes == 3:
         options["chip_config_name"] = "megacore"

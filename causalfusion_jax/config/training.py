@@ -60,12 +60,8 @@ class TrainConfig:
         require_number("batch_size", self.batch_size, 1)
         require_number("seed", self.seed, 0, 2**32 - 1)
         require_number("grad_accum_steps", self.grad_accum_steps, 1)
-        require(
-            self.batch_size % self.grad_accum_steps == 0,
-            "grad_accum_steps",
-            self.grad_accum_steps,
-            f"must divide batch_size={self.batch_size}",
-        )
+        allowed = f"must divide batch_size={self.batch_size}"
+        require(self.batch_size % self.grad_accum_steps == 0, "grad_accum_steps", self.grad_accum_steps, allowed)
         require_number("length_buckets", self.length_buckets, 1)
         require_number("ema_decay", self.ema_decay, 0.0, 1.0)
         require_number("max_nonfinite_steps", self.max_nonfinite_steps, 1)
@@ -151,12 +147,8 @@ class JointConfig:
         for name in TASKS:
             require_number(name, getattr(self, name), 0.0, 1.0)
         total = sum(self.mixture)
-        require(
-            math.isclose(total, 1.0, abs_tol=1e-6),
-            "text_to_image",
-            self.text_to_image,
-            f"{', '.join(TASKS)} must sum to 1; they sum to {total:g}",
-        )
+        allowed = f"{', '.join(TASKS)} must sum to 1; they sum to {total:g}"
+        require(math.isclose(total, 1.0, abs_tol=1e-6), "text_to_image", self.text_to_image, allowed)
         require_number("text_weight", self.text_weight, 0.0)
         require_number("prompt_dropout", self.prompt_dropout, 0.0, 1.0)
         require_number("word_dropout", self.word_dropout, 0.0, 1.0)

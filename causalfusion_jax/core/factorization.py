@@ -100,12 +100,8 @@ class FactorizationConfig:
         if self.steps == "fixed":
             require_number("num_steps", self.num_steps, 1, tokens)
         if self.steps == "block":
-            require(
-                tokens % self.block_size == 0,
-                "block_size",
-                self.block_size,
-                f"must divide the {tokens} tokens of an image",
-            )
+            allowed = f"must divide the {tokens} tokens of an image"
+            require(tokens % self.block_size == 0, "block_size", self.block_size, allowed)
 
 
 class Plan(NamedTuple):

@@ -54,12 +54,8 @@ class SolverConfig:
         require_number("solver_steps", self.solver_steps, 1)
         require_number("eta", self.eta, 0.0, 1.0)
         require(self.eta == 0.0 or self.solver == "ddim", "eta", self.eta, f"must be 0 for solver {self.solver}")
-        require(
-            self.variance == "large" or self.solver == "ddpm",
-            "variance",
-            self.variance,
-            f"has no meaning for solver {self.solver}; leave it large",
-        )
+        allowed = f"has no meaning for solver {self.solver}; leave it large"
+        require(self.variance == "large" or self.solver == "ddpm", "variance", self.variance, allowed)
 
     @property
     def is_stochastic(self) -> bool:

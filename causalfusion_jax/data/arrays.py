@@ -30,12 +30,8 @@ class ArraysSource:
         self.num_classes = num_classes
         self.images, self.labels = (self._open(pathlib.Path(root) / name) for name in ("image.npy", "label.npy"))
         path, kind = str(pathlib.Path(root) / "image.npy"), self.images.dtype
-        require(
-            self.images.shape[1:] == shape and len(self.images) > 0,
-            "data.path",
-            path,
-            f"must be [num, {', '.join(map(str, shape))}]; it is {list(self.images.shape)}",
-        )
+        allowed = f"must be [num, {', '.join(map(str, shape))}]; it is {list(self.images.shape)}"
+        require(self.images.shape[1:] == shape and len(self.images) > 0, "data.path", path, allowed)
         allowed = "a float type" if latents else "uint8 or a float type"
         fits = kind.kind == "f" or (kind == np.uint8 and not latents)
         require(fits, "data.path", path, f"must be {allowed}, not {kind}")
@@ -47,12 +43,8 @@ class ArraysSource:
             f"must be int [{len(self.images)}]; it is {self.labels.dtype} {list(self.labels.shape)}",
         )
         low, high = int(self.labels.min()), int(self.labels.max())
-        require(
-            low >= 0 and high < num_classes,
-            "data.path",
-            path,
-            f"labels must be in 0..{num_classes - 1} (data.num_classes); they are {low}..{high}",
-        )
+        allowed = f"labels must be in 0..{num_classes - 1} (data.num_classes); they are {low}..{high}"
+        require(low >= 0 and high < num_classes, "data.path", path, allowed)
 
     @staticmethod
     def _open(path: pathlib.Path) -> np.ndarray:
@@ -72,12 +64,8 @@ class ArraysSource:
 
 
 def _check(settings: DataSettings) -> None:
-    require(
-        not (settings.latents and settings.flip),
-        "flip",
-        settings.flip,
-        "must be False for arrays of latents: encode flipped images instead",
-    )
+    allowed = "must be False for arrays of latents: encode flipped images instead"
+    require(not (settings.latents and settings.flip), "flip", settings.flip, allowed)
 
 
 ARRAYS = SourceKind(

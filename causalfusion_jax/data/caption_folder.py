@@ -54,12 +54,8 @@ def load_image(path: pathlib.Path, shape: tuple[int, int, int], field: str) -> n
     image = ImageFormat(height, channels).open(str(path), path, field)
     if height == width:
         image = center_crop(image, height)
-    require(
-        image.size == (width, height),
-        field,
-        str(path),
-        f"is {image.width}x{image.height} pixels (width x height); the model takes {width}x{height}",
-    )
+    allowed = f"is {image.width}x{image.height} pixels (width x height); the model takes {width}x{height}"
+    require(image.size == (width, height), field, str(path), allowed)
     return np.asarray(image, np.float32).reshape(shape) / 127.5 - 1.0
 
 

@@ -21,12 +21,8 @@ def names_of_class_folders(settings: DataSettings) -> tuple[str, ...]:
     root = pathlib.Path(settings.path)
     require(root.is_dir(), "data.path", settings.path, "must be a folder with one folder for each class")
     names = tuple(folder.name for folder in class_folders(root))
-    require(
-        len(names) == settings.num_classes,
-        "data.path",
-        settings.path,
-        f"has {len(names)} class folders, the config {settings.num_classes} classes",
-    )
+    allowed = f"has {len(names)} class folders, the config {settings.num_classes} classes"
+    require(len(names) == settings.num_classes, "data.path", settings.path, allowed)
     return names
 
 

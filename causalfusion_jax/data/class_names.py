@@ -34,12 +34,8 @@ def as_class_names(values: object) -> tuple[str, ...]:
 def check_class_names(workdir: str | pathlib.Path, names: Sequence[str]) -> None:
     """Raises InputError if a run stores other names than those of its data; either may have none."""
     problem = names_difference(stored_class_names(workdir), names)
-    require(
-        problem is None,
-        "workdir",
-        str(workdir),
-        f"{problem}; continue it on the classes it was trained on, or use another workdir",
-    )
+    allowed = f"{problem}; continue it on the classes it was trained on, or use another workdir"
+    require(problem is None, "workdir", str(workdir), allowed)
 
 
 def store_class_names(workdir: str | pathlib.Path, names: Sequence[str]) -> None:

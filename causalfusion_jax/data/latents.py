@@ -56,12 +56,8 @@ def read_manifest(root: str) -> dict[str, Any]:
     Raises InputError if there is none, `encode` is not finished, or a shard is missing.
     """
     folder = pathlib.Path(root)
-    require(
-        not (folder / PROGRESS).is_dir() or (folder / MANIFEST).is_file(),
-        "data.path",
-        root,
-        "is not finished; run causalfusion_jax.encode again to go on with it",
-    )
+    allowed = "is not finished; run causalfusion_jax.encode again to go on with it"
+    require(not (folder / PROGRESS).is_dir() or (folder / MANIFEST).is_file(), "data.path", root, allowed)
     require((folder / MANIFEST).is_file(), "data.path", root, "holds no latents; make them by causalfusion_jax.encode")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -72,12 +68,8 @@ def read_manifest(root: str) -> dict[str, Any]:
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         size = path.stat().st_size if path.is_file() else None
-        require(
-            size == shard["bytes"],
-            "data.path",
-            str(path),
-            f"must have {shard['bytes']} bytes, has {'none' if size is None else size}; encode again",
-        )
+        allowed = f"must have {shard['bytes']} bytes, has {'none' if size is None else size}; encode again"
+        require(size == shard["bytes"], "data.path", str(path), allowed)
     return manifest
 
 

@@ -192,9 +192,5 @@ class BatchIterator(Iterator):
 def check_corrupt(corrupt: dict[str, str], limit: int) -> None:
     """Raises InputError if there are more than `limit` corrupt records (reason by name)."""
     name = next(iter(corrupt), "")
-    require(
-        len(corrupt) <= limit,
-        "config.data.max_corrupt",
-        limit,
-        f"{len(corrupt)} corrupt records, the first {name} ({corrupt.get(name)}); mend them, or allow more",
-    )
+    allowed = f"{len(corrupt)} corrupt records, the first {name} ({corrupt.get(name)}); mend them, or allow more"
+    require(len(corrupt) <= limit, "config.data.max_corrupt", limit, allowed)

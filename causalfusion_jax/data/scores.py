@@ -99,12 +99,8 @@ def score(config: DataSettings, images: np.ndarray, labels: np.ndarray) -> dict[
         nothing to measure without classes.
     """
     scores = _pixel_scores(config)
-    require(
-        scores is not None,
-        "--workdir",
-        config.source,
-        "was not trained on images, and only images are compared pixel by pixel",
-    )
+    allowed = "was not trained on images, and only images are compared pixel by pixel"
+    require(scores is not None, "--workdir", config.source, allowed)
     shape = config.shape[-3:]
     fits = images.shape[-3:] == shape and images.ndim == 4 + (config.frames > 1)
     samples = "videos" if config.frames > 1 else "images"
@@ -114,10 +110,6 @@ def score(config: DataSettings, images: np.ndarray, labels: np.ndarray) -> dict[
     if np.any(labels == config.num_classes):
         known = pixel_metrics(config)
         values = {name: value for name, value in values.items() if name not in known or not known[name].needs_classes}
-        require(
-            bool(values),
-            "--samples",
-            f"class {config.num_classes}",
-            f"images of source {config.source} are scored by their classes or prompts, and these have none",
-        )
+        allowed = f"images of source {config.source} are scored by their classes or prompts, and these have none"
+        require(bool(values), "--samples", f"class {config.num_classes}", allowed)
     return values

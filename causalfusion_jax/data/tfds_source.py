@@ -136,19 +136,11 @@ class TfdsSource:
         self.class_names, self.num_classes = (), 1
         if keys.label:
             label = features.get(keys.label)
-            require(
-                isinstance(label, tfds.features.ClassLabel),
-                "data.label_key",
-                keys.label,
-                f"must be a class label; {info.name} has {', '.join(sorted(features))}",
-            )
+            allowed = f"must be a class label; {info.name} has {', '.join(sorted(features))}"
+            require(isinstance(label, tfds.features.ClassLabel), "data.label_key", keys.label, allowed)
             self.num_classes, self.class_names = label.num_classes, class_names_of(info, keys)
-        require(
-            not captions or keys.caption in features,
-            "data.caption_key",
-            keys.caption,
-            f"must be text for captions; {info.name} has {', '.join(sorted(features))}",
-        )
+        allowed = f"must be text for captions; {info.name} has {', '.join(sorted(features))}"
+        require(not captions or keys.caption in features, "data.caption_key", keys.caption, allowed)
         try:
             self._length = len(self._records)
         except NotImplementedError:

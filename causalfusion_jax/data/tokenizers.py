@@ -44,12 +44,8 @@ class TextConfig:
         require_one_of("tokenizer", self.tokenizer, TOKENIZERS)
         require_number("max_tokens", self.max_tokens, NUM_SPECIAL)
         needs_file = self.tokenizer not in ("none", "bytes")
-        require(
-            bool(self.path) == needs_file,
-            "path",
-            self.path,
-            f"tokenizer {self.tokenizer} {'needs its file' if needs_file else 'has no file; leave it out'}",
-        )
+        allowed = f"tokenizer {self.tokenizer} {'needs its file' if needs_file else 'has no file; leave it out'}"
+        require(bool(self.path) == needs_file, "path", self.path, allowed)
         require(needs_file or not self.checksum, "checksum", self.checksum, f"tokenizer {self.tokenizer} has no file")
 
     @property
@@ -158,12 +154,8 @@ def make_tokenizer(config: TextConfig) -> Tokenizer:
         return ByteTokenizer()
     if config.checksum:
         checksum = with_checksum(config).checksum
-        require(
-            checksum == config.checksum,
-            "text.path",
-            config.path,
-            f"is another file than the run began with: SHA-256 {checksum[:12]}..., not {config.checksum[:12]}...",
-        )
+        allowed = f"is another file than the run began with: SHA-256 {checksum[:12]}..., not {config.checksum[:12]}..."
+        require(checksum == config.checksum, "text.path", config.path, allowed)
     kinds = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
     return kinds[config.tokenizer](config.path)
 
@@ -184,12 +176,8 @@ def to_slots(config: TextConfig, text: str, *, cut: bool = False, ended: bool = 
     if not text and ended:
         return slots
     ids = [BEGIN, *make_tokenizer(config).encode(text), *([END] if ended else [])]
-    require(
-        cut or len(ids) <= config.max_tokens,
-        "text",
-        text,
-        f"has {len(ids)} tokens, begin and end included; the model takes {config.max_tokens} (text.max_tokens)",
-    )
+    allowed = f"has {len(ids)} tokens, begin and end included; the model takes {config.max_tokens} (text.max_tokens)"
+    require(cut or len(ids) <= config.max_tokens, "text", text, allowed)
     ids = ids[: config.max_tokens]
     slots[: len(ids)] = ids
     return slots

@@ -81,12 +81,8 @@ def make_reading(config: ExperimentConfig, settings: ProbeConfig) -> Reading:
     """
     trained = has_clean_tokens(config)
     tokens = settings.tokens if settings.tokens != "auto" else "clean" if trained else "noisy"
-    require(
-        trained or tokens == "noisy",
-        "config.probe.tokens",
-        tokens,
-        "must be noisy: the network was trained without clean tokens",
-    )
+    allowed = "must be noisy: the network was trained without clean tokens"
+    require(trained or tokens == "noisy", "config.probe.tokens", tokens, allowed)
     require(
         config.drops_classes or config.data.num_classes == 1,
         "config.model.class_dropout",

@@ -151,19 +151,11 @@ def images_of_source(field: str, source: Source, frames: int = 1) -> ImageSet:
     """
     shape = np.shape(source[0]["image"])
     if frames == 1:
-        require(
-            len(shape) == 3 and shape[-1] in (1, 3),
-            field,
-            shape,
-            "the data must be images of 1 or 3 channels, not latents",
-        )
+        allowed = "the data must be images of 1 or 3 channels, not latents"
+        require(len(shape) == 3 and shape[-1] in (1, 3), field, shape, allowed)
     else:
-        require(
-            len(shape) == 4 and shape[-1] in (1, 3) and shape[0] >= frames,
-            field,
-            shape,
-            f"the data must be videos of at least {frames} frames (data.frames) and 1 or 3 channels, not latents",
-        )
+        allowed = f"the data must be videos of at least {frames} frames (data.frames) and 1 or 3 channels, not latents"
+        require(len(shape) == 4 and shape[-1] in (1, 3) and shape[0] >= frames, field, shape, allowed)
         shape = (frames, *shape[1:])
 
     def load(index: int) -> np.ndarray:

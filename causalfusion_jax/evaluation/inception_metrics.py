@@ -209,19 +209,11 @@ class Reference:
         if "arr_0" in self._reader.names:
             shape, dtype = self._reader.shape("arr_0")
             self.num_images = shape[0]
-            require(
-                dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and shape[0] >= 2,
-                field,
-                path,
-                f"arr_0 must be uint8 images [num, height, width, 3]; it is {dtype} {list(shape)}",
-            )
+            allowed = f"arr_0 must be uint8 images [num, height, width, 3]; it is {dtype} {list(shape)}"
+            require(dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and shape[0] >= 2, field, path, allowed)
         for name in (*STATISTICS[POOLED_STATISTICS], *STATISTICS[SPATIAL_STATISTICS]):
-            require(
-                self.num_images > 0 or name in self._reader.names,
-                field,
-                path,
-                f"has neither {name} nor images (arr_0); make one with `evaluate --make_reference`",
-            )
+            allowed = f"has neither {name} nor images (arr_0); make one with `evaluate --make_reference`"
+            require(self.num_images > 0 or name in self._reader.names, field, path, allowed)
         self._parts: dict[Summary, Moments | Accumulator] = {}
 
     def supports(self, metric: str) -> bool:
@@ -274,12 +266,8 @@ def read_moments(reader: NpzReader, summary: Summary) -> Moments:
     """Mean and covariance of a feature in an .npz. Raises InputError for arrays of another shape."""
     arrays = [np.asarray(reader.array(name), np.float64) for name in STATISTICS[summary]]
     for name, array, shape in zip(STATISTICS[summary], arrays, ((summary.dim,), (summary.dim,) * 2), strict=True):
-        require(
-            array.shape == shape and bool(np.isfinite(array).all()),
-            reader.field,
-            str(reader.path),
-            f"{name} must be finite {list(shape)}; it is {list(array.shape)}",
-        )
+        allowed = f"{name} must be finite {list(shape)}; it is {list(array.shape)}"
+        require(array.shape == shape and bool(np.isfinite(array).all()), reader.field, str(reader.path), allowed)
     return Moments(*arrays)
 
 

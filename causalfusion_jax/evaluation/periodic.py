@@ -23,21 +23,13 @@ def check_evaluation(config: ExperimentConfig) -> None:
     """Raises InputError if `config.evaluation` does not fit the data; reads no file."""
     evaluation, data = config.evaluation, config.data
     require(data.frames == 1, "config.evaluation.eval_every", evaluation.eval_every, "must be 0 for videos")
-    require(
-        bool(evaluation.vae) or not data.latents,
-        "config.evaluation.vae",
-        evaluation.vae,
-        "a model of latents is evaluated on images, which its autoencoder decodes",
-    )
+    allowed = "a model of latents is evaluated on images, which its autoencoder decodes"
+    require(bool(evaluation.vae) or not data.latents, "config.evaluation.vae", evaluation.vae, allowed)
     if evaluation.needs_inception:
         return
     of_inception = [name for name, metric in FEATURE_METRICS.items() if metric.network == "inception"]
-    require(
-        not data.latents,
-        "config.evaluation.metric",
-        evaluation.metric,
-        f"compares pixels with those trained on; for latents give {' or '.join(of_inception)}",
-    )
+    allowed = f"compares pixels with those trained on; for latents give {' or '.join(of_inception)}"
+    require(not data.latents, "config.evaluation.metric", evaluation.metric, allowed)
     known = _pixel_metrics(config)
     require(
         evaluation.metric in known,

@@ -115,12 +115,8 @@ class VideoReference:
 def _read_protocol(reader: NpzReader) -> VideoProtocol:
     """The protocol of stored statistics."""
     for name in ("frames", "resize"):
-        require(
-            name in reader.names,
-            reader.field,
-            str(reader.path),
-            f"does not say its {name}; make one with `evaluate --make_reference --i3d=DIR`",
-        )
+        allowed = f"does not say its {name}; make one with `evaluate --make_reference --i3d=DIR`"
+        require(name in reader.names, reader.field, str(reader.path), allowed)
     frames, resize = (reader.array(name) for name in ("frames", "resize"))
     return VideoProtocol(int(frames[0]), str(resize[0]))
 

@@ -74,12 +74,8 @@ class AutoencoderConfig:
         )
         for name in ("encoder_attention", "decoder_attention"):
             levels = getattr(self, name)
-            require(
-                set(levels) <= set(range(len(multipliers))),
-                name,
-                levels,
-                f"must be levels, 0 to {len(multipliers) - 1}",
-            )
+            allowed = f"must be levels, 0 to {len(multipliers) - 1}"
+            require(set(levels) <= set(range(len(multipliers))), name, levels, allowed)
         require_number("scaling_factor", self.scaling_factor, 0.0, open_low=True)
         require_one_of("dtype", self.dtype, DTYPES)
 
@@ -321,12 +317,8 @@ def _in_micro_batches(run: Callable, x: jax.Array, micro_batch: int):
 def _check_batch(name, x, channels, multiple, micro_batch):
     """Raises InputError unless x is float [batch, n * multiple, m * multiple, channels]."""
     require(x.ndim == 4 and x.shape[-1] == channels, name, x.shape, f"must be [batch, height, width, {channels}]")
-    require(
-        min(x.shape[1:3]) > 0 and all(size % multiple == 0 for size in x.shape[1:3]),
-        name,
-        x.shape,
-        f"height and width must be multiples of {multiple}",
-    )
+    allowed = f"height and width must be multiples of {multiple}"
+    require(min(x.shape[1:3]) > 0 and all(size % multiple == 0 for size in x.shape[1:3]), name, x.shape, allowed)
     require(jnp.issubdtype(x.dtype, jnp.floating), name, str(x.dtype), "must be floating-point")
     require_number("micro_batch", micro_batch, 1)
 

@@ -73,12 +73,8 @@ class Architecture:
         if self.conditioning == "in_context":
             require_number("num_condition_tokens", self.num_condition_tokens, 1)
         else:
-            require(
-                self.num_condition_tokens == 0,
-                "num_condition_tokens",
-                self.num_condition_tokens,
-                "must be 0 for conditioning adaln, which has no condition tokens",
-            )
+            allowed = "must be 0 for conditioning adaln, which has no condition tokens"
+            require(self.num_condition_tokens == 0, "num_condition_tokens", self.num_condition_tokens, allowed)
         require_number("condition_repeats", self.condition_repeats, 1)
         require(
             max(self.num_condition_tokens, 1) % self.condition_repeats == 0,
@@ -89,12 +85,8 @@ class Architecture:
         require(self.hidden % self.heads == 0, "heads", self.heads, f"must divide hidden={self.hidden}")
         require_one_of("norm", self.norm, NORMS)
         require_one_of("positions", self.positions, POSITIONS)
-        require(
-            self.positions == "rope" or self.hidden % 4 == 0,
-            "hidden",
-            self.hidden,
-            "must be a multiple of 4 (2D sines and cosines)",
-        )
+        allowed = "must be a multiple of 4 (2D sines and cosines)"
+        require(self.positions == "rope" or self.hidden % 4 == 0, "hidden", self.hidden, allowed)
         require_number("mlp_ratio", self.mlp_ratio, 0.0, open_low=True)
         require_number("scan_unroll", self.scan_unroll, 1, self.layers)
         require_one_of("attention", self.attention, ATTENTIONS)
@@ -149,12 +141,8 @@ class TransformerConfig(Architecture):
         require_number("num_classes", self.num_classes, 1)
         if self.positions == "rope":
             unit = 2 * sum(ROPE_SPLITS[len(self.grid)])
-            require(
-                self.head_dim % unit == 0,
-                "heads",
-                self.heads,
-                f"hidden / heads={self.head_dim} must be a multiple of {unit} for rope on {len(self.grid)} axes",
-            )
+            allowed = f"hidden / heads={self.head_dim} must be a multiple of {unit} for rope on {len(self.grid)} axes"
+            require(self.head_dim % unit == 0, "heads", self.heads, allowed)
         require_number("text_vocab", self.text_vocab, 0)
         require_number("text_tokens", self.text_tokens, 2 if self.text_vocab else 0)
 
@@ -171,10 +159,6 @@ class TransformerConfig(Architecture):
         """
         if grid == self.grid:
             return self
-        require(
-            self.positions != "learned",
-            "grid",
-            grid,
-            f"must be {self.grid}: positions are learned for that grid alone (sincos and rope continue)",
-        )
+        allowed = f"must be {self.grid}: positions are learned for that grid alone (sincos and rope continue)"
+        require(self.positions != "learned", "grid", grid, allowed)
         return dataclasses.replace(self, grid=grid, rope_grid=self.rope_grid or self.grid)

@@ -51,38 +51,22 @@ def pixel_data(data: DataConfig, vae: AutoencoderConfig) -> DataConfig:
     """
     if data.latents:
         require_encodable(data)
-        require(
-            data.channels == vae.latent_channels,
-            "config.data.channels",
-            data.channels,
-            f"must be {vae.latent_channels}, the channels of the autoencoder's latents",
-        )
+        allowed = f"must be {vae.latent_channels}, the channels of the autoencoder's latents"
+        require(data.channels == vae.latent_channels, "config.data.channels", data.channels, allowed)
         data = dataclasses.replace(
             data, latents=False, image_size=data.image_size * vae.downsampling, channels=vae.image_channels
         )
-    require(
-        data.channels == vae.image_channels,
-        "config.data.channels",
-        data.channels,
-        f"must be {vae.image_channels}, which the autoencoder takes",
-    )
-    require(
-        data.image_size % vae.downsampling == 0,
-        "config.data.image_size",
-        data.image_size,
-        f"must be a multiple of {vae.downsampling}, the autoencoder's downsampling",
-    )
+    allowed = f"must be {vae.image_channels}, which the autoencoder takes"
+    require(data.channels == vae.image_channels, "config.data.channels", data.channels, allowed)
+    allowed = f"must be a multiple of {vae.downsampling}, the autoencoder's downsampling"
+    require(data.image_size % vae.downsampling == 0, "config.data.image_size", data.image_size, allowed)
     return data
 
 
 def check_batch_size(settings: EncodeConfig, devices: int) -> None:
     """Raises InputError if a batch does not split evenly over the devices of a host."""
-    require(
-        settings.batch_size % devices == 0,
-        "--batch_size",
-        settings.batch_size,
-        f"must be a multiple of the {devices} devices",
-    )
+    allowed = f"must be a multiple of the {devices} devices"
+    require(settings.batch_size % devices == 0, "--batch_size", settings.batch_size, allowed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

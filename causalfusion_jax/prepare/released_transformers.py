@@ -122,12 +122,8 @@ def _network(shapes: Shapes, kind: str, token_in: str, condition_tokens: int) ->
     (head_dim,) = _shape(shapes, "blocks.0.attn.q_norm.weight", kind, 1)
     mlp_hidden, _ = _shape(shapes, "blocks.0.mlp.fc1.weight", kind, 2)
     layers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
-    require(
-        hidden % head_dim == 0,
-        "--checkpoint",
-        "blocks.0.attn.q_norm.weight",
-        f"head dim {head_dim} must divide the hidden size {hidden}",
-    )
+    allowed = f"head dim {head_dim} must divide the hidden size {hidden}"
+    require(hidden % head_dim == 0, "--checkpoint", "blocks.0.attn.q_norm.weight", allowed)
     return dict(
         hidden=hidden,
         heads=hidden // head_dim,
@@ -146,12 +142,8 @@ _DATASETS = {(1000, False): "imagenet2012", (101, True): "ucf101"}
 def _sections(network: dict[str, Any], patch_size: int, side: int, frames: int) -> dict[str, Any]:
     """The `model` and `data` sections of a config; `side` is in latents."""
     token_dim, num_classes = network.pop("token_dim"), network.pop("num_classes")
-    require(
-        patch_size >= 1 and token_dim % patch_size**2 == 0,
-        "--patch_size",
-        patch_size,
-        f"its square must divide the {token_dim} values of a token",
-    )
+    allowed = f"its square must divide the {token_dim} values of a token"
+    require(patch_size >= 1 and token_dim % patch_size**2 == 0, "--patch_size", patch_size, allowed)
     return {
         "model": network | {"patch_size": patch_size},
         "data": dict(

@@ -54,12 +54,8 @@ def named_mask(name: str, height: int, width: int) -> np.ndarray:
 def rectangle_mask(box: tuple[int, int, int, int], height: int, width: int) -> np.ndarray:
     """The rectangle x0 <= x < x1, y0 <= y < y1; bool [height, width]. Raises InputError if it is not inside."""
     x0, y0, x1, y1 = box
-    require(
-        0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height,
-        "mask",
-        box,
-        f"must be x0,y0,x1,y1 with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}",
-    )
+    allowed = f"must be x0,y0,x1,y1 with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}"
+    require(0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, "mask", box, allowed)
     mask = np.zeros((height, width), bool)
     mask[y0:y1, x0:x1] = True
     return mask
@@ -127,12 +123,8 @@ def plan_edit(config: ExperimentConfig, hidden: np.ndarray) -> EditPlan:
     require(hidden.any(), "mask", "nothing", "must cover at least one pixel")
     require(not hidden.all(), "mask", "everything", "leaves nothing to keep; that is sampling, not editing")
     steps = factorization.static_steps(trained, hidden.size)
-    require(
-        steps is None or steps[-1] > 0,
-        "mask",
-        int(hidden.sum()),
-        "the model was trained on a single AR step, so it has never seen a clean token and cannot edit",
-    )
+    allowed = "the model was trained on a single AR step, so it has never seen a clean token and cannot edit"
+    require(steps is None or steps[-1] > 0, "mask", int(hidden.sum()), allowed)
     if trained.order != "random":
         hidden = _suffix(trained, hidden, steps)
     num_known = hidden.size - int(hidden.sum())
@@ -157,12 +149,8 @@ def _suffix(trained: FactorizationConfig, hidden: np.ndarray, steps: np.ndarray 
     masked = hidden.reshape(-1)[order]
     if steps is not None:
         masked = np.isin(steps, steps[masked])
-    require(
-        not masked.all(),
-        "mask",
-        "everything",
-        "the model regenerates whole AR steps, and this mask touches all of them",
-    )
+    allowed = "the model regenerates whole AR steps, and this mask touches all of them"
+    require(not masked.all(), "mask", "everything", allowed)
     first = int(np.argmax(masked))
     require(
         bool(masked[first:].all()),

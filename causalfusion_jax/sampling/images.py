@@ -118,12 +118,8 @@ def read_captioned_images(config: ExperimentConfig, path: str, num: int | None) 
     file = pathlib.Path(path)
     if file.suffix == ".npz":
         return _captioned_npz(config, file, num)
-    require(
-        not config.data.latents,
-        field,
-        path,
-        "the model reads latents: give an .npz with arr_0, latents as it was trained on",
-    )
+    allowed = "the model reads latents: give an .npz with arr_0, latents as it was trained on"
+    require(not config.data.latents, field, path, allowed)
     require(file.exists(), field, path, "no such file or folder")
     if not file.is_dir():
         folder, records = file.parent, [(file.name, ())]
@@ -164,12 +160,8 @@ def _captioned_npz(config, file, num) -> CaptionedImages:
         f"arr_0 must be {'float' if config.data.latents else 'uint8'} [num, {', '.join(map(str, shape))}];"
         f" it is {images.dtype} {list(images.shape)}",
     )
-    require(
-        captions is None or len(captions) == len(images),
-        "--images",
-        str(file),
-        f"captions must be {len(images)}, as arr_0",
-    )
+    allowed = f"captions must be {len(images)}, as arr_0"
+    require(captions is None or len(captions) == len(images), "--images", str(file), allowed)
     images = images[:num]
     references = [()] * len(images) if captions is None else [(str(caption),) for caption in captions[:num]]
     scale = (lambda values: values) if config.data.latents else (lambda values: values / np.float32(127.5) - 1)

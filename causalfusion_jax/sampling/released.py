@@ -59,12 +59,8 @@ def read_released(path: str, kind: str | None, weights: str | None, geometry: Ge
             plan = conversion.make_plan(
                 kind, checkpoint.shapes, checkpoint.metadata, geometry, lambda s: experiment.from_dict(s).transformer
             )
-            require(
-                weights in (None, checkpoint.weights),
-                "--weights",
-                weights,
-                f"the file holds one set of weights, called {checkpoint.weights or 'nothing'}; leave it out",
-            )
+            allowed = f"the file holds one set of weights, called {checkpoint.weights or 'nothing'}; leave it out"
+            require(weights in (None, checkpoint.weights), "--weights", weights, allowed)
             settings, origin = plan.settings, {"weights": checkpoint.weights}
             if kind in TRANSFORMERS:
                 settings = experiment.to_dict(experiment.from_dict(settings))
@@ -87,12 +83,8 @@ def _check_exported(
     """The config of an exported transformer, or None. Raises InputError if an argument contradicts the file."""
     require_one_of("--checkpoint", exported.kind, KINDS)
     require(kind in (None, exported.kind), "--kind", kind, f"the file was exported as {exported.kind}; leave it out")
-    require(
-        weights is None or weights == exported.weights,
-        "--weights",
-        weights,
-        f"the file holds one set of weights{f' ({exported.weights})' if exported.weights else ''}; leave it out",
-    )
+    allowed = f"the file holds one set of weights{f' ({exported.weights})' if exported.weights else ''}; leave it out"
+    require(weights is None or weights == exported.weights, "--weights", weights, allowed)
     config, known = None, {}
     if exported.kind in TRANSFORMERS:
         config = experiment.from_dict(exported.settings)
@@ -154,12 +146,8 @@ def _of_run(choice: WeightsChoice) -> Export:
     """The transformer of a run. Raises InputError if no released format can hold it."""
     trained = choice.open()
     config, settings = trained.config, experiment.to_dict(trained.config)
-    require(
-        not config.text.is_on,
-        "--checkpoint",
-        choice.workdir,
-        "is a model of texts and images, which the released formats cannot hold",
-    )
+    allowed = "is a model of texts and images, which the released formats cannot hold"
+    require(not config.text.is_on, "--checkpoint", choice.workdir, allowed)
     metadata = Exported(
         "acdit" if config.model.conditioning == "adaln" else "causalfusion",
         settings,

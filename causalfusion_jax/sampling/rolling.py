@@ -143,12 +143,8 @@ def make_windows(
         require(neutral, "frames", rolling.frames, f"the window does not roll: a training clip has {frames} frames")
         return first, None
     stride = rolling.stride or least_stride(config)
-    require(
-        rolling.stride > 0 or stride < frames,
-        "frames",
-        rolling.frames,
-        f"must be {frames}: no AR steps of training but all together are a whole number of frames",
-    )
+    allowed = f"must be {frames}: no AR steps of training but all together are a whole number of frames"
+    require(rolling.stride > 0 or stride < frames, "frames", rolling.frames, allowed)
     require_number("window_stride", stride, 1, frames - 1)
     require_number("sink_frames", rolling.sink_frames, 0, frames - stride - 1)
     return first, make_window(config, sampler, frames - stride, explicit_steps, ("window_stride", stride))

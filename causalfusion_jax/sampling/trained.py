@@ -149,12 +149,8 @@ def open_autoencoder(folder: str, field: str = "--vae") -> tuple[Converted, Auto
 def check_autoencoder(settings: AutoencoderConfig, config: ExperimentConfig, field: str, folder: str) -> None:
     """Raises InputError if the model's data are not latents of this autoencoder."""
     require(config.data.latents, field, folder, "the model was trained on pixels; leave it out")
-    require(
-        config.data.channels == settings.latent_channels,
-        field,
-        folder,
-        f"has {settings.latent_channels} latent channels, the model {config.data.channels}",
-    )
+    allowed = f"has {settings.latent_channels} latent channels, the model {config.data.channels}"
+    require(config.data.channels == settings.latent_channels, field, folder, allowed)
 
 
 class LatentCodec(NamedTuple):

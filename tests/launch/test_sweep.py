@@ -372,7 +372,7 @@ def test_results_and_jobs_of_other_settings_are_refused(tmp_path):
     for refused in ends[:2]:
         assert "trained by other settings (train.batch_size 48, now 16)" in refused
     # The jobs' flags are on record from here on.
-    assert ends[2] == 0 and "belongs to another sweep (--sample_flags ''" in ends[3]
+    assert ends[2] == 0 and "belongs to another sweep (--sample_flags '--cfg_scale=2', now ''" in ends[3]
     assert ends[4] == 0 and "| **1.500** |" in (workdir / "results.md").read_text()
 
 
