@@ -385,7 +385,7 @@ def encode(
     return _latents(config, *moments(config, params, images, micro_batch), key)
 
 
-def _tiles(length: int, tile: int, factor: int) -> tuple[np.ndarray, np.ndarray]:
+def overlapping_tiles(length: int, tile: int, factor: int) -> tuple[np.ndarray, np.ndarray]:
     """Overlapping tiles along one axis.
 
     Args:
@@ -424,8 +424,8 @@ def _decode(config, params, latents, micro_batch, tile):
 
     if tile is None:
         return run(latents)
-    rows, row_weights = _tiles(height, tile, factor)
-    columns, column_weights = _tiles(width, tile, factor)
+    rows, row_weights = overlapping_tiles(height, tile, factor)
+    columns, column_weights = overlapping_tiles(width, tile, factor)
     size = (batch, min(tile, height), min(tile, width), channels)
 
     def add_tile(canvas, tile_index):

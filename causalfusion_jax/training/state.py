@@ -116,7 +116,7 @@ def train_step(config: StepConfig, state: TrainState, batch, key: jax.Array) -> 
     """
     step_key = jax.random.fold_in(key, state.step)
     keys = example_keys(step_key, batch["label"].shape[0])
-    grads, metrics = _gradients(config, state.params, batch, keys, batch_key(step_key))
+    grads, metrics = batch_gradients(config, state.params, batch, keys, batch_key(step_key))
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
     optimizer = make_optimizer(config.optimizer, config.total_steps)
@@ -149,7 +149,7 @@ def update_ema(ema, params, step: jax.Array, ema_decay: float):
     return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
 
 
-def _gradients(config: StepConfig, params, batch, keys, shared_key):
+def batch_gradients(config: StepConfig, params, batch, keys, shared_key):
     """Gradient and metrics of the batch, in `grad_accum_steps` parts."""
     grad_fn = jax.grad(functools.partial(training_loss, config.objective), has_aux=True)
     parts = config.grad_accum_steps

@@ -16,7 +16,7 @@ from causalfusion_jax.models.autoencoder import (
     MAR_VAE,
     SD_VAE,
     AutoencoderConfig,
-    _tiles,
+    overlapping_tiles,
     abstract_autoencoder,
     decode,
     encode,
@@ -242,7 +242,7 @@ def test_tiles_are_close_and_without_seams():
 
 @pytest.mark.parametrize(("length", "tile"), [(8, 8), (9, 8), (20, 12), (64, 16), (5, 2), (23, 3)])
 def test_tiles_cover_every_row_once(length, tile):
-    starts, weights = _tiles(length, tile, 2)
+    starts, weights = overlapping_tiles(length, tile, 2)
     total = np.zeros(length * 2)
     for start, weight in zip(starts, weights, strict=True):
         total[2 * start : 2 * (start + tile)] += weight

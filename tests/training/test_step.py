@@ -105,7 +105,7 @@ def test_the_logged_learning_rate_is_that_of_the_update(monkeypatch):
     state, batch = TrainState(zero, params, params, moments, zero, zero), {"label": jnp.zeros(2, jnp.int32)}
     for gradient in (jnp.nan, jnp.nan, 1.0):
         grads = jax.tree.map(lambda leaf, gradient=gradient: gradient * leaf, params)
-        monkeypatch.setattr(state_lib, "_gradients", lambda *args, grads=grads: (grads, {"loss": jnp.zeros(())}))
+        monkeypatch.setattr(state_lib, "batch_gradients", lambda *args, grads=grads: (grads, {"loss": jnp.zeros(())}))
         state, metrics = train_step(config, state, batch, KEY)
     np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
     # Adam's first step is the rate itself.
