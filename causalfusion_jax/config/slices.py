@@ -16,8 +16,6 @@ from causalfusion_jax.common.hardware import Topology
 from causalfusion_jax.config import experiment
 from causalfusion_jax.config.experiment import ExperimentConfig
 
-JOBS = ("train", "sample")
-
 
 @dataclasses.dataclass(frozen=True)
 class SliceJob:

@@ -15,9 +15,6 @@ from causalfusion_jax.prepare import names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-CONTAINERS = ("model", "state_dict")
-"""Keys of a checkpoint file that may contain the parameters."""
-
 UNUSED = ("loss.", "model_ema.")
 """Prefixes of names of a checkpoint that belong to training and not to the autoencoder."""
 
