@@ -16,12 +16,12 @@ from causalfusion_jax.models.autoencoder import (
     MAR_VAE,
     SD_VAE,
     AutoencoderConfig,
-    overlapping_tiles,
     abstract_autoencoder,
     decode,
     encode,
     init_autoencoder,
     moments,
+    overlapping_tiles,
 )
 from causalfusion_jax.prepare import names
 from causalfusion_jax.prepare.released_autoencoders import (
