@@ -30,10 +30,9 @@ import pathlib
 from absl import flags
 
 from causalfusion_jax.cli import app, weights_flags
-from causalfusion_jax.common.errors import InputError, require
-from causalfusion_jax.prepare.conversion import KINDS
+from causalfusion_jax.common.errors import InputError, require, require_one_of
 
-_KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Kind of CHECKPOINT [as stored in exported files and folders].")
+_KIND = flags.DEFINE_string("kind", None, "Kind of CHECKPOINT [as stored in exported files and folders].")
 _TRAINED = weights_flags.define(None, "Released file; with --reverse a converted folder, or a run.")
 _OUT = flags.DEFINE_string("out", None, "New folder to write; with --reverse a new .safetensors file.")
 _REVERSE = flags.DEFINE_bool("reverse", False, "Write released names from this package's parameters.")
@@ -90,6 +89,10 @@ def _export() -> None:
 def main(argv):
     """Runs the command."""
     del argv
+    from causalfusion_jax.prepare.conversion import KINDS
+
+    if _KIND.value is not None:
+        require_one_of("--kind", _KIND.value, KINDS)
     for name, flag in _GEOMETRY.items():
         if _REVERSE.value and flag.value is not None:
             raise InputError(f"--{name}", flag.value, "has no meaning with --reverse; leave it out")

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections.config_flags import DEFINE_config_file
 
 from causalfusion_jax.cli import app, config_flags
-from causalfusion_jax.prepare.encoder import EncodeConfig
+from causalfusion_jax.prepare.settings import EncodeConfig
 
 _CONFIG = DEFINE_config_file("config", None, "Config file: configs/NAME.py or configs/NAME.py:ARG.")
 _VAE = flags.DEFINE_string("vae", None, "Folder of the converted autoencoder.")

@@ -105,7 +105,7 @@ def _check_programs(specs) -> None:
     """Compiles all programs of a job, prints the report and ends the process."""
     from causalfusion_jax.compile_ahead import run_report
     from causalfusion_jax.evaluation import programs
-    from causalfusion_jax.prepare.encoder import EncodeConfig
+    from causalfusion_jax.prepare.settings import EncodeConfig
 
     if _JOB.value == "run":
         listings = [programs.run_programs(spec) for spec in specs]

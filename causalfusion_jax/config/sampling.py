@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +11,10 @@ from causalfusion_jax.core import factorization
 from causalfusion_jax.core.diffusion import DiffusionConfig
 from causalfusion_jax.core.factorization import FactorizationConfig
 from causalfusion_jax.core.solvers import SolverConfig, solver_table
-from causalfusion_jax.models.config import TransformerConfig
+
+if TYPE_CHECKING:
+    # Not imported: commands derive flags from these settings, and need no network for their --help.
+    from causalfusion_jax.models.config import TransformerConfig
 
 CFG_SCHEDULES = ("constant", "linear", "ar_linear")
 
@@ -117,7 +120,7 @@ class SamplerConfig(SolverConfig, SequenceConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in reset}
         return dataclasses.replace(self, **(defaults | dict(given)))
 
-    def check(self, model: TransformerConfig, diffusion: DiffusionConfig) -> None:
+    def check(self, model: "TransformerConfig", diffusion: DiffusionConfig) -> None:
         """Raises InputError if this sampler does not fit the model."""
         self.sizes(model.num_tokens)
         solver_table(self, diffusion)

@@ -30,6 +30,7 @@ from causalfusion_jax.models import i3d, inception
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE, AutoencoderConfig, abstract_autoencoder
 from causalfusion_jax.models.transformer import abstract_model
 from causalfusion_jax.prepare import encoder
+from causalfusion_jax.prepare.settings import EncodeConfig
 from causalfusion_jax.sampling.generation import BATCH_SIZE, lower_replicate, lower_sampler, padded
 from causalfusion_jax.sampling.trained import check_autoencoder, decode_shared, open_autoencoder
 from causalfusion_jax.training.state import abstract_key, abstract_state, lower_create_state
@@ -66,7 +67,7 @@ def run_programs(job: SliceJob) -> Listing:
     return Listing(tuple(programs), impossible, tuple(notes))
 
 
-def encode_programs(job: SliceJob, settings: encoder.EncodeConfig) -> Listing:
+def encode_programs(job: SliceJob, settings: EncodeConfig) -> Listing:
     """Lists the program of `encode`, for the devices of one host. Raises InputError like `encode`."""
     data, evaluation = job.config.data, job.config.evaluation
     vae, notes = autoencoder_settings(evaluation.vae, data.channels if data.latents else None)
@@ -252,7 +253,7 @@ def _lower_precision_recall(job: SliceJob, part: str):
     return lower_precision_recall(of_reference, num, POOLED_FEATURES.dim, device, NUM_NEIGHBORS)[part]
 
 
-def _lower_encoder(job: SliceJob, vae: AutoencoderConfig, pixels, settings: encoder.EncodeConfig):
+def _lower_encoder(job: SliceJob, vae: AutoencoderConfig, pixels, settings: EncodeConfig):
     return encoder.lower_encoder(vae, pixels, settings, _host(job), job.topology.devices)
 
 

@@ -9,33 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from causalfusion_jax.common import sharding
-from causalfusion_jax.common.errors import require, require_number
+from causalfusion_jax.common.errors import require
 from causalfusion_jax.data.config import DataConfig
 from causalfusion_jax.data.registry import require_encodable
 from causalfusion_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, moments
 from causalfusion_jax.models.params import Params
 from causalfusion_jax.models.store import Converted
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodeConfig:
-    """How latents are computed and written.
-
-    Attributes:
-      batch_size: images encoded at a time, over the devices of a host.
-      micro_batch: images in a device's memory at a time.
-      records_per_shard: images in a file.
-      captions: store captions too.
-    """
-
-    batch_size: int = 64
-    micro_batch: int = 16
-    records_per_shard: int = 8192
-    captions: bool = False
-
-    def __post_init__(self):
-        for name in ("batch_size", "micro_batch", "records_per_shard"):
-            require_number(name, getattr(self, name), 1)
+from causalfusion_jax.prepare.settings import EncodeConfig
 
 
 def pixel_data(data: DataConfig, vae: AutoencoderConfig) -> DataConfig:

@@ -33,8 +33,9 @@ from causalfusion_jax.data.source import Source
 from causalfusion_jax.models.autoencoder import AutoencoderConfig
 from causalfusion_jax.models.store import Converted
 from causalfusion_jax.prepare import latent_shards
-from causalfusion_jax.prepare.encoder import EncodeConfig, Encoder, check_batch_size, pixel_data
+from causalfusion_jax.prepare.encoder import Encoder, check_batch_size, pixel_data
 from causalfusion_jax.prepare.latent_shards import Shards, ShardWriter
+from causalfusion_jax.prepare.settings import EncodeConfig
 
 
 def encode(

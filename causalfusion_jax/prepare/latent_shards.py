@@ -14,7 +14,7 @@ from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.common.lock import FolderLock
 from causalfusion_jax.data import latents
 from causalfusion_jax.models.autoencoder import AutoencoderConfig
-from causalfusion_jax.prepare.encoder import EncodeConfig
+from causalfusion_jax.prepare.settings import EncodeConfig
 
 FITTING_STD = (0.7, 1.4)
 """Range of the standard deviation of scaled latents in which the scaling factor is taken to fit the images."""

@@ -14,7 +14,7 @@ from absl import flags
 from causalfusion_jax.cli import app, config_flags, machine, weights_flags
 from causalfusion_jax.common.errors import InputError
 from causalfusion_jax.config.sampling import CaptionConfig, SamplerConfig
-from causalfusion_jax.prepare.encoder import EncodeConfig
+from causalfusion_jax.prepare.settings import EncodeConfig
 
 
 @pytest.mark.parametrize(

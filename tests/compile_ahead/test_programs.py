@@ -21,7 +21,7 @@ from causalfusion_jax.config.slices import SliceJob
 from causalfusion_jax.evaluation import programs, understanding
 from causalfusion_jax.evaluation.periodic import Evaluator
 from causalfusion_jax.models.autoencoder import MAR_VAE, SD_VAE
-from causalfusion_jax.prepare import encoder
+from causalfusion_jax.prepare.settings import EncodeConfig
 from causalfusion_jax.sampling.trained import from_run
 
 V5E = hardware.topology("v5e:2x2")
@@ -149,14 +149,14 @@ def test_impossible_probes_are_reported_and_do_not_fail_a_run():
 
 def test_the_encoder_is_compiled_for_the_devices_of_a_host():
     job = make_job(data=dict(LATENTS, source="image_folder"))
-    listing = programs.encode_programs(job, encoder.EncodeConfig(batch_size=8))
+    listing = programs.encode_programs(job, EncodeConfig(batch_size=8))
     assert names(listing) == ["encoder"] and "sd_vae" in listing.notes[0]
     images = jax.tree.leaves(listing.programs[0].lower().in_avals)[-1]
     assert images.shape == (8, 64, 64, 3)
     with pytest.raises(InputError, match="batch_size"):
-        programs.encode_programs(job, encoder.EncodeConfig(batch_size=6))
+        programs.encode_programs(job, EncodeConfig(batch_size=6))
     with pytest.raises(InputError, match="data.source"):
-        programs.encode_programs(make_job(data=LATENTS), encoder.EncodeConfig())
+        programs.encode_programs(make_job(data=LATENTS), EncodeConfig())
 
 
 # --- The report -------------------------------------------------------------------

@@ -24,8 +24,8 @@ from causalfusion_jax.data.pipeline import host_batches
 from causalfusion_jax.data.registry import make_source
 from causalfusion_jax.models.autoencoder import abstract_autoencoder, moments
 from causalfusion_jax.prepare import encoding, latent_shards
-from causalfusion_jax.prepare.encoder import EncodeConfig
 from causalfusion_jax.prepare.encoding import ReadBatch, encode
+from causalfusion_jax.prepare.settings import EncodeConfig
 from causalfusion_jax.sampling.trained import open_autoencoder
 
 IMAGES = 320
