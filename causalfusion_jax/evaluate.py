@@ -200,10 +200,10 @@ def _inception(num: int):
 
 def _i3d(num: int):
     """The network of --i3d, for `num` videos."""
-    from causalfusion_jax.evaluation.video_metrics import BATCH_SIZE, I3D
+    from causalfusion_jax.evaluation.video_metrics import BATCH_SIZE, I3DNetwork
 
     batch_size = min(_BATCH.value or BATCH_SIZE, num)
-    return I3D("--i3d", _I3D.value, batch_size=batch_size, resize=_FVD_RESIZE.value)
+    return I3DNetwork("--i3d", _I3D.value, batch_size=batch_size, resize=_FVD_RESIZE.value)
 
 
 def _protocol():

@@ -8,7 +8,7 @@ import numpy as np
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.data.image_files import ImageFormat, center_crop
-from causalfusion_jax.data.records import Listing
+from causalfusion_jax.data.records import SourceFiles
 from causalfusion_jax.data.source import SourceKind, require_path
 
 CAPTIONS = "captions.jsonl"
@@ -96,9 +96,11 @@ class CaptionFolderSource:
         """All captions of an image."""
         return list(self.records[index][1])
 
-    def listing(self) -> Listing:
+    def listing(self) -> SourceFiles:
         """The images' files, and their captions."""
-        return Listing(self.root, [self.root / name for name, _ in self.records], [list(c) for _, c in self.records])
+        return SourceFiles(
+            self.root, [self.root / name for name, _ in self.records], [list(c) for _, c in self.records]
+        )
 
     def name(self, index: int) -> str:
         """The image's path."""

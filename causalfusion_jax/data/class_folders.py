@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from causalfusion_jax.common.errors import require
-from causalfusion_jax.data.records import Listing
+from causalfusion_jax.data.records import SourceFiles
 from causalfusion_jax.data.source import DataSettings
 
 
@@ -62,9 +62,9 @@ class ClassFolderSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def listing(self) -> Listing:
+    def listing(self) -> SourceFiles:
         """The examples' files and folders."""
-        return Listing(self.root, self.paths)
+        return SourceFiles(self.root, self.paths)
 
     def name(self, index: int) -> str:
         """The example's path."""

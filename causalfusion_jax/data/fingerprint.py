@@ -10,7 +10,7 @@ import numpy as np
 
 from causalfusion_jax.common import files
 from causalfusion_jax.data.batches import InThreads
-from causalfusion_jax.data.records import CorruptRecord, Listing, record_error
+from causalfusion_jax.data.records import CorruptRecord, SourceFiles, record_error
 
 MAX_SIZES, MAX_EXAMPLES = 4096, 64
 """Maximum number of files whose sizes are compared (on a mounted bucket each is a request), and of examples that are
@@ -32,7 +32,7 @@ def fingerprint(source: Any) -> str:
     return digest.hexdigest()
 
 
-def _listed(listing: Listing) -> Iterable[Any]:
+def _listed(listing: SourceFiles) -> Iterable[Any]:
     """Details, the names of all files and the sizes of at most MAX_SIZES of them."""
     yield from listing.details
     yield from (path.relative_to(listing.root).as_posix() for path in listing.paths)

@@ -12,7 +12,7 @@ class CorruptRecord(InputError):
     """A record that was read and cannot be decoded; `value` is its name, `allowed` the reason."""
 
 
-class Listing(NamedTuple):
+class SourceFiles(NamedTuple):
     """What identifies the examples of a source, see `data.fingerprint`.
 
     Attributes:

@@ -80,7 +80,7 @@ class Source(Protocol):
     Optional members: `name(index) -> str`, the name of a record; `draw(index, rng)`, an example with
     a random part (of sources that store mirrored images, also given `mirrored`);
     `captions_of(index)`, all captions of an example; `listing()`, the files that identify the
-    examples (`records.Listing`); `skipped`, the number of other files beside them, by kind.
+    examples (`records.SourceFiles`); `skipped`, the number of other files beside them, by kind.
     """
 
     num_classes: int

@@ -21,7 +21,7 @@ import numpy as np
 from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, require
 from causalfusion_jax.data.image_files import IMAGE_SUFFIXES, ImageFormat
-from causalfusion_jax.data.records import Listing, record_error
+from causalfusion_jax.data.records import SourceFiles, record_error
 from causalfusion_jax.data.source import DataSettings, SourceKind
 from causalfusion_jax.data.tfds_source import data_set_class_names
 
@@ -74,10 +74,10 @@ class TarSource:
     def __len__(self) -> int:
         return len(self.index["label"])
 
-    def listing(self) -> Listing:
+    def listing(self) -> SourceFiles:
         """The shards, and names, offsets, sizes and labels of all their images."""
         columns = {name: hashlib.sha256(column.tobytes()).hexdigest() for name, column in self.index.items()}
-        return Listing(self.root, self.shards, [columns])
+        return SourceFiles(self.root, self.shards, [columns])
 
     def name(self, index: int) -> str:
         """Shard and member of an image."""

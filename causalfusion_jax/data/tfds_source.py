@@ -16,7 +16,7 @@ from causalfusion_jax.common import files
 from causalfusion_jax.common.errors import InputError, nearest, require
 from causalfusion_jax.data.array_records import read_record
 from causalfusion_jax.data.image_files import ImageFormat
-from causalfusion_jax.data.records import CorruptRecord, Listing, record_error
+from causalfusion_jax.data.records import CorruptRecord, SourceFiles, record_error
 from causalfusion_jax.data.source import DataSettings, SourceKind
 
 
@@ -168,14 +168,14 @@ class TfdsSource:
     def __len__(self) -> int:
         return self._length
 
-    def listing(self) -> Listing:
+    def listing(self) -> SourceFiles:
         """The shards of the split, and the records of each that it holds."""
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(self.folder)
         parts = builder.info.splits[self.split].file_instructions
         details = [builder.info.full_name, *([part.skip, part.take] for part in parts)]
-        return Listing(pathlib.Path(self.folder), [pathlib.Path(part.filename) for part in parts], details)
+        return SourceFiles(pathlib.Path(self.folder), [pathlib.Path(part.filename) for part in parts], details)
 
     def name(self, index: int) -> str:
         """Data set, split and index of a record."""

@@ -49,7 +49,7 @@ class VideoProtocol(NamedTuple):
         require_one_of("--fvd_resize", self.resize, RESIZES)
 
 
-class I3D(Network):
+class I3DNetwork(Network):
     """The I3D of FVD, with one feature, `i3d_logits`.
 
     Args:
@@ -135,7 +135,7 @@ def score_videos(
     Args:
       videos: at least two.
       reference: the reference of real videos.
-      network: I3D, or another network with 400 features called `i3d_logits`.
+      network: I3DNetwork, or another network with 400 features called `i3d_logits`.
       progress: called with the number of videos done.
 
     Raises:
@@ -157,7 +157,7 @@ def make_video_reference(
 
     Args:
       videos: at least two.
-      network: I3D.
+      network: I3DNetwork.
       protocol: the protocol of `videos` and `network`.
       path: the .npz to write.
       progress: called with the number of videos done.

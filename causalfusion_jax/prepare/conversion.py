@@ -27,7 +27,7 @@ Network = Callable[[Settings], TransformerConfig]
 """The network of the sections of a config; passed in, because configs are in a higher layer."""
 
 
-class Plan(NamedTuple):
+class ConversionPlan(NamedTuple):
     """How a checkpoint becomes parameters; made from names and shapes alone.
 
     Attributes:
@@ -51,26 +51,28 @@ class Kind(NamedTuple):
       export: table and shapes of parameters with the given settings; arguments as of `export_table`.
     """
 
-    plan: Callable[[Shapes, Mapping[str, Any], Geometry, Network], Plan]
+    plan: Callable[[Shapes, Mapping[str, Any], Geometry, Network], ConversionPlan]
     export: Callable[[Settings, TransformerConfig | None], tuple[names.Table, Any]]
 
 
 def _transformer(recognise, table) -> Kind:
-    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
+    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> ConversionPlan:
         sections = recognise(shapes, metadata, geometry)
         model = network(sections)
-        return Plan(sections, table(model), abstract_model(model)[1], [])
+        return ConversionPlan(sections, table(model), abstract_model(model)[1], [])
 
     return Kind(plan, lambda settings, model: (table(model), abstract_model(model)[1]))
 
 
 def _autoencoder(recognise, table) -> Kind:
-    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
+    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> ConversionPlan:
         del metadata, network
         _refuse(geometry)
         config = recognise(shapes)
         ignored = released_autoencoders.ignored_names(shapes)
-        return Plan(dataclasses.asdict(config), table(config, shapes), abstract_autoencoder(config)[1], ignored)
+        return ConversionPlan(
+            dataclasses.asdict(config), table(config, shapes), abstract_autoencoder(config)[1], ignored
+        )
 
     def export(settings: Settings, model: TransformerConfig | None) -> tuple[names.Table, Any]:
         del model
@@ -83,11 +85,11 @@ def _autoencoder(recognise, table) -> Kind:
 def _fixed(abstract, table, ignored, recognise=None) -> Kind:
     """A network without settings, whose released names may have several layouts."""
 
-    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
+    def plan(shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> ConversionPlan:
         del metadata, network
         _refuse(geometry)
         layout = () if recognise is None else (recognise(shapes),)
-        return Plan({}, table(*layout), abstract()[1], ignored(*layout))
+        return ConversionPlan({}, table(*layout), abstract()[1], ignored(*layout))
 
     return Kind(plan, lambda settings, model: (table(), abstract()[1]))
 
@@ -114,7 +116,9 @@ def autoencoder_config(settings: Settings) -> AutoencoderConfig:
     return AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
 
-def make_plan(kind: str, shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network) -> Plan:
+def make_plan(
+    kind: str, shapes: Shapes, metadata: Mapping[str, Any], geometry: Geometry, network: Network
+) -> ConversionPlan:
     """Recognises a released checkpoint and checks every name and shape; reads no weights.
 
     Args:
@@ -133,7 +137,7 @@ def make_plan(kind: str, shapes: Shapes, metadata: Mapping[str, Any], geometry: 
     return plan
 
 
-def plan_of_exported(exported: Exported, shapes: Shapes, model: TransformerConfig | None) -> Plan:
+def plan_of_exported(exported: Exported, shapes: Shapes, model: TransformerConfig | None) -> ConversionPlan:
     """The plan of a file that this package exported, with the settings in its metadata.
 
     Args:
@@ -149,7 +153,7 @@ def plan_of_exported(exported: Exported, shapes: Shapes, model: TransformerConfi
     except TypeError as error:
         raise InputError("--checkpoint", "__metadata__", f"holds no settings of a {exported.kind}: {error}") from None
     names.check_shapes(table, shapes)
-    return Plan(exported.settings, table, params, [])
+    return ConversionPlan(exported.settings, table, params, [])
 
 
 def export_table(kind: str, settings: Settings, model: TransformerConfig | None) -> tuple[names.Table, Any]:

@@ -51,7 +51,7 @@ def check_batch_size(settings: EncodeConfig, devices: int) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode_views(vae: AutoencoderConfig, micro_batch: int, params: Params, images: jax.Array) -> jax.Array:
-    """Mean and standard deviation of images, upright and mirrored, as `Encoder` returns them."""
+    """Mean and standard deviation of images, upright and mirrored, as `LatentEncoder` returns them."""
     flat = images.reshape(-1, *images.shape[-3:])
     views = []
     for view in (flat, flat[:, :, ::-1]):
@@ -82,7 +82,7 @@ def lower_encoder(
     return _encode_views.lower(vae, settings.micro_batch * mesh.size, params, images)
 
 
-class Encoder:
+class LatentEncoder:
     """Encodes images upright and mirrored, over the devices of this host.
 
     Args:

@@ -33,7 +33,7 @@ from causalfusion_jax.data.source import Source
 from causalfusion_jax.models.autoencoder import AutoencoderConfig
 from causalfusion_jax.models.store import Converted
 from causalfusion_jax.prepare import latent_shards
-from causalfusion_jax.prepare.encoder import Encoder, check_batch_size, pixel_data
+from causalfusion_jax.prepare.encoder import LatentEncoder, check_batch_size, pixel_data
 from causalfusion_jax.prepare.latent_shards import Shards, ShardWriter
 from causalfusion_jax.prepare.settings import EncodeConfig
 
@@ -70,7 +70,7 @@ def encode(
         shards = Shards(folder, len(source), settings, lock)
         missing = shards.missing(jax.process_index(), jax.process_count())
         if missing:
-            _encode_shards(shards, missing, source, data, Encoder(converted, vae, settings, devices))
+            _encode_shards(shards, missing, source, data, LatentEncoder(converted, vae, settings, devices))
         distributed.wait_for_all("latents encoded")
         distributed.on_primary(lambda: latent_shards.write_manifest(shards, request, vae, data.path), None)
     return latents.read_manifest(out)
@@ -161,7 +161,9 @@ class ReadBatch:
         return example | {"captions": "\n".join(" ".join(caption.split()) for caption in captions)}
 
 
-def _encode_shards(shards: Shards, missing: list[int], source: Source, data: DataConfig, encoder: Encoder) -> None:
+def _encode_shards(
+    shards: Shards, missing: list[int], source: Source, data: DataConfig, encoder: LatentEncoder
+) -> None:
     """Writes the missing shards. Raises InputError if more records are corrupt than `data` allows."""
     encoded_images, start = 0, time.perf_counter()
     writer = None
@@ -192,7 +194,9 @@ def _read(shards: Shards, missing: list[int], source: Source, data: DataConfig) 
         iterator.close()
 
 
-def _encode_ahead(batches: Iterator[dict[str, Any]], encoder: Encoder) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def _encode_ahead(
+    batches: Iterator[dict[str, Any]], encoder: LatentEncoder
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Each batch with its latents; the devices already encode the next batch while one is written."""
     waiting = None
     for batch in batches:

@@ -85,7 +85,7 @@ class ShardWriter:
 
         Args:
           batch: from `encoding.ReadBatch`.
-          encoded: latents of its images, from `Encoder`.
+          encoded: latents of its images, from `LatentEncoder`.
         """
         self._corrupt += batch["corrupt"]
         for i, index in enumerate(batch["index"]):
